@@ -1,0 +1,66 @@
+# Every target works in a clean checkout on Linux with Python 3.11 or newer; the first one installs.
+SHELL := /bin/bash
+# Keeps the checkout's root off sys.path, where `import model` would find a second identity of a folder.
+export PYTHONSAFEPATH = 1
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+DEMO_ARGS = $(if $(DATA),--data $(DATA))
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
+# fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
+TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
+PROTOS := retrieval shard
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check fmt setup proto proto-check wheel clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, ask, measure
+	$(BIN)/silvershard demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed ## run every test that this machine can run
+	$(if $(DATA),SILVERSHARD_DATA=$(DATA)) $(BIN)/pytest
+
+test-gpu: $(VENV)/.installed ## run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+check: $(VENV)/.installed proto-check ## lint, format, types, layering, packaging
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pip check
+	$(BIN)/pytest -q tests/test_layering.py tests/test_packaging.py tests/test_exports.py
+
+fmt: $(VENV)/.installed ## format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed ## create .venv and install, nothing else
+
+$(VENV)/.installed: pyproject.toml deploy/packaging/fbgemm-gpu-shim/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, got {sys.version}" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet $(TARGETS)
+	@touch $@
+
+proto: $(VENV)/.installed ## regenerate the protobuf code under cluster/
+	$(BIN)/python -m grpc_tools.protoc -I .namespace --python_out=.namespace --pyi_out=.namespace \
+	  --grpc_python_out=.namespace $(PROTOS:%=.namespace/silvershard/cluster/%.proto)
+
+proto-check: $(VENV)/.installed ## fail when the committed protobuf code is not what the .proto files give
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(BIN)/python -m grpc_tools.protoc -I .namespace --python_out=$$out --pyi_out=$$out \
+	  --grpc_python_out=$$out $(PROTOS:%=.namespace/silvershard/cluster/%.proto) && \
+	for file in $$out/silvershard/cluster/*; do \
+	  cmp "$$file" "cluster/$$(basename $$file)" || { echo "run 'make proto' and commit"; exit 1; }; \
+	done
+
+wheel: $(VENV)/.installed ## build the wheel into dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove build outputs, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,165 @@
+"""The micro-batcher of a router: requests that come in together run together, within bounds."""
+
+import asyncio
+import contextlib
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from silvershard.cluster.coordinator import Query
+from silvershard.cluster.rounds import Fate
+from silvershard.shard.errors import Overloaded
+
+Run = Callable[[Sequence[Query]], Awaitable[list[Fate]]]
+
+_SHORTEST_DELAY_S = 0.01
+_LONGEST_DELAY_S = 1.0
+_SMOOTHING = 0.2
+
+
+@dataclass(eq=False)
+class _Waiting:
+    query: Query
+    run: Run
+    fate: asyncio.Future[Fate]
+
+
+class Batcher:
+    """Admits requests, gathers them into batches and runs a bounded number of batches at a time.
+
+    A batch holds requests for the same ``run`` whose remaining times differ by less than a factor
+    of two, so that nobody loses time to a neighbour in a hurry. While nothing runs, nothing waits.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_delay_s: float,
+        max_running: int,
+        queue: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """Make a batcher.
+
+        Args:
+            max_batch: requests of one batch.
+            max_delay_s: longest wait of a request for neighbours, while others run.
+            max_running: batches at a time.
+            queue: requests that may wait.
+            clock: must be the clock of the event loop.
+        """
+        self._max_batch = max_batch
+        self._max_delay_s = max_delay_s
+        self._max_running = max_running
+        self._queue = queue
+        self._clock = clock
+        self._waiting: deque[_Waiting] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._batch_s = _SHORTEST_DELAY_S
+
+    @property
+    def depth(self) -> int:
+        """Return how many requests wait."""
+        return len(self._waiting)
+
+    async def submit(self, queries: Sequence[Query], run: Run) -> list[Fate]:
+        """Return the fates of requests that came in together, in order.
+
+        Cancelling the caller takes them out of the queue, or cancels their batch if nobody else is
+        in it.
+
+        Raises:
+            Overloaded: if the queue is full; nothing was executed then.
+        """
+        if len(self._waiting) >= self._queue:
+            batches = math.ceil(len(self._waiting) / self._max_batch)
+            delay_s = self._batch_s * batches / self._max_running
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting",
+                min(max(delay_s, _SHORTEST_DELAY_S), _LONGEST_DELAY_S),
+            )
+        loop = asyncio.get_running_loop()
+        mine = [_Waiting(query, run, loop.create_future()) for query in queries]
+        self._waiting.extend(mine)
+        self._start_when_due()
+        try:
+            return [await one.fate for one in mine]
+        finally:
+            for one in mine:
+                one.fate.cancel()
+
+    async def drain(self) -> None:
+        """Wait until nothing waits or runs."""
+        while self._waiting or self._running:
+            self._start()
+            if self._running:
+                await asyncio.wait(self._running)
+
+    def _start_when_due(self) -> None:
+        if len(self._waiting) >= self._max_batch or not self._running or not self._max_delay_s:
+            self._start()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._max_delay_s, self._start)
+
+    def _start(self) -> None:
+        """Start as many batches as may run."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting and len(self._running) < self._max_running:
+            batch = self._next_batch()
+            if not batch:
+                return
+            task = asyncio.create_task(self._run(batch))
+            self._running.add(task)
+            task.add_done_callback(self._finished)
+
+    def _next_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        kind: tuple[Run, int] | None = None
+        for one in self._waiting:
+            if one.fate.done():
+                continue
+            kind = kind or self._kind(one)
+            if len(batch) < self._max_batch and self._kind(one) == kind:
+                batch.append(one)
+            else:
+                left.append(one)
+        self._waiting = left
+        return batch
+
+    def _kind(self, one: _Waiting) -> tuple[Run, int]:
+        remaining_s = one.query.deadline_s - self._clock()
+        return one.run, math.floor(math.log2(max(remaining_s, 1e-3)))
+
+    async def _run(self, batch: Sequence[_Waiting]) -> None:
+        started_s = self._clock()
+        work = asyncio.ensure_future(batch[0].run([one.query for one in batch]))
+
+        def stop_if_nobody_waits(_: asyncio.Future[Fate]) -> None:
+            if all(one.fate.done() for one in batch):
+                work.cancel()
+
+        for one in batch:
+            one.fate.add_done_callback(stop_if_nobody_waits)
+        fates: Sequence[Fate]
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                fates = await work
+            except Exception as error:  # noqa: BLE001  # the server logs it, once per request
+                fates = [error] * len(batch)
+            for one, fate in zip(batch, fates, strict=True):
+                if not one.fate.done():
+                    one.fate.set_result(fate)
+        spent_s = self._clock() - started_s
+        self._batch_s += _SMOOTHING * (spent_s - self._batch_s)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if self._waiting:
+            self._start()

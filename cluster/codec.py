@@ -1,0 +1,443 @@
+"""The public messages as Python values, and the one table that maps errors to gRPC statuses.
+
+Shapes: K results.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from silvershard.cluster import retrieval_pb2
+from silvershard.cluster.outcome import (
+    Coverage,
+    CoverageLost,
+    CoverageTimedOut,
+    Served,
+    ShardOutcome,
+)
+from silvershard.model.filter import FilterMode
+from silvershard.model.request import FeatureValues, FilterParam, Request, RequestError
+from silvershard.model.schema import INT64_MAX, INT64_MIN, Schema, ValueType
+from silvershard.shard.errors import (
+    CandidatesExpired,
+    ConfigError,
+    CoverageError,
+    DeadlineExceeded,
+    GenerationError,
+    Overloaded,
+    RemoteError,
+    RetrievalError,
+    ShardUnavailable,
+    SnapshotError,
+    StateError,
+)
+from silvershard.shard.executor import FieldValue
+
+DOMAIN = "silvershard"
+
+_MAX_TEXT = 600
+
+
+class StatusRow(NamedTuple):
+    """How one class of error looks on the wire."""
+
+    code: str
+    """Name of the ``google.rpc.Code``."""
+    reason: str
+    """``ErrorInfo.reason``."""
+
+
+# A class that is not listed has the row of its nearest listed base.
+STATUSES: Mapping[type[Exception], StatusRow] = {
+    RequestError: StatusRow("INVALID_ARGUMENT", "INVALID_REQUEST"),
+    SnapshotError: StatusRow("DATA_LOSS", "SNAPSHOT_DAMAGED"),
+    GenerationError: StatusRow("FAILED_PRECONDITION", "VERSION_MISMATCH"),
+    CandidatesExpired: StatusRow("ABORTED", "CANDIDATES_EXPIRED"),
+    ShardUnavailable: StatusRow("UNAVAILABLE", "SHARD_UNAVAILABLE"),
+    DeadlineExceeded: StatusRow("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+    CoverageError: StatusRow("UNAVAILABLE", "COVERAGE_TOO_LOW"),
+    Overloaded: StatusRow("RESOURCE_EXHAUSTED", "OVERLOADED"),
+    ConfigError: StatusRow("FAILED_PRECONDITION", "CONFIG_REFUSED"),
+    StateError: StatusRow("FAILED_PRECONDITION", "STATE_REFUSED"),
+    RemoteError: StatusRow("UNKNOWN", "REFUSED"),
+    RetrievalError: StatusRow("INTERNAL", "INTERNAL"),
+}
+
+
+class Refusal(RemoteError):
+    """A request that a router refuses for what it addresses, with its own status."""
+
+    def __init__(self, code: str, message: str, reason: str) -> None:
+        super().__init__(code, message)
+        self.reason = reason
+
+
+class FieldViolation(NamedTuple):
+    """What is wrong with one field of a request."""
+
+    field: str
+    description: str
+
+
+class RequestRefused(RemoteError):
+    """A request that the cluster did not answer, as its client sees it."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        reason: str = "",
+        violations: Sequence[FieldViolation] = (),
+        coverage: Coverage | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(code, message)
+        self.reason = reason
+        self.violations = tuple(violations)
+        self.coverage = coverage
+        self.retry_after_s = retry_after_s
+
+
+def status_row(error: Exception) -> StatusRow | None:
+    """Return how an error looks on the wire; None for one that only a bug can cause."""
+    if isinstance(error, Refusal):
+        return StatusRow(error.code, error.reason)
+    if isinstance(error, RemoteError):
+        return StatusRow(error.code, STATUSES[RemoteError].reason)
+    for kind in type(error).__mro__:
+        if kind in STATUSES:
+            return STATUSES[kind]
+    return None
+
+
+def code_number(code: str) -> int:
+    """Return the number of a status name."""
+    return int(code_pb2.Code.Value(code))
+
+
+def code_name(number: int) -> str:
+    """Return the name of a status number; UNKNOWN for one that does not exist."""
+    return code_pb2.Code.Name(number) if number in code_pb2.Code.values() else "UNKNOWN"
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _short(text: str) -> str:
+    """Return a text that fits the metadata of a call, which carries its status twice."""
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+
+
+def status_of(error: Exception, error_id: str = "") -> status_pb2.Status:
+    """Return the rich status of an error.
+
+    Args:
+        error: any error; one that is not in the table becomes INTERNAL without its text.
+        error_id: what the log names an internal error by.
+    """
+    row = status_row(error)
+    if row is None or row.code == "INTERNAL":
+        return status_pb2.Status(
+            code=code_number("INTERNAL"), message=f"internal error {error_id}".strip()
+        )
+    info = error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN)
+    details: list[any_pb2.Any] = [_packed(info)]
+    message = _short(error.message if isinstance(error, RemoteError) else str(error))
+    if isinstance(error, RequestError):
+        bad = error_details_pb2.BadRequest()
+        bad.field_violations.add(field=_short(error.field), description=_short(error.message))
+        details.append(_packed(bad))
+    if isinstance(error, Overloaded):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    if isinstance(error, CoverageLost | CoverageTimedOut):
+        details.append(_packed(coverage_to(error.coverage)))
+    return status_pb2.Status(code=code_number(row.code), message=message, details=details)
+
+
+def refused(code: str, message: str, details: Iterable[any_pb2.Any]) -> RequestRefused:
+    """Return the error that a client raises for a status with its details."""
+    reason, coverage, retry_after_s = "", None, None
+    violations: list[FieldViolation] = []
+    for detail in details:
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        retry, partial = error_details_pb2.RetryInfo(), retrieval_pb2.Coverage()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(bad):
+            violations += [
+                FieldViolation(one.field, one.description) for one in bad.field_violations
+            ]
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+        elif detail.Unpack(partial):
+            coverage = coverage_from(partial)
+    return RequestRefused(
+        code,
+        message,
+        reason=reason,
+        violations=violations,
+        coverage=coverage,
+        retry_after_s=retry_after_s,
+    )
+
+
+def coverage_to(coverage: Coverage) -> retrieval_pb2.Coverage:
+    """Return a coverage as a message."""
+    message = retrieval_pb2.Coverage(
+        documents=coverage.documents,
+        degraded=coverage.degraded,
+        shards_total=coverage.shards_total,
+        shards_full=coverage.shards_full,
+        shards_failed=coverage.shards_failed,
+        reasons=[_REASON_PREFIX + name for name in coverage.reasons],
+    )
+    for one in coverage.shards:
+        message.shards.add(
+            shard=one.shard,
+            replica=one.replica,
+            grpc_code=code_number(one.code),
+            reasons=[_REASON_PREFIX + name for name in one.reasons],
+            documents=one.documents,
+            latency_us=one.latency_us,
+            attempts=one.attempts,
+        )
+    return message
+
+
+def coverage_from(message: retrieval_pb2.Coverage) -> Coverage:
+    """Return the coverage in a message."""
+    return Coverage(
+        documents=message.documents,
+        shards_total=message.shards_total,
+        shards_full=message.shards_full,
+        shards_failed=message.shards_failed,
+        reasons=tuple(_reason_from(number) for number in message.reasons),
+        shards=tuple(
+            ShardOutcome(
+                shard=one.shard,
+                replica=one.replica,
+                code=code_name(one.grpc_code),
+                reasons=tuple(_reason_from(number) for number in one.reasons),
+                documents=one.documents,
+                latency_us=one.latency_us,
+                attempts=one.attempts,
+            )
+            for one in message.shards
+        ),
+    )
+
+
+_REASON_PREFIX = "DEGRADE_REASON_"
+
+
+def _reason_from(number: int) -> str:
+    if number not in retrieval_pb2.DegradeReason.values():
+        return str(number)
+    return retrieval_pb2.DegradeReason.Name(number).removeprefix(_REASON_PREFIX)
+
+
+def values_to(name: str, values: FilterParam | FeatureValues) -> retrieval_pb2.Values:
+    """Return values of one kind as a message.
+
+    Args:
+        name: of the field, for the error.
+        values: one value or several; floats keep all their bits.
+
+    Raises:
+        ValueError: if they are of several kinds, or not ints, floats or strings.
+    """
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    listed: list[Any]
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        listed = [values]
+    else:
+        listed = list(values)
+    listed = [one.item() if isinstance(one, np.generic) else one for one in listed]
+    kinds = {type(one) for one in listed}
+    if not kinds:
+        return retrieval_pb2.Values()
+    if kinds == {int}:
+        for one in listed:
+            if not INT64_MIN <= one <= INT64_MAX:
+                raise ValueError(f"{name}: must be 64-bit signed ints, got {one}")
+        return retrieval_pb2.Values(ints=listed)
+    if kinds == {str}:
+        return retrieval_pb2.Values(strings=listed)
+    if kinds <= {int, float}:
+        return retrieval_pb2.Values(doubles=listed)
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise ValueError(f"{name}: must be ints, floats or strings of one kind, got {names}")
+
+
+def values_from(name: str, message: retrieval_pb2.Values) -> FeatureValues:
+    """Return the values in a message; empty if there are none.
+
+    Raises:
+        RequestError: naming the field, if they are of several kinds.
+    """
+    given: dict[str, FeatureValues] = {
+        "ints": tuple(message.ints),
+        "floats": tuple(message.floats),
+        "strings": tuple(message.strings),
+        "doubles": tuple(message.doubles),
+    }
+    kinds = [kind for kind, values in given.items() if values]
+    if len(kinds) > 1:
+        raise RequestError(name, f"must be values of one kind, got {' and '.join(kinds)}")
+    return given[kinds[0]] if kinds else ()
+
+
+def request_from(message: retrieval_pb2.RetrieveRequest) -> Request:
+    """Return the request in a message; what only a generation can tell is not checked.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    search = message.search
+    mode = int(search.filter_mode)
+    if mode not in {known.value for known in FilterMode}:
+        raise RequestError("search.filter_mode", f"unknown mode {mode}")
+    for name, weight in message.task_weights.items():
+        if not math.isfinite(weight):
+            raise RequestError(f"task_weights.{name}", f"must be a finite float32, got {weight}")
+    named = message.named.features
+    return Request(
+        features={name: values_from(f"features.{name}", named[name]) for name in sorted(named)},
+        k=message.k,
+        filter=message.filter,
+        params={
+            name: values_from(f"params.{name}", message.params[name])
+            for name in sorted(message.params)
+        },
+        exclude_ids=tuple(message.exclude_ids),
+        nprobe=search.nprobe,
+        ann_k=search.ann_k,
+        plan=search.plan,
+        exact=search.exact,
+        filter_mode=FilterMode(mode),
+        task_weights=dict(message.task_weights),
+        return_fields=tuple(message.return_fields),
+    )
+
+
+def request_to(request: Request) -> retrieval_pb2.RetrieveRequest:
+    """Return a request as a message.
+
+    Raises:
+        ValueError: naming the field that has no form on the wire.
+    """
+    _check_counts("k", [request.k], 2**32)
+    _check_counts("nprobe", [request.nprobe], 2**32)
+    _check_counts("ann_k", [request.ann_k], 2**32)
+    _check_counts("exclude_ids", request.exclude_ids, 2**64)
+    message = retrieval_pb2.RetrieveRequest(
+        k=request.k,
+        filter=request.filter,
+        exclude_ids=[int(one) for one in request.exclude_ids],
+        return_fields=request.return_fields,
+        search=retrieval_pb2.SearchParams(
+            nprobe=request.nprobe,
+            ann_k=request.ann_k,
+            plan=request.plan,
+            exact=request.exact,
+            filter_mode=retrieval_pb2.FilterMode.Name(request.filter_mode.value),
+        ),
+    )
+    for name, weight in request.task_weights.items():
+        message.task_weights[name] = weight
+    for name, values in request.features.items():
+        message.named.features[name].CopyFrom(values_to(f"features.{name}", values))
+    for name, param in request.params.items():
+        message.params[name].CopyFrom(values_to(f"params.{name}", param))
+    return message
+
+
+def _check_counts(name: str, values: Iterable[int], limit: int) -> None:
+    for value in values:
+        if not 0 <= value < limit:
+            raise ValueError(f"{name}: must be in 0..{limit - 1}, got {value}")
+
+
+def column_to(values: Sequence[FieldValue], dtype: ValueType) -> retrieval_pb2.Column:
+    """Return a column of stored values as a message; None is a missing value."""
+    missing = np.array([value is None for value in values], dtype=bool)
+    column = retrieval_pb2.Column()
+    if dtype == "int":
+        column.ints.values.extend(0 if one is None else int(one) for one in values)
+    elif dtype == "float":
+        column.doubles.values.extend(0.0 if one is None else float(one) for one in values)
+    else:
+        column.strings.values.extend("" if one is None else str(one) for one in values)
+    column.SetInParent()
+    getattr(column, {"int": "ints", "float": "doubles", "string": "strings"}[dtype]).SetInParent()
+    if missing.any():
+        column.null_bitmap = np.packbits(missing, bitorder="little").tobytes()
+    return column
+
+
+def column_from(message: retrieval_pb2.Column) -> list[FieldValue]:
+    """Return the values of a column; None is a missing value.
+
+    Raises:
+        ValueError: if the null bitmap does not fit the values.
+    """
+    kind = message.WhichOneof("kind")
+    values: list[FieldValue] = list(getattr(message, kind).values) if kind else []
+    if not message.null_bitmap:
+        return values
+    bits = np.unpackbits(np.frombuffer(message.null_bitmap, dtype=np.uint8), bitorder="little")
+    if len(message.null_bitmap) != (len(values) + 7) // 8:
+        raise ValueError(
+            f"null_bitmap must have {(len(values) + 7) // 8} bytes, got {len(message.null_bitmap)}"
+        )
+    return [None if gone else one for one, gone in zip(values, bits.tolist(), strict=False)]
+
+
+def response_of(
+    served: Served, schema: Schema, *, task_scores: bool
+) -> retrieval_pb2.RetrieveResponse:
+    """Return an answer as a message, without what the router knows of the request.
+
+    Args:
+        served: the answer.
+        schema: gives the types of the fields.
+        task_scores: whether the request asked for them.
+    """
+    answer = served.answer
+    counts = answer.counts
+    message = retrieval_pb2.RetrieveResponse(
+        item_ids=answer.item_ids.tolist(),
+        scores=answer.scores.tolist(),
+        exhausted=answer.exhausted,
+        coverage=coverage_to(served.coverage),
+        counts=retrieval_pb2.StageCounts(
+            addressed=counts.addressed,
+            probed=counts.probed,
+            eligible=counts.eligible,
+            ann_kept=counts.ann_kept,
+            reranked=counts.reranked,
+        ),
+        timings_us={name: min(spent, 2**32 - 1) for name, spent in answer.times.items()},
+        warnings=answer.warnings,
+        plan=str(answer.plan),
+    )
+    if task_scores:
+        for name, column in answer.task_scores.items():
+            message.task_scores[name].values.extend(column.tolist())
+            message.task_scores[name].SetInParent()
+    dtypes: dict[str, ValueType] = {one.name: one.dtype for one in schema.fields}
+    for name, values in served.fields.items():
+        message.fields[name].CopyFrom(column_to(values, dtypes[name]))
+    return message

@@ -1,0 +1,89 @@
+"""Settings of the processes of a cluster; deploy joins them with those of the other folders."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MEBIBYTE = 1 << 20
+
+
+class ListenSection(BaseModel):
+    """Where a router takes requests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to bind")
+    port: int = Field(
+        default=8001, ge=0, le=65535, description="gRPC port; 0 lets the system choose a free one"
+    )
+    insecure: bool = Field(
+        default=False,
+        description="allow an address other than loopback although nothing is encrypted",
+    )
+
+
+class PingSection(BaseModel):
+    """How a router notices that a shard hangs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every_ms: int = Field(default=100, ge=1, description="time between two pings of a replica")
+    suspect_after: int = Field(
+        default=2, ge=1, description="unanswered pings after which other replicas are preferred"
+    )
+    eject_after: int = Field(
+        default=5, ge=1, description="unanswered pings after which a replica is not asked at all"
+    )
+
+
+class QuerySection(BaseModel):
+    """How requests are limited, batched and given up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default_deadline_ms: int = Field(
+        default=2000, ge=1, description="time limit of a request that sets none"
+    )
+    deadline_max_ms: int = Field(
+        default=10_000, ge=1, description="longest time limit; a longer one is cut to it"
+    )
+    min_coverage: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="share of the documents that must answer, where the request does not say",
+    )
+    merge_headroom_ms: int = Field(
+        default=3, ge=0, description="time kept back from the shards for merging and answering"
+    )
+    max_batch: int = Field(default=64, ge=1, description="requests that run as one batch")
+    max_delay_us: int = Field(
+        default=500, ge=0, description="longest wait of a request for others to share its batch"
+    )
+    max_running: int = Field(default=16, ge=1, description="batches that run at the same time")
+    queue: int = Field(
+        default=256, ge=1, description="requests that may wait; more are refused with a delay"
+    )
+    max_requests: int = Field(
+        default=1024, ge=1, description="largest number of requests in one RetrieveBatch"
+    )
+    max_request_bytes: int = Field(
+        default=4 * MEBIBYTE, ge=1024, description="largest message that a router accepts"
+    )
+
+
+class RouterConfig(BaseModel):
+    """What a router process needs; written by the launcher, read from its ``--config`` file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    map_path: str = Field(min_length=1, description="shard map file that the launcher keeps true")
+    poll_ms: int = Field(default=100, ge=1, description="time between two looks at the shard map")
+    drain_s: float = Field(
+        default=10.0, ge=0, description="longest wait for requests in flight on SIGTERM"
+    )
+    num_threads: int = Field(default=1, ge=1, description="threads of each tensor operation")
+    die_with_parent: bool = Field(
+        default=True, description="end when the thread that started the process ends"
+    )
+    listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
+    query: QuerySection = Field(default=QuerySection(), description="limits of requests")
+    ping: PingSection = Field(default=PingSection(), description="detection of hung shards")

@@ -1,0 +1,351 @@
+"""The life of a batch of queries in a router: compile, count, plan, encode once, two rounds, merge.
+
+Free of I/O: shards are reached through ``ShardLink``, time is read from the clock that is given.
+
+Shapes: B requests, H heads.
+"""
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from silvershard.cluster.fanout import LOSSES, Fanout, Wait
+from silvershard.cluster.outcome import CoverageLost, Served
+from silvershard.cluster.rounds import Batch, Fate, Rounds, owners, shortfall
+from silvershard.cluster.shard_link import LinkState, ShardLink
+from silvershard.model.plan import Plan
+from silvershard.model.request import (
+    CompiledRequest,
+    FeatureValues,
+    Request,
+    RequestError,
+    compile_request,
+)
+from silvershard.model.retriever import assemble, pad_programs
+from silvershard.model.spec import ServingSpec
+from silvershard.model.two_tower import Encoded
+from silvershard.model.types import StageTimes
+from silvershard.shard.errors import DeadlineExceeded, RetrievalError, ShardUnavailable
+from silvershard.shard.partition import shard_partitions
+
+T = TypeVar("T")
+
+# Counting and encoding come before the rounds, which must find most of the time left.
+_COUNT_WAIT = Wait(soft=0.25, hard=0.5)
+_ENCODE_SHARE = 0.25
+_ENCODE_ATTEMPTS = 3
+
+_COUNT_TTL_S = 1.0
+_COUNT_ENTRIES = 1024
+
+# Of the largest message of a batch; far below what a connection carries.
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request with its service objective."""
+
+    request: Request
+    min_coverage: float
+    deadline_s: float
+    """Reading of the coordinator's clock at which the answer is too late."""
+    arrived_s: float
+    """Reading of the coordinator's clock when the request came in."""
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A request that is ready for the rounds."""
+
+    at: int
+    """Its place among the queries."""
+    row: int
+    """Its row in the encoded batch."""
+    compiled: CompiledRequest
+    plan: Plan
+    eligible: int | None
+
+
+class CountCache:
+    """Eligible counts of filters over the whole catalogue, for a second."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._counts: OrderedDict[tuple[str, bytes], tuple[int, float]] = OrderedDict()
+
+    def get(self, compiled: CompiledRequest) -> int | None:
+        """Return the count of a request's filter; None if it is not known."""
+        key = self._key(compiled)
+        count, until_s = self._counts.get(key, (0, float("-inf")))
+        if self._clock() >= until_s:
+            self._counts.pop(key, None)
+            return None
+        self._counts.move_to_end(key)
+        return count
+
+    def put(self, compiled: CompiledRequest, count: int) -> None:
+        """Remember the count of a request's filter."""
+        self._counts[self._key(compiled)] = (count, self._clock() + _COUNT_TTL_S)
+        if len(self._counts) > _COUNT_ENTRIES:
+            self._counts.popitem(last=False)
+
+    def _key(self, compiled: CompiledRequest) -> tuple[str, bytes]:
+        # The filter mode may change the program of the same filter.
+        return compiled.filter_key, compiled.scan.numpy().tobytes()
+
+
+class Coordinator:
+    """Answers batches over the shards of one generation."""
+
+    def __init__(
+        self,
+        spec: ServingSpec,
+        num_shards: int,
+        replicas: Callable[[int], Sequence[ShardLink]],
+        *,
+        merge_headroom_s: float = 0.003,
+        max_batch: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make a coordinator.
+
+        Args:
+            spec: the generation.
+            num_shards: S.
+            replicas: the links to a shard at this moment, which may be none.
+            merge_headroom_s: time kept back from the shards for merging and answering.
+            max_batch: requests that run together.
+            clock: must be the clock of the event loop.
+        """
+        self.spec = spec
+        self.num_shards = num_shards
+        self.replicas = replicas
+        self.documents = tuple(
+            sum(
+                spec.partition_documents[partition]
+                for partition in shard_partitions(shard, num_shards, spec.num_partitions)
+            )
+            for shard in range(num_shards)
+        )
+        self._owner = owners(num_shards, spec.num_partitions)
+        self._merge_headroom_s = merge_headroom_s
+        self._max_batch = max_batch
+        self._clock = clock
+        self._counts = CountCache(clock)
+        self._router = uuid.uuid4().hex[:12]
+        self._batches = 0
+        self._next_encoder = 0
+
+    async def answer(self, queries: Sequence[Query]) -> list[Fate]:
+        """Return the fate of every query, in order: an answer, or the error it gets instead.
+
+        Queries share their work but not their fate. More than ``max_batch`` run as several batches.
+        """
+        groups = [
+            queries[start : start + self._max_batch]
+            for start in range(0, len(queries), self._max_batch)
+        ]
+        fates = await _side_by_side([self._answer_group(group) for group in groups])
+        return [fate for group in fates for fate in group]
+
+    async def _answer_group(self, queries: Sequence[Query]) -> list[Fate]:
+        started_s = self._clock()
+        fates: dict[int, Fate] = {}
+        compiled: dict[int, CompiledRequest] = {}
+        for at, query in enumerate(queries):
+            if query.deadline_s <= started_s:
+                fates[at] = DeadlineExceeded("the time of the request ran out in the queue")
+                continue
+            try:
+                compiled[at] = compile_request(query.request, self.spec)
+            except RequestError as error:
+                fates[at] = error
+            except Exception as error:  # noqa: BLE001  # the server logs it; neighbours go on
+                fates[at] = error
+        if compiled:
+            fates |= await self._answer_compiled(queries, compiled, started_s)
+        return [fates[at] for at in range(len(queries))]
+
+    async def _answer_compiled(
+        self, queries: Sequence[Query], compiled: Mapping[int, CompiledRequest], started_s: float
+    ) -> dict[int, Fate]:
+        fanout = Fanout(
+            documents=self.documents,
+            replicas=self.replicas,
+            clock=self._clock,
+            deadline_s=min(queries[at].deadline_s for at in compiled) - self._merge_headroom_s,
+            min_coverage=max(queries[at].min_coverage for at in compiled),
+        )
+        times: StageTimes = {}
+        counting = asyncio.create_task(self._count(fanout, compiled, times))
+        try:
+            users = [one.features for one in compiled.values()]
+            encoded = await self._encode(fanout, users, times)
+            counted = await counting
+        finally:
+            counting.cancel()
+        fates: dict[int, Fate] = {}
+        if encoded is None:
+            coverage = fanout.coverage()
+            for at in compiled:
+                minimum = queries[at].min_coverage
+                fates[at] = shortfall(fanout, coverage, minimum) or CoverageLost(coverage, minimum)
+            return fates
+        planned: list[_Planned] = []
+        for row, (at, request) in enumerate(compiled.items()):
+            eligible = counted.get(at)
+            try:
+                plan = request.plan(self.spec, eligible)
+                planned.append(_Planned(at, row, request, plan, eligible))
+            except RequestError as error:
+                fates[at] = error
+        parts = self._parts(planned, encoded.embedding.shape[1])
+        found = await _side_by_side([self._run(part, queries, encoded, fanout) for part in parts])
+        for part, part_fates in zip(parts, found, strict=True):
+            for one, fate in zip(part, part_fates, strict=True):
+                fates[one.at] = self._stamped(fate, queries[one.at], started_s, times)
+        return fates
+
+    async def _count(
+        self, fanout: Fanout, compiled: Mapping[int, CompiledRequest], times: StageTimes
+    ) -> dict[int, int]:
+        """Return how many items the filter of each request lets through, where its plan asks."""
+        started_s = self._clock()
+        counts: dict[int, int] = {}
+        missing: dict[int, CompiledRequest] = {}
+        for at, one in compiled.items():
+            known = self._counts.get(one) if one.needs_count else None
+            if known is not None:
+                counts[at] = known
+            elif one.needs_count:
+                missing[at] = one
+        if not missing:
+            return counts
+        scan = pad_programs([one.scan for one in missing.values()])
+        replies = await fanout.ask(
+            fanout.alive, lambda link, remaining_s: link.count(scan, remaining_s), _COUNT_WAIT
+        )
+        if replies:
+            sums = torch.stack([reply.value for reply in replies.values()]).sum(0).tolist()
+            for (at, one), count in zip(missing.items(), sums, strict=True):
+                counts[at] = count
+                if len(replies) == self.num_shards:
+                    self._counts.put(one, count)
+        times["filter"] = int((self._clock() - started_s) * 1e6)
+        return counts
+
+    async def _encode(
+        self,
+        fanout: Fanout,
+        users: Sequence[Mapping[str, FeatureValues]],
+        times: StageTimes,
+    ) -> Encoded | None:
+        """Return the embeddings of all users from one replica of any shard.
+
+        None if none could; every shard is lost then.
+        """
+        started_s = self._clock()
+        start = self._next_encoder
+        self._next_encoder = (start + 1) % self.num_shards
+        order = [(start + step) % self.num_shards for step in range(self.num_shards)]
+        links = [link for shard in order for link in self.replicas(shard)]
+        usable = [link for link in links if link.state in (LinkState.UP, LinkState.SUSPECT)]
+        usable.sort(key=lambda link: link.state is not LinkState.UP)
+        errors: dict[int, RetrievalError] = {}
+        for link in usable[:_ENCODE_ATTEMPTS]:
+            remaining_s = fanout.remaining_s
+            try:
+                async with asyncio.timeout(max(remaining_s, 0.0) * _ENCODE_SHARE):
+                    encoded = await link.encode(users, remaining_s)
+            # DeadlineExceeded is a TimeoutError too.
+            except TimeoutError:
+                fanout.timed_out = True
+                fanout.hung.add(link)
+                message = f"shard {link.shard} did not encode in time"
+                errors[link.shard] = DeadlineExceeded(message)
+            except LOSSES as error:
+                errors[link.shard] = error
+            else:
+                times["tower"] = int((self._clock() - started_s) * 1e6)
+                return encoded
+        for shard in fanout.alive:
+            message = "no shard could encode the request"
+            reason: RetrievalError = ShardUnavailable(shard, message)
+            try:
+                fanout.choose(shard)
+            except LOSSES as error:
+                reason = error
+            fanout.lose(shard, errors.get(shard, reason), started_s)
+        return None
+
+    def _parts(self, planned: Sequence[_Planned], num_heads: int) -> list[list[_Planned]]:
+        """Return the requests in batches whose messages are of a bounded size."""
+        num_tasks = len(self.spec.item_schema.tasks)
+        parts: list[list[_Planned]] = []
+        widest = 0
+        for one in sorted(planned, key=lambda one: (one.plan.ann_k, one.at)):
+            size = (
+                12 * num_heads * one.plan.ann_k
+                + (16 + 4 * num_tasks) * one.compiled.k
+                + 8 * len(one.compiled.exclude)
+            )
+            widest = max(widest, size)
+            if not parts or (len(parts[-1]) + 1) * widest > _BATCH_BYTES:
+                parts.append([])
+                widest = size
+            parts[-1].append(one)
+        return parts
+
+    async def _run(
+        self,
+        part: Sequence[_Planned],
+        queries: Sequence[Query],
+        encoded: Encoded,
+        fanout: Fanout,
+    ) -> list[Fate]:
+        """Run the rounds of some requests of a batch."""
+        self._batches += 1
+        rows = torch.tensor([one.row for one in part])
+        compiled = [one.compiled for one in part]
+        plans = [one.plan for one in part]
+        minimums = [queries[one.at].min_coverage for one in part]
+        batch = Batch(
+            key=f"{self._router}/{self._batches}",
+            compiled=compiled,
+            plans=plans,
+            eligible=[one.eligible for one in part],
+            warnings=[encoded.warnings[one.row] for one in part],
+            minimums=minimums,
+            work=assemble(compiled, plans, encoded.embedding[rows], encoded.user_state[rows]),
+        )
+        return await Rounds(fanout.fork(max(minimums)), batch, self.spec, self._owner).run()
+
+    def _stamped(self, fate: Fate, query: Query, started_s: float, times: StageTimes) -> Fate:
+        """Return a fate with the times of the whole request."""
+        if not isinstance(fate, Served):
+            return fate
+        whole = {
+            "queue": int((started_s - query.arrived_s) * 1e6),
+            **times,
+            **fate.answer.times,
+            "total": int((self._clock() - query.arrived_s) * 1e6),
+        }
+        return replace(fate, answer=replace(fate.answer, times=whole))
+
+
+async def _side_by_side(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results of all; if one fails or the caller is cancelled, the others are too."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,342 @@
+"""Connections of a router to its shards: multiplexed calls, signs of life, fencing by epoch.
+
+Shapes: B requests, H heads.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+from torch import Tensor
+
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
+from silvershard.cluster.codec import code_name, column_from, values_to
+from silvershard.cluster.config import PingSection
+from silvershard.cluster.listen import LINK_OPTIONS
+from silvershard.cluster.shard_link import LinkState
+from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.model.request import FeatureValues
+from silvershard.model.two_tower import Encoded
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
+from silvershard.shard.errors import (
+    CandidatesExpired,
+    DeadlineExceeded,
+    GenerationError,
+    Overloaded,
+    ShardUnavailable,
+)
+from silvershard.shard.executor import FieldValue
+
+_RECONNECT_S = 0.1
+
+
+@dataclass(eq=False)
+class _Connection:
+    """One attempt to hold a stream."""
+
+    outgoing: asyncio.Queue[shard_pb2.ShardCall] = field(default_factory=asyncio.Queue)
+    pending: dict[int, asyncio.Future[shard_pb2.ShardReply]] = field(default_factory=dict)
+
+
+class GrpcShardLink:
+    """One incarnation of one replica of one shard, as a router reaches it."""
+
+    def __init__(self, entry: ShardEntry, generation: int, ping: PingSection) -> None:
+        """Make a link that does not connect yet; ``start`` does."""
+        self.shard = entry.shard
+        self.replica = entry.replica
+        self.entry = entry
+        self.generation = generation
+        self._ping = ping
+        self._ids = itertools.count(1)
+        self._connection: _Connection | None = None
+        self._connected: bool | None = None
+        self._misses = 0
+        self._heard = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def state(self) -> LinkState:
+        """Return what is believed of the replica; a link that has not tried yet counts as up."""
+        if self._connected is False:
+            return LinkState.DOWN
+        if self._misses >= self._ping.eject_after:
+            return LinkState.EJECTED
+        return LinkState.SUSPECT if self._misses >= self._ping.suspect_after else LinkState.UP
+
+    @property
+    def reached(self) -> bool:
+        """Return True while the replica is connected and answers."""
+        return self._connected is True and self.state is LinkState.UP
+
+    def start(self) -> None:
+        """Connect, and stay connected until ``aclose``; needs a running event loop."""
+        self._connection = _Connection()
+        self._tasks = [
+            asyncio.create_task(self._hold_stream()),
+            asyncio.create_task(self._hold_pings()),
+        ]
+
+    async def aclose(self) -> None:
+        """Disconnect; calls in flight fail."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._lose("the link was closed")
+
+    async def encode(
+        self, users: Sequence[Mapping[str, FeatureValues]], remaining_s: float
+    ) -> Encoded:
+        """Return the query embeddings of users whose features are checked already.
+
+        Every method that asks the shard raises the same errors.
+
+        Raises:
+            ShardUnavailable: if there is no connection, or the answer cannot be used.
+            DeadlineExceeded: if no answer came in ``remaining_s``.
+            GenerationError: if the shard serves another generation.
+            Overloaded: if the queue of the shard is full.
+        """
+        call = shard_pb2.ShardCall()
+        call.encode.SetInParent()
+        for user in users:
+            message = call.encode.users.add()
+            for name, values in user.items():
+                message.features[name].CopyFrom(values_to(name, values))
+        reply = await self._call(call, remaining_s)
+        with self._usable():
+            found = tensors.from_map(reply.tensors, tensors.ENCODED)
+            self._same_batch(found["embedding"], len(users))
+            return Encoded(
+                found["embedding"],
+                found["user_state"],
+                tuple(tensors.warnings_of(reply, len(users))),
+            )
+
+    async def count(self, scan: Tensor, remaining_s: float) -> Tensor:
+        """Return how many documents of the shard pass each program ``(B, L, 4)``, ``(B,)``."""
+        call = shard_pb2.ShardCall(count=tensors.to_map({"scan": scan}))
+        reply = await self._call(call, remaining_s)
+        with self._usable():
+            count = tensors.from_map(reply.tensors, tensors.COUNT)["count"]
+            self._same_batch(count, scan.shape[0])
+            return count
+
+    async def open(self, key: str, work: Work, remaining_s: float) -> RoundOne:
+        """Run round one; its candidates stay open under ``key`` for ``remaining_s``."""
+        call = shard_pb2.ShardCall(key=key, open=tensors.work_to_map(work))
+        reply = await self._call(call, remaining_s)
+        with self._usable():
+            first = tensors.round_one_from_map(reply.tensors, dict(reply.times_us))
+            self._same_batch(first.scores, *work.embedding.shape[:2])
+            return first
+
+    async def close(self, key: str, cutoffs: Cutoffs, remaining_s: float) -> RoundTwo:
+        """Run round two on the candidates open under ``key``.
+
+        Raises:
+            CandidatesExpired: if they are open no more.
+        """
+        call = shard_pb2.ShardCall(key=key, close=tensors.cutoffs_to_map(cutoffs))
+        reply = await self._call(call, remaining_s)
+        with self._usable():
+            second = tensors.round_two_from_map(reply.tensors, dict(reply.times_us))
+            self._same_batch(second.values, cutoffs.scores.shape[0])
+            return second
+
+    async def open_and_close(
+        self, key: str, work: Work, cutoffs: Cutoffs, remaining_s: float
+    ) -> RoundTwo:
+        """Run both rounds at once, to take over when the cutoffs are known."""
+        both = shard_pb2.OpenAndClose(
+            work=tensors.work_to_map(work), cutoffs=tensors.cutoffs_to_map(cutoffs)
+        )
+        reply = await self._call(shard_pb2.ShardCall(key=key, open_and_close=both), remaining_s)
+        with self._usable():
+            second = tensors.round_two_from_map(reply.tensors, dict(reply.times_us))
+            self._same_batch(second.values, cutoffs.scores.shape[0])
+            return second
+
+    async def fields(
+        self, item_ids: Sequence[int], names: Sequence[str], remaining_s: float
+    ) -> dict[str, list[FieldValue]]:
+        """Return stored columns of items that the shard holds."""
+        call = shard_pb2.ShardCall(fields=shard_pb2.Fields(item_ids=item_ids, names=names))
+        reply = await self._call(call, remaining_s)
+        with self._usable():
+            columns = {name: column_from(reply.fields.columns[name]) for name in names}
+            for name, values in columns.items():
+                if len(values) != len(item_ids):
+                    raise ValueError(
+                        f"field {name} must have {len(item_ids)} values, got {len(values)}"
+                    )
+            return columns
+
+    def release(self, key: str) -> None:
+        """Tell the shard that nobody waits for ``key`` any more; never waits, never fails."""
+        if self._connection is not None:
+            call = shard_pb2.ShardCall(key=key, release=shard_pb2.Release())
+            self._connection.outgoing.put_nowait(self._addressed(call, 0.0))
+
+    def _addressed(self, call: shard_pb2.ShardCall, remaining_s: float) -> shard_pb2.ShardCall:
+        call.call_id = next(self._ids)
+        call.generation = self.generation
+        call.epoch = self.entry.epoch
+        call.remaining_us = max(0, int(remaining_s * 1e6))
+        return call
+
+    async def _call(self, call: shard_pb2.ShardCall, remaining_s: float) -> shard_pb2.ShardReply:
+        connection = self._connection
+        if connection is None:
+            raise ShardUnavailable(self.shard, f"no connection to {self.entry.address}")
+        call_id = self._addressed(call, remaining_s).call_id
+        future = asyncio.get_running_loop().create_future()
+        connection.pending[call_id] = future
+        connection.outgoing.put_nowait(call)
+        try:
+            async with asyncio.timeout(remaining_s):
+                reply: shard_pb2.ShardReply = await future
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"shard {self.shard} did not answer within {remaining_s:.3f} s"
+            ) from None
+        finally:
+            connection.pending.pop(call_id, None)
+        self._check(reply, call.key)
+        return reply
+
+    def _check(self, reply: shard_pb2.ShardReply, key: str) -> None:
+        """Raise what a reply reports, or what makes it unusable."""
+        if reply.epoch != self.entry.epoch:
+            raise ShardUnavailable(
+                self.shard, f"answered as epoch {reply.epoch}, {self.entry.epoch} was asked"
+            )
+        if reply.generation != self.generation:
+            raise GenerationError(self.generation, reply.generation)
+        if not reply.code:
+            return
+        code = code_name(reply.code)
+        if reply.reason == "CANDIDATES_EXPIRED":
+            raise CandidatesExpired(key)
+        if code == "DEADLINE_EXCEEDED":
+            raise DeadlineExceeded(f"shard {self.shard}: {reply.message}")
+        if code == "RESOURCE_EXHAUSTED":
+            raise Overloaded(f"shard {self.shard}: {reply.message}", _RECONNECT_S)
+        raise ShardUnavailable(self.shard, f"{code}: {reply.message}")
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ShardUnavailable(self.shard, f"malformed answer: {error}") from None
+
+    def _same_batch(self, tensor: Tensor, *sizes: int) -> None:
+        if tuple(tensor.shape[: len(sizes)]) != sizes:
+            raise ValueError(f"answer must be of shape {sizes}, got {tuple(tensor.shape)}")
+
+    def _lose(self, message: str) -> None:
+        """Fail every call in flight."""
+        connection, self._connection = self._connection, None
+        self._connected = False
+        if connection is not None:
+            for future in connection.pending.values():
+                if not future.done():
+                    future.set_exception(ShardUnavailable(self.shard, message))
+
+    async def _hold_stream(self) -> None:
+        """Keep a stream for calls; when it breaks, connect again."""
+        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
+            stub = shard_pb2_grpc.ShardStub(channel)
+            while True:
+                connection = self._connection or _Connection()
+                stream = stub.Execute()
+                writer = asyncio.create_task(self._write(stream, connection))
+                try:
+                    await stream.initial_metadata()
+                    if not stream.done():
+                        self._connection, self._connected = connection, True
+                    async for reply in stream:
+                        self._heard = True
+                        future = connection.pending.get(reply.call_id)
+                        if future is not None and not future.done():
+                            future.set_result(reply)
+                    message = "the shard ended the connection"
+                except grpc.aio.AioRpcError as error:
+                    message = f"{error.code().name}: {error.details()}"
+                finally:
+                    writer.cancel()
+                    stream.cancel()
+                self._lose(message)
+                await asyncio.sleep(_RECONNECT_S)
+
+    async def _write(self, stream: grpc.aio.StreamStreamCall, connection: _Connection) -> None:
+        # A cancelled write cancels its stream, so writes never run in the tasks of callers.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await stream.write(await connection.outgoing.get())
+
+    async def _hold_pings(self) -> None:
+        """Count the pings in a row without any sign of life; a pause of our own counts once."""
+        every_s = self._ping.every_ms / 1e3
+        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
+            reader = asyncio.create_task(self._listen(channel))
+            try:
+                while True:
+                    await asyncio.sleep(every_s)
+                    self._misses = 0 if self._heard else self._misses + 1
+                    self._heard = False
+            finally:
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    async def _listen(self, channel: grpc.aio.Channel) -> None:
+        stub = shard_pb2_grpc.ShardStub(channel)
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for beat in stub.Ping(self._beats()):
+                    # Another incarnation on the same address is not a sign of life of this one.
+                    if beat.epoch == self.entry.epoch:
+                        self._heard = True
+            await asyncio.sleep(self._ping.every_ms / 1e3)
+
+    async def _beats(self) -> AsyncIterator[shard_pb2.Beat]:
+        for sequence in itertools.count(1):
+            yield shard_pb2.Beat(sequence=sequence)
+            await asyncio.sleep(self._ping.every_ms / 1e3)
+
+
+class Links:
+    """The links to all processes of the newest shard map."""
+
+    def __init__(self, ping: PingSection) -> None:
+        self._ping = ping
+        self._links: dict[tuple[int, ShardEntry], GrpcShardLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def update(self, shard_map: ShardMap) -> None:
+        """Connect to what is new in the map and let go of what is no longer in it."""
+        wanted = {(shard_map.generation, entry) for entry in shard_map.entries}
+        for key in self._links.keys() - wanted:
+            task = asyncio.create_task(self._links.pop(key).aclose())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for generation, entry in wanted - self._links.keys():
+            link = GrpcShardLink(entry, generation, self._ping)
+            link.start()
+            self._links[generation, entry] = link
+
+    def replicas(self, shard: int) -> list[GrpcShardLink]:
+        """Return the links to a shard, by replica."""
+        found = [link for link in self._links.values() if link.shard == shard]
+        return sorted(found, key=lambda link: link.replica)
+
+    async def aclose(self) -> None:
+        """Disconnect from everything."""
+        links = list(self._links.values())
+        self._links.clear()
+        await asyncio.gather(*(link.aclose() for link in links), *self._closing)

@@ -1,0 +1,84 @@
+"""What became of a query: an answer and how much of the catalogue it covers, or why it has none."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from silvershard.model.answer import Answer
+from silvershard.shard.errors import CoverageError, DeadlineExceeded
+from silvershard.shard.executor import FieldValue
+
+
+class DegradeReason(StrEnum):
+    """Why an answer does not cover everything; names as on the wire."""
+
+    SHARD_UNAVAILABLE = "SHARD_UNAVAILABLE"
+    SHARD_TIMEOUT = "SHARD_TIMEOUT"
+    SHARD_OVERLOADED = "SHARD_OVERLOADED"
+    VERSION_MISMATCH_DROPPED = "VERSION_MISMATCH_DROPPED"
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """How a shard that is missing from an answer failed."""
+
+    shard: int
+    replica: str
+    """Index of the last replica that was asked; empty when there was none to ask."""
+    code: str
+    """Name of the gRPC status."""
+    reasons: tuple[str, ...]
+    documents: int
+    """Items that this shard serves and that the answer therefore lacks."""
+    latency_us: int
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the catalogue an answer covers."""
+
+    documents: float
+    """Documents whose shard answered / documents addressed, 0..1; exactly 1.0 if all answered."""
+    shards_total: int
+    shards_full: int
+    shards_failed: int
+    reasons: tuple[str, ...] = ()
+    """Names of ``DegradeReason``, each once, sorted."""
+    shards: tuple[ShardOutcome, ...] = ()
+    """The shards that did not answer, by index."""
+
+    @property
+    def degraded(self) -> bool:
+        """Return True when some shard did not answer."""
+        return bool(self.reasons)
+
+
+@dataclass(frozen=True)
+class Served:
+    """An answer as a router gives it."""
+
+    answer: Answer
+    coverage: Coverage
+    fields: Mapping[str, list[FieldValue]] = field(default_factory=dict)
+    """The columns asked for, one value per result."""
+
+
+class CoverageLost(CoverageError):
+    """Too few documents answered, and no replica is left to ask."""
+
+    def __init__(self, coverage: Coverage, minimum: float) -> None:
+        super().__init__(coverage.documents, minimum)
+        self.coverage = coverage
+
+
+class CoverageTimedOut(DeadlineExceeded):
+    """Time ran out before enough documents had answered."""
+
+    def __init__(self, coverage: Coverage, minimum: float) -> None:
+        super().__init__(
+            f"time ran out when {coverage.documents:.4f} of the documents had answered, "
+            f"at least {minimum:.4f} are required"
+        )
+        self.coverage = coverage
+        self.minimum = minimum

@@ -1,0 +1,291 @@
+from google.protobuf import any_pb2 as _any_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FilterMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FILTER_MODE_UNSPECIFIED: _ClassVar[FilterMode]
+    FILTER_MODE_BLOOM: _ClassVar[FilterMode]
+    FILTER_MODE_BLOOM_VERIFIED: _ClassVar[FilterMode]
+    FILTER_MODE_EXACT: _ClassVar[FilterMode]
+
+class DegradeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DEGRADE_REASON_UNSPECIFIED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_SHARD_UNAVAILABLE: _ClassVar[DegradeReason]
+    DEGRADE_REASON_SHARD_TIMEOUT: _ClassVar[DegradeReason]
+    DEGRADE_REASON_SHARD_OVERLOADED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_VERSION_MISMATCH_DROPPED: _ClassVar[DegradeReason]
+FILTER_MODE_UNSPECIFIED: FilterMode
+FILTER_MODE_BLOOM: FilterMode
+FILTER_MODE_BLOOM_VERIFIED: FilterMode
+FILTER_MODE_EXACT: FilterMode
+DEGRADE_REASON_UNSPECIFIED: DegradeReason
+DEGRADE_REASON_SHARD_UNAVAILABLE: DegradeReason
+DEGRADE_REASON_SHARD_TIMEOUT: DegradeReason
+DEGRADE_REASON_SHARD_OVERLOADED: DegradeReason
+DEGRADE_REASON_VERSION_MISMATCH_DROPPED: DegradeReason
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage")
+    class ParamsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Values
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Values, _Mapping]] = ...) -> None: ...
+    class TaskWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NAMED_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
+    TASK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_FIELDS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_TASK_SCORES_FIELD_NUMBER: _ClassVar[int]
+    MIN_COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    alias: str
+    generation: int
+    named: FeatureMap
+    k: int
+    filter: str
+    params: _containers.MessageMap[str, Values]
+    exclude_ids: _containers.RepeatedScalarFieldContainer[int]
+    search: SearchParams
+    task_weights: _containers.ScalarMap[str, float]
+    return_fields: _containers.RepeatedScalarFieldContainer[str]
+    return_task_scores: bool
+    min_coverage: float
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ...) -> None: ...
+
+class SearchParams(_message.Message):
+    __slots__ = ("nprobe", "ann_k", "plan", "exact", "filter_mode")
+    NPROBE_FIELD_NUMBER: _ClassVar[int]
+    ANN_K_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    FILTER_MODE_FIELD_NUMBER: _ClassVar[int]
+    nprobe: int
+    ann_k: int
+    plan: str
+    exact: bool
+    filter_mode: FilterMode
+    def __init__(self, nprobe: _Optional[int] = ..., ann_k: _Optional[int] = ..., plan: _Optional[str] = ..., exact: _Optional[bool] = ..., filter_mode: _Optional[_Union[FilterMode, str]] = ...) -> None: ...
+
+class RetrieveResponse(_message.Message):
+    __slots__ = ("request_id", "item_ids", "scores", "task_scores", "fields", "exhausted", "version", "coverage", "counts", "timings_us", "warnings", "plan")
+    class TaskScoresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: FloatColumn
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[FloatColumn, _Mapping]] = ...) -> None: ...
+    class FieldsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Column
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Column, _Mapping]] = ...) -> None: ...
+    class TimingsUsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    TASK_SCORES_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    EXHAUSTED_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_US_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    item_ids: _containers.RepeatedScalarFieldContainer[int]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    task_scores: _containers.MessageMap[str, FloatColumn]
+    fields: _containers.MessageMap[str, Column]
+    exhausted: bool
+    version: VersionStamp
+    coverage: Coverage
+    counts: StageCounts
+    timings_us: _containers.ScalarMap[str, int]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    plan: str
+    def __init__(self, request_id: _Optional[str] = ..., item_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., task_scores: _Optional[_Mapping[str, FloatColumn]] = ..., fields: _Optional[_Mapping[str, Column]] = ..., exhausted: _Optional[bool] = ..., version: _Optional[_Union[VersionStamp, _Mapping]] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., counts: _Optional[_Union[StageCounts, _Mapping]] = ..., timings_us: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., plan: _Optional[str] = ...) -> None: ...
+
+class VersionStamp(_message.Message):
+    __slots__ = ("model", "generation", "shard_map_version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SHARD_MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    generation: int
+    shard_map_version: int
+    def __init__(self, model: _Optional[str] = ..., generation: _Optional[int] = ..., shard_map_version: _Optional[int] = ...) -> None: ...
+
+class Coverage(_message.Message):
+    __slots__ = ("documents", "degraded", "shards_total", "shards_full", "shards_degraded", "shards_failed", "reasons", "shards")
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FULL_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    documents: float
+    degraded: bool
+    shards_total: int
+    shards_full: int
+    shards_degraded: int
+    shards_failed: int
+    reasons: _containers.RepeatedScalarFieldContainer[DegradeReason]
+    shards: _containers.RepeatedCompositeFieldContainer[ShardOutcome]
+    def __init__(self, documents: _Optional[float] = ..., degraded: _Optional[bool] = ..., shards_total: _Optional[int] = ..., shards_full: _Optional[int] = ..., shards_degraded: _Optional[int] = ..., shards_failed: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., shards: _Optional[_Iterable[_Union[ShardOutcome, _Mapping]]] = ...) -> None: ...
+
+class ShardOutcome(_message.Message):
+    __slots__ = ("shard", "replica", "grpc_code", "reasons", "documents", "latency_us", "attempts")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    GRPC_CODE_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    replica: str
+    grpc_code: int
+    reasons: _containers.RepeatedScalarFieldContainer[DegradeReason]
+    documents: int
+    latency_us: int
+    attempts: int
+    def __init__(self, shard: _Optional[int] = ..., replica: _Optional[str] = ..., grpc_code: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., documents: _Optional[int] = ..., latency_us: _Optional[int] = ..., attempts: _Optional[int] = ...) -> None: ...
+
+class StageCounts(_message.Message):
+    __slots__ = ("addressed", "probed", "eligible", "ann_kept", "reranked")
+    ADDRESSED_FIELD_NUMBER: _ClassVar[int]
+    PROBED_FIELD_NUMBER: _ClassVar[int]
+    ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
+    ANN_KEPT_FIELD_NUMBER: _ClassVar[int]
+    RERANKED_FIELD_NUMBER: _ClassVar[int]
+    addressed: int
+    probed: int
+    eligible: int
+    ann_kept: int
+    reranked: int
+    def __init__(self, addressed: _Optional[int] = ..., probed: _Optional[int] = ..., eligible: _Optional[int] = ..., ann_kept: _Optional[int] = ..., reranked: _Optional[int] = ...) -> None: ...
+
+class RetrieveBatchRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RetrieveRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[RetrieveRequest, _Mapping]]] = ...) -> None: ...
+
+class RetrieveBatchResponse(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[BatchItem]
+    def __init__(self, items: _Optional[_Iterable[_Union[BatchItem, _Mapping]]] = ...) -> None: ...
+
+class BatchItem(_message.Message):
+    __slots__ = ("code", "reason", "response", "details")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    reason: str
+    response: RetrieveResponse
+    details: _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., response: _Optional[_Union[RetrieveResponse, _Mapping]] = ..., details: _Optional[_Iterable[_Union[_any_pb2.Any, _Mapping]]] = ...) -> None: ...
+
+class FeatureMap(_message.Message):
+    __slots__ = ("features",)
+    class FeaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Values
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Values, _Mapping]] = ...) -> None: ...
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    features: _containers.MessageMap[str, Values]
+    def __init__(self, features: _Optional[_Mapping[str, Values]] = ...) -> None: ...
+
+class Values(_message.Message):
+    __slots__ = ("ints", "floats", "strings", "doubles")
+    INTS_FIELD_NUMBER: _ClassVar[int]
+    FLOATS_FIELD_NUMBER: _ClassVar[int]
+    STRINGS_FIELD_NUMBER: _ClassVar[int]
+    DOUBLES_FIELD_NUMBER: _ClassVar[int]
+    ints: _containers.RepeatedScalarFieldContainer[int]
+    floats: _containers.RepeatedScalarFieldContainer[float]
+    strings: _containers.RepeatedScalarFieldContainer[str]
+    doubles: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ints: _Optional[_Iterable[int]] = ..., floats: _Optional[_Iterable[float]] = ..., strings: _Optional[_Iterable[str]] = ..., doubles: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class FloatColumn(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Column(_message.Message):
+    __slots__ = ("floats", "ints", "strings", "doubles", "null_bitmap")
+    FLOATS_FIELD_NUMBER: _ClassVar[int]
+    INTS_FIELD_NUMBER: _ClassVar[int]
+    STRINGS_FIELD_NUMBER: _ClassVar[int]
+    DOUBLES_FIELD_NUMBER: _ClassVar[int]
+    NULL_BITMAP_FIELD_NUMBER: _ClassVar[int]
+    floats: FloatColumn
+    ints: IntColumn
+    strings: StringColumn
+    doubles: DoubleColumn
+    null_bitmap: bytes
+    def __init__(self, floats: _Optional[_Union[FloatColumn, _Mapping]] = ..., ints: _Optional[_Union[IntColumn, _Mapping]] = ..., strings: _Optional[_Union[StringColumn, _Mapping]] = ..., doubles: _Optional[_Union[DoubleColumn, _Mapping]] = ..., null_bitmap: _Optional[bytes] = ...) -> None: ...
+
+class IntColumn(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StringColumn(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DoubleColumn(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...

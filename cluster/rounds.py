@@ -1,0 +1,273 @@
+"""The two rounds of a batch over the shards, repeated without a shard that is lost on the way.
+
+Shapes: B requests, H heads, R candidates per head, K results, T tasks, P partitions.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from silvershard.cluster.fanout import Fanout, Reply, Wait
+from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut, Served
+from silvershard.cluster.shard_link import ShardLink
+from silvershard.model.answer import Answer, split_answers
+from silvershard.model.merge import Merge, slowest
+from silvershard.model.plan import Plan
+from silvershard.model.request import CompiledRequest
+from silvershard.model.spec import ServingSpec
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
+from silvershard.shard.errors import CandidatesExpired
+from silvershard.shard.executor import FieldValue
+from silvershard.shard.partition import partition_of, shard_partitions
+
+T = TypeVar("T")
+
+# Half the time for stragglers leaves as much for the next round; what is short of the minimum would
+# be an error anyway, so it may take nearly all.
+ROUND_WAIT = Wait(soft=0.5, hard=0.875)
+
+# Merging more values than this would keep the event loop from noticing anything else.
+_LARGE_MERGE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one batch that run together, in the form the shards take them."""
+
+    key: str
+    """Names the open candidates; unique per router."""
+    compiled: Sequence[CompiledRequest]
+    plans: Sequence[Plan]
+    eligible: Sequence[int | None]
+    """Items that the filter of each lets through, where they were counted."""
+    warnings: Sequence[tuple[str, ...]]
+    minimums: Sequence[float]
+    """Coverage that each requires."""
+    work: Work
+
+
+Fate = Served | Exception
+
+
+def shortfall(fanout: Fanout, coverage: Coverage, minimum: float) -> Exception | None:
+    """Return why a request that requires ``minimum`` has no answer; None if it has one."""
+    if coverage.shards_full and coverage.documents >= minimum:
+        return None
+    # No answer at all is an error even where a request would accept any coverage.
+    if fanout.timed_out or fanout.remaining_s <= 0:
+        return CoverageTimedOut(coverage, minimum)
+    return CoverageLost(coverage, minimum)
+
+
+def owners(num_shards: int, num_partitions: int) -> Tensor:
+    """Return the shard of every partition, ``(P,)`` int64."""
+    table = torch.empty(num_partitions, dtype=torch.int64)
+    for shard in range(num_shards):
+        served = shard_partitions(shard, num_shards, num_partitions)
+        table[served.start : served.stop] = shard
+    return table
+
+
+class Rounds:
+    """Runs one batch; every shard it touched is released at the end, however it ends."""
+
+    def __init__(self, fanout: Fanout, batch: Batch, spec: ServingSpec, owner: Tensor) -> None:
+        """Make the rounds of a batch.
+
+        Args:
+            fanout: the shards as this batch sees them; belongs to these rounds from now on.
+            batch: what to run.
+            spec: the generation.
+            owner: ``(P,)`` int64 shard of every partition.
+        """
+        self._fanout = fanout
+        self._batch = batch
+        self._spec = spec
+        self._owner = owner
+        self._merge = Merge()
+        self._touched: set[ShardLink] = set()
+        self._holding: dict[int, ShardLink] = {}
+        self._network_us = 0
+        self._merge_us = 0
+        self._slowest_us = 0
+
+    async def run(self) -> list[Fate]:
+        """Return the fate of every request: an answer, or the error that it gets instead."""
+        try:
+            return await self._run()
+        finally:
+            for link in self._touched:
+                link.release(self._batch.key)
+
+    async def _run(self) -> list[Fate]:
+        opened = await self._timed(self._fanout.ask(self._fanout.alive, self._open, ROUND_WAIT))
+        self._holding = {shard: reply.link for shard, reply in opened.items()}
+        closed: dict[int, Reply[RoundTwo]] = {}
+        cutoffs: Cutoffs | None = None
+        while self._someone_waits():
+            rounds = [opened[shard].value for shard in self._fanout.alive]
+            previous = cutoffs
+            cutoffs = await self._compute(
+                partial(self._merge.cutoffs, rounds, self._batch.work.ann_k),
+                sum(one.scores.numel() for one in rounds),
+            )
+            if previous is None or not _same(previous, cutoffs):
+                closed = {}
+            if not await self._close(cutoffs, closed):
+                continue
+            seconds = [closed[shard].value for shard in self._fanout.alive]
+            answers = await self._answers(rounds, seconds)
+            columns = await self._fields(answers)
+            if columns is None:
+                continue
+            return self._fates(answers, columns)
+        return self._fates(None, None)
+
+    def _someone_waits(self) -> bool:
+        coverage = self._fanout.coverage()
+        return any(
+            shortfall(self._fanout, coverage, minimum) is None for minimum in self._batch.minimums
+        )
+
+    async def _open(self, link: ShardLink, remaining_s: float) -> RoundOne:
+        self._touched.add(link)
+        first = await link.open(self._batch.key, self._batch.work, remaining_s)
+        self._spent(first.times)
+        return first
+
+    async def _close(self, cutoffs: Cutoffs, closed: dict[int, Reply[RoundTwo]]) -> bool:
+        """Run round two where it has not run with these cutoffs; False if a shard was lost."""
+
+        async def close(link: ShardLink, remaining_s: float) -> RoundTwo:
+            self._touched.add(link)
+            key, work = self._batch.key, self._batch.work
+            if self._holding.get(link.shard) is link:
+                try:
+                    second = await link.close(key, cutoffs, remaining_s)
+                except CandidatesExpired:
+                    second = await link.open_and_close(key, work, cutoffs, remaining_s)
+            else:
+                second = await link.open_and_close(key, work, cutoffs, remaining_s)
+                self._holding[link.shard] = link
+            self._spent(second.times)
+            return second
+
+        asked = [shard for shard in self._fanout.alive if shard not in closed]
+        closed |= await self._timed(self._fanout.ask(asked, close, ROUND_WAIT, self._holding))
+        return all(shard not in self._fanout.lost for shard in asked)
+
+    async def _answers(
+        self, rounds: Sequence[RoundOne], seconds: Sequence[RoundTwo]
+    ) -> list[Answer]:
+        batch = self._batch
+        width = int(batch.work.k.max())
+        second = await self._compute(
+            partial(self._merge, seconds, width), sum(one.values.numel() for one in seconds)
+        )
+        first = RoundOne(
+            scores=rounds[0].scores[:, :, :0],
+            item_ids=rounds[0].item_ids[:, :, :0],
+            probed=torch.stack([one.probed for one in rounds]).sum(0),
+            eligible=torch.stack([one.eligible for one in rounds]).sum(0),
+            times={},
+        )
+        times = {
+            **slowest([one.times for one in rounds]),
+            **slowest([one.times for one in seconds]),
+            "merge": self._merge_us,
+            "network": max(self._network_us, 0),
+        }
+        return split_answers(
+            batch.compiled,
+            batch.plans,
+            batch.warnings,
+            first,
+            second,
+            self._spec,
+            batch.eligible,
+            times,
+        )
+
+    async def _fields(self, answers: Sequence[Answer]) -> list[dict[str, list[FieldValue]]] | None:
+        """Return the columns that each request wants; None if a shard was lost."""
+        columns: list[dict[str, list[FieldValue]]] = []
+        asking = [one.return_fields for one in self._batch.compiled]
+        names = sorted({name for wanted in asking for name in wanted})
+        wanted_ids = [
+            answer.item_ids for answer, wanted in zip(answers, asking, strict=True) if wanted
+        ]
+        found: dict[str, dict[int, FieldValue]] = {name: {} for name in names}
+        if wanted_ids:
+            item_ids = torch.cat(wanted_ids).unique()
+            shard_of = self._owner[partition_of(item_ids, self._spec.num_partitions)]
+            by_shard: dict[int, list[int]] = {
+                shard: item_ids[shard_of == shard].tolist() for shard in shard_of.unique().tolist()
+            }
+
+            async def look_up(
+                link: ShardLink, remaining_s: float
+            ) -> Mapping[str, list[FieldValue]]:
+                return await link.fields(by_shard[link.shard], names, remaining_s)
+
+            replies = await self._timed(
+                self._fanout.ask(sorted(by_shard), look_up, ROUND_WAIT, self._holding)
+            )
+            if len(replies) < len(by_shard):
+                return None
+            for shard, reply in replies.items():
+                for name in names:
+                    found[name].update(zip(by_shard[shard], reply.value[name], strict=True))
+        for answer, wanted in zip(answers, asking, strict=True):
+            listed = answer.item_ids.tolist() if wanted else []
+            columns.append({name: [found[name][item] for item in listed] for name in wanted})
+        return columns
+
+    def _fates(
+        self,
+        answers: Sequence[Answer] | None,
+        columns: Sequence[dict[str, list[FieldValue]]] | None,
+    ) -> list[Fate]:
+        coverage = self._fanout.coverage()
+        fates: list[Fate] = []
+        for at, minimum in enumerate(self._batch.minimums):
+            error = shortfall(self._fanout, coverage, minimum)
+            if error is not None or answers is None or columns is None:
+                fates.append(error or CoverageLost(coverage, minimum))
+                continue
+            answer = answers[at]
+            # Every cluster was scanned only where every shard answered.
+            whole = coverage.shards_failed == 0
+            fates.append(
+                Served(
+                    answer=replace(answer, exhausted=answer.exhausted and whole),
+                    coverage=coverage,
+                    fields=columns[at],
+                )
+            )
+        return fates
+
+    async def _timed(self, asking: Awaitable[T]) -> T:
+        started_s = self._fanout.clock()
+        self._slowest_us = 0
+        found = await asking
+        spent_us = int((self._fanout.clock() - started_s) * 1e6)
+        self._network_us += spent_us - self._slowest_us
+        return found
+
+    def _spent(self, times: StageTimes) -> None:
+        self._slowest_us = max(self._slowest_us, sum(times.values()))
+
+    async def _compute(self, compute: Callable[[], T], size: int) -> T:
+        started_s = self._fanout.clock()
+        found = compute() if size < _LARGE_MERGE else await asyncio.to_thread(compute)
+        self._merge_us += int((self._fanout.clock() - started_s) * 1e6)
+        return found
+
+
+def _same(one: Cutoffs, other: Cutoffs) -> bool:
+    return torch.equal(one.scores, other.scores) and torch.equal(one.item_ids, other.item_ids)

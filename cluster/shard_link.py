@@ -1,0 +1,84 @@
+"""What the coordinator needs of a connection to a replica; a simulation of faults is one, too.
+
+Shapes: B requests, L program length.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from silvershard.model.request import FeatureValues
+from silvershard.model.two_tower import Encoded
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
+from silvershard.shard.executor import FieldValue
+
+
+class LinkState(Enum):
+    """What a router believes of a replica."""
+
+    UP = "up"
+    SUSPECT = "suspect"
+    """Some pings are unanswered: others are preferred."""
+    EJECTED = "ejected"
+    """Many pings are unanswered: it hangs, and is not asked."""
+    DOWN = "down"
+    """There is no connection."""
+
+
+class ShardLink(Protocol):
+    """One replica of one shard.
+
+    Every method that asks the shard may raise:
+        ShardUnavailable: there is no connection, or the answer cannot be used.
+        DeadlineExceeded: no answer came in ``remaining_s``.
+        GenerationError: the shard serves another generation.
+        Overloaded: the queue of the shard is full.
+    """
+
+    shard: int
+    replica: int
+
+    @property
+    def state(self) -> LinkState:
+        """Return what is believed of the replica."""
+        ...
+
+    async def encode(
+        self, users: Sequence[Mapping[str, FeatureValues]], remaining_s: float
+    ) -> Encoded:
+        """Return the query embeddings of users whose features are checked already."""
+        ...
+
+    async def count(self, scan: Tensor, remaining_s: float) -> Tensor:
+        """Return how many documents of the shard pass each program ``(B, L, 4)``, ``(B,)``."""
+        ...
+
+    async def open(self, key: str, work: Work, remaining_s: float) -> RoundOne:
+        """Run round one; its candidates stay open under ``key`` for ``remaining_s``."""
+        ...
+
+    async def close(self, key: str, cutoffs: Cutoffs, remaining_s: float) -> RoundTwo:
+        """Run round two on the candidates open under ``key``.
+
+        Raises:
+            CandidatesExpired: if they are open no more.
+        """
+        ...
+
+    async def open_and_close(
+        self, key: str, work: Work, cutoffs: Cutoffs, remaining_s: float
+    ) -> RoundTwo:
+        """Run both rounds at once, to take over when the cutoffs are known."""
+        ...
+
+    async def fields(
+        self, item_ids: Sequence[int], names: Sequence[str], remaining_s: float
+    ) -> dict[str, list[FieldValue]]:
+        """Return stored columns of items that the shard holds."""
+        ...
+
+    def release(self, key: str) -> None:
+        """Tell the shard that nobody waits for ``key`` any more; never waits, never fails."""
+        ...

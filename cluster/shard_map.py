@@ -1,0 +1,97 @@
+"""The shard map: which process serves which shard of which generation, as one small file.
+
+The launcher writes it, routers poll it. A router keeps its last good map, so it goes on serving
+without the launcher.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from silvershard.shard.errors import StateError
+
+
+class ShardEntry(BaseModel):
+    """One process that serves one shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: int = Field(ge=0, description="index of the shard")
+    replica: int = Field(ge=0, description="index of the copy of the shard")
+    address: str = Field(min_length=1, description="host:port of its gRPC server")
+    epoch: int = Field(ge=1, description="incarnation; grows with every restart of the replica")
+    documents: int = Field(ge=0, description="items that it serves")
+    pid: int = Field(ge=1, description="its process")
+
+
+class ShardMap(BaseModel):
+    """What is served, and where; ``entries`` may lack shards that are down."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = Field(ge=1, description="grows with every change")
+    generation: int = Field(ge=1, description="the one generation that all entries serve")
+    snapshot: str = Field(min_length=1, description="directory of that generation")
+    num_shards: int = Field(ge=1, description="shards S that the catalogue is cut into")
+    entries: tuple[ShardEntry, ...] = Field(description="processes that serve, in any order")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        seen = set()
+        for entry in self.entries:
+            if entry.shard >= self.num_shards:
+                raise ValueError(f"shard must be below {self.num_shards}, got {entry.shard}")
+            if (entry.shard, entry.replica) in seen:
+                raise ValueError(f"shard {entry.shard} replica {entry.replica} is listed twice")
+            seen.add((entry.shard, entry.replica))
+        return self
+
+    def replicas(self, shard: int) -> list[ShardEntry]:
+        """Return the processes that serve ``shard``, by replica."""
+        found = [entry for entry in self.entries if entry.shard == shard]
+        return sorted(found, key=lambda entry: entry.replica)
+
+    @property
+    def missing(self) -> list[int]:
+        """Return the shards that no process serves."""
+        served = {entry.shard for entry in self.entries}
+        return [shard for shard in range(self.num_shards) if shard not in served]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the map in the file ``path``.
+
+        Raises:
+            StateError: if there is none, or it is damaged.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise StateError(f"shard map {path}: {error.strerror or error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise StateError(f"shard map {path}: {where}: {first['msg']}") from None
+
+    def write_atomic(self, path: Path) -> None:
+        """Replace the file ``path``; a reader sees the old map or the new one, never a part.
+
+        Raises:
+            StateError: if it cannot be written.
+        """
+        try:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(self.model_dump_json(indent=1))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(name, path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise StateError(f"shard map {path}: {error.strerror or error}") from None

@@ -1,0 +1,324 @@
+"""The gRPC server of one shard: it queues calls for the one thread that owns the model."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+from google.rpc import code_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
+from silvershard.cluster.codec import code_number, column_to, status_row, values_from
+from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
+from silvershard.model.request import RequestError
+from silvershard.model.schema import ValueType
+from silvershard.shard.errors import (
+    DeadlineExceeded,
+    GenerationError,
+    Overloaded,
+    RetrievalError,
+)
+from silvershard.shard.executor import ShardExecutor
+
+STALE_EPOCH = "STALE_EPOCH"
+
+_log = logging.getLogger(__name__)
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(eq=False)
+class _Job:
+    call: shard_pb2.ShardCall
+    expires_at_s: float
+    dropped: bool = False
+
+
+@dataclass(eq=False)
+class _Stream:
+    """What one router has asked for and not yet received."""
+
+    replies: asyncio.Queue[shard_pb2.ShardReply] = field(default_factory=asyncio.Queue)
+    jobs: set[_Job] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    """Batches that may have candidates open."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class ShardServer:
+    """Serves one shard on a port of its own.
+
+    Everything that touches the model runs on one thread, in order of arrival. Health and pings are
+    answered by the event loop, so they keep answering while the model works.
+    """
+
+    def __init__(
+        self,
+        executor: ShardExecutor,
+        *,
+        replica: int = 0,
+        epoch: int | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        insecure: bool = False,
+        max_queue: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make a server that does not listen yet.
+
+        Args:
+            executor: the loaded shard; from now on only this server may call it.
+            replica: index of this copy of the shard.
+            epoch: incarnation, larger than that of every earlier one; by default the time in ns.
+            host: address to bind.
+            port: 0 lets the system choose a free one.
+            insecure: allow an address that other machines can reach.
+            max_queue: calls that may wait or run; more are refused.
+            clock: the clock of ``executor``.
+        """
+        self.executor = executor
+        self.replica = replica
+        self.epoch = time.time_ns() if epoch is None else epoch
+        self.generation = executor.spec.generation
+        self.address = ""
+        self._host, self._port, self._insecure = host, port, insecure
+        self._max_queue = max_queue
+        self._clock = clock
+        self._pending = 0
+        self._by_key: dict[str, set[_Job]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{executor.shard}")
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._dtypes: dict[str, ValueType] = {
+            one.name: one.dtype for one in executor.spec.item_schema.fields
+        }
+
+    async def start(self) -> None:
+        """Bind the port and serve; ``address`` is set from then on.
+
+        Raises:
+            ConfigError: if the host is refused.
+            StateError: if the port is in use.
+        """
+        server = grpc.aio.server(options=server_options(INTERNAL_MESSAGE_BYTES))
+        shard_pb2_grpc.add_ShardServicer_to_server(_Servicer(self), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.address = bind(server, self._host, self._port, insecure=self._insecure)
+        await server.start()
+        self._server = server
+        for name in ("", f"shard/{self.executor.shard}"):
+            await self._health.set(name, _SERVING)
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        """Refuse new calls, wait for the running ones at most ``grace_s``, and free the port."""
+        for name in ("", f"shard/{self.executor.shard}"):
+            await self._health.set(name, _NOT_SERVING)
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace_s)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def execute(self, context: grpc.aio.ServicerContext) -> None:
+        """Serve one router until it goes away; then give up everything it has open."""
+        stream = _Stream()
+        # Tells the router that it is connected, before there is anything to answer.
+        await context.send_initial_metadata(())
+        writer = asyncio.create_task(self._write(stream, context))
+        try:
+            while True:
+                call = await context.read()
+                if call is grpc.aio.EOF:
+                    break
+                self._accept(call, stream)
+            while stream.tasks:
+                await asyncio.wait(stream.tasks)
+            await stream.replies.join()
+        finally:
+            writer.cancel()
+            for job in stream.jobs:
+                job.dropped = True
+            for key in stream.keys:
+                self._give_up(key)
+
+    async def ping(self, context: grpc.aio.ServicerContext) -> None:
+        """Answer every beat with the identity of this incarnation."""
+        while True:
+            beat = await context.read()
+            if beat is grpc.aio.EOF:
+                return
+            await context.write(
+                shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch, generation=self.generation)
+            )
+
+    async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext) -> None:
+        while True:
+            reply = await stream.replies.get()
+            await context.write(reply)
+            stream.replies.task_done()
+
+    def _accept(self, call: shard_pb2.ShardCall, stream: _Stream) -> None:
+        """Queue a call, or answer it at once if it cannot be served."""
+        op = call.WhichOneof("op")
+        if op == "release":
+            self._release(call.key, stream)
+            return
+        refusal = self._refusal(call)
+        if refusal is not None:
+            stream.replies.put_nowait(refusal)
+            return
+        job = _Job(call, self._clock() + call.remaining_us / 1e6)
+        if op in ("open", "open_and_close"):
+            stream.keys.add(call.key)
+        stream.jobs.add(job)
+        self._by_key.setdefault(call.key, set()).add(job)
+        self._pending += 1
+        task = asyncio.create_task(self._serve(job, stream))
+        stream.tasks.add(task)
+        task.add_done_callback(stream.tasks.discard)
+
+    def _release(self, key: str, stream: _Stream) -> None:
+        # What has not started yet would only open the candidates again.
+        for job in self._by_key.get(key, ()):
+            job.dropped = True
+        stream.keys.discard(key)
+        self._give_up(key)
+
+    def _give_up(self, key: str) -> None:
+        """Release candidates on the thread of the model, unless the server has ended."""
+        if self._server is not None:
+            self._thread.submit(self.executor.release, key)
+
+    def _refusal(self, call: shard_pb2.ShardCall) -> shard_pb2.ShardReply | None:
+        if call.epoch and call.epoch != self.epoch:
+            reply = self._reply(call)
+            reply.code = code_pb2.FAILED_PRECONDITION
+            reply.reason = STALE_EPOCH
+            reply.message = f"epoch {call.epoch} was asked for, this shard is epoch {self.epoch}"
+            return reply
+        if call.generation != self.generation:
+            return self._failure(call, GenerationError(call.generation, self.generation))
+        if self._pending >= self._max_queue:
+            return self._failure(call, Overloaded(f"{self._pending} calls are queued", 0.1))
+        return None
+
+    async def _serve(self, job: _Job, stream: _Stream) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            reply = await loop.run_in_executor(self._thread, self._run, job)
+            if reply is not None:
+                stream.replies.put_nowait(reply)
+        finally:
+            self._pending -= 1
+            stream.jobs.discard(job)
+            waiting = self._by_key[job.call.key]
+            waiting.discard(job)
+            if not waiting:
+                del self._by_key[job.call.key]
+
+    def _run(self, job: _Job) -> shard_pb2.ShardReply | None:
+        """Answer a call on the thread of the model; None if nobody waits for it any more."""
+        if job.dropped:
+            return None
+        call = job.call
+        try:
+            if self._clock() >= job.expires_at_s:
+                raise DeadlineExceeded("the time of the call ran out in the queue")
+            return self._dispatch(call, job.expires_at_s)
+        except (RetrievalError, RequestError, tensors.TensorError) as error:
+            return self._failure(call, error)
+        except Exception as error:  # noqa: BLE001  # a process border; the error is logged
+            error_id = uuid.uuid4().hex[:12]
+            _log.exception("internal error %s in shard %d", error_id, self.executor.shard)
+            return self._failure(call, error, error_id)
+
+    def _dispatch(self, call: shard_pb2.ShardCall, expires_at_s: float) -> shard_pb2.ShardReply:
+        reply = self._reply(call)
+        op = call.WhichOneof("op")
+        if op == "encode":
+            users = [
+                {name: values_from(name, one.features[name]) for name in one.features}
+                for one in call.encode.users
+            ]
+            encoded = self.executor.encode(users)
+            found = {"embedding": encoded.embedding, "user_state": encoded.user_state}
+            reply.tensors.CopyFrom(tensors.to_map(found))
+            tensors.add_warnings(reply, encoded.warnings)
+        elif op == "count":
+            scan = tensors.from_map(call.count, tensors.SCAN)["scan"]
+            reply.tensors.CopyFrom(tensors.to_map({"count": self.executor.count(scan)}))
+        elif op == "open":
+            first = self.executor.open(call.key, tensors.work_from_map(call.open), expires_at_s)
+            self._set_round(reply, tensors.round_to_map(first), first.times)
+        elif op == "close":
+            second = self.executor.close(call.key, tensors.cutoffs_from_map(call.close))
+            self._set_round(reply, tensors.round_to_map(second), second.times)
+        elif op == "open_and_close":
+            second = self.executor.open_and_close(
+                call.key,
+                tensors.work_from_map(call.open_and_close.work),
+                tensors.cutoffs_from_map(call.open_and_close.cutoffs),
+                expires_at_s,
+            )
+            self._set_round(reply, tensors.round_to_map(second), second.times)
+        elif op == "fields":
+            self._set_fields(reply, call.fields)
+        else:
+            raise RequestError("op", "must name an operation")
+        return reply
+
+    def _set_round(
+        self, reply: shard_pb2.ShardReply, message: shard_pb2.TensorMap, times: dict[str, int]
+    ) -> None:
+        reply.tensors.CopyFrom(message)
+        for stage, spent in times.items():
+            reply.times_us[stage] = spent
+
+    def _set_fields(self, reply: shard_pb2.ShardReply, asked: shard_pb2.Fields) -> None:
+        for name in asked.names:
+            if name not in self._dtypes:
+                raise RequestError("names", f"unknown field {name!r}")
+        found = self.executor.fields(list(asked.item_ids), list(asked.names))
+        reply.fields.SetInParent()
+        for name, values in found.items():
+            reply.fields.columns[name].CopyFrom(column_to(values, self._dtypes[name]))
+
+    def _reply(self, call: shard_pb2.ShardCall) -> shard_pb2.ShardReply:
+        return shard_pb2.ShardReply(
+            call_id=call.call_id, generation=self.generation, epoch=self.epoch
+        )
+
+    def _failure(
+        self, call: shard_pb2.ShardCall, error: Exception, error_id: str = ""
+    ) -> shard_pb2.ShardReply:
+        reply = self._reply(call)
+        row = status_row(error)
+        if isinstance(error, tensors.TensorError):
+            reply.code, reply.reason = code_pb2.INVALID_ARGUMENT, "MALFORMED_TENSOR"
+            reply.message = str(error)
+        elif row is None:
+            reply.code, reply.reason = code_pb2.INTERNAL, "INTERNAL"
+            reply.message = f"internal error {error_id}"
+        else:
+            reply.code, reply.reason = code_number(row.code), row.reason
+            reply.message = str(error)
+        return reply
+
+
+class _Servicer:
+    """The names of the service in front of a server."""
+
+    def __init__(self, server: ShardServer) -> None:
+        self._server = server
+
+    async def Execute(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
+        await self._server.execute(context)
+
+    async def Ping(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
+        await self._server.ping(context)

@@ -1,0 +1,409 @@
+"""The configuration of a cluster: sections joined, read from YAML, overridden by the environment.
+
+What decides, first match wins: an option of the command line, an environment variable such as
+``SILVERSHARD__QUERY__MIN_COVERAGE=0.95``, the file, the default.
+"""
+
+import difflib
+import json
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from silvershard.cluster.config import ListenSection, PingSection, QuerySection
+from silvershard.shard.errors import ConfigError
+
+ENV_PREFIX = "SILVERSHARD__"
+
+Key = tuple[str | int, ...]
+
+
+class PathsSection(BaseModel):
+    """Where data come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(
+        default="",
+        description="folder or zip of a MovieLens data set; empty: $SILVERSHARD_DATA, else a "
+        "download, else generated films",
+    )
+    cache: str = Field(
+        default="", description="folder for downloads; empty: $XDG_CACHE_HOME or ~/.cache"
+    )
+    max_malformed: int = Field(
+        default=10,
+        ge=0,
+        description="unreadable rows of ratings.csv that are dropped, and said so, before it is an "
+        "error",
+    )
+
+
+class ModelSection(BaseModel):
+    """What is trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(
+        default="movielens", min_length=1, description="logical model name that requests can give"
+    )
+    dim: int = Field(default=64, ge=8, le=1024, description="embedding dimension")
+    steps: int = Field(default=600, ge=1, description="batches that train the towers")
+    ranker_steps: int = Field(default=200, ge=0, description="batches that train the reranker")
+    seed: int = Field(default=17, ge=0, description="seed of training, clustering and hashing")
+
+
+class IndexSection(BaseModel):
+    """How a generation is indexed when it is published."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clusters: int = Field(
+        default=0,
+        ge=0,
+        description="clusters of the index; 0: a power of two near 2.6 root of the items",
+    )
+    probe_share: float = Field(
+        default=0.125, gt=0, le=1, description="share of the clusters probed by default"
+    )
+    ann_k: int = Field(
+        default=600, ge=1, description="candidates per head that pass the scan cut by default"
+    )
+    page_slots: int = Field(default=64, description="slots of a page: 64 or 128")
+    planned_shards: int = Field(
+        default=8, ge=1, description="most shards to cut a generation into without republishing"
+    )
+    false_positive_rate: float = Field(
+        default=0.001, gt=0, lt=1, description="target of one Bloom term, before verification"
+    )
+
+
+class ShardingSection(BaseModel):
+    """How a generation is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: int = Field(default=2, ge=1, description="shard processes")
+    devices: tuple[str, ...] = Field(
+        default=("cpu",), min_length=1, description="local devices of each shard"
+    )
+    threads: int = Field(
+        default=0, ge=0, description="threads of each shard; 0: cores divided by shards"
+    )
+
+
+class RuntimeSection(BaseModel):
+    """How the processes of a cluster are started, watched and stopped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    object_store_bytes: int = Field(
+        default=80 << 20, ge=75 << 20, description="shared memory of the embedded Ray"
+    )
+    start_timeout_s: float = Field(
+        default=120.0, gt=0, description="longest start of a cluster before `up` gives up"
+    )
+    stop_timeout_s: float = Field(
+        default=20.0, gt=0, description="longest orderly end before processes are killed"
+    )
+    drain_s: float = Field(
+        default=5.0, ge=0, description="longest wait of a stopping router for requests in flight"
+    )
+    crash_limit: int = Field(
+        default=5, ge=1, description="quick deaths in a row after which a shard is given up"
+    )
+    crash_window_s: float = Field(
+        default=60.0, gt=0, description="a death sooner than this after the start is quick"
+    )
+
+
+class Config(BaseModel):
+    """Everything that a person can decide about a cluster."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paths: PathsSection = Field(default=PathsSection(), description="where data come from")
+    model: ModelSection = Field(default=ModelSection(), description="what is trained")
+    index: IndexSection = Field(default=IndexSection(), description="how items are indexed")
+    sharding: ShardingSection = Field(
+        default=ShardingSection(), description="how a generation is served"
+    )
+    listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
+    query: QuerySection = Field(default=QuerySection(), description="limits of requests")
+    ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
+    runtime: RuntimeSection = Field(
+        default=RuntimeSection(), description="how processes are started, watched and stopped"
+    )
+
+
+class Setting(NamedTuple):
+    """One key of the configuration, for tables and comments."""
+
+    key: str
+    """Full path, parts joined by dots."""
+    type: str
+    default: str
+    """As YAML."""
+    description: str
+
+
+class Loaded(NamedTuple):
+    """A configuration, and where each value that is no default came from."""
+
+    config: Config
+    sources: dict[str, str]
+    """Full key path to ``config.yaml, line 3``, an environment variable or an option."""
+
+
+class _Source(NamedTuple):
+    where: str
+    raw: str | None
+    """Text of an environment variable, which may be meant as text though it reads as a number."""
+
+
+def load(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    options: Mapping[str, object] | None = None,
+) -> Config:
+    """Return the configuration of a file, with overrides applied.
+
+    Args:
+        path: YAML file; None for the defaults.
+        environ: environment variables; those that begin with ``SILVERSHARD__`` override.
+        options: values by full key path, such as ``{"sharding.shards": 3}``; they override all.
+
+    Raises:
+        ConfigError: naming the full path of the key and its line, variable or option.
+    """
+    return load_with_sources(path, environ=environ, options=options).config
+
+
+def load_with_sources(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    options: Mapping[str, object] | None = None,
+) -> Loaded:
+    """Return the configuration and where its values came from; arguments as for ``load``."""
+    document: dict[str, Any] = {}
+    sources: dict[Key, _Source] = {}
+    if path is not None:
+        document, lines = _read_yaml(path)
+        sources = {key: _Source(f"{path}, line {line}", None) for key, line in lines.items()}
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX):
+            key = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
+            _put(document, sources, key, _scalar(environ[name]), _Source(f"${name}", environ[name]))
+    for dotted, value in (options or {}).items():
+        option = _Source(f"option for {dotted}", None)
+        _put(document, sources, tuple(dotted.split(".")), value, option)
+    config = _validate(document, sources)
+    known = {setting.key for setting in settings()}
+    named = {".".join(map(str, key)): source.where for key, source in sources.items()}
+    return Loaded(config, {key: where for key, where in named.items() if key in known})
+
+
+def _put(
+    document: dict[str, Any],
+    sources: dict[Key, _Source],
+    key: tuple[str, ...],
+    value: object,
+    source: _Source,
+) -> None:
+    """Set a nested value; a key of which a part is no section is left for validation to refuse."""
+    section = document
+    for depth, part in enumerate(key[:-1], start=1):
+        inner = section.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = section[part] = {}
+        sources.setdefault(key[:depth], source)
+        section = inner
+    section[key[-1]] = value
+    for old in [one for one in sources if one[: len(key)] == key]:
+        del sources[old]
+    sources[key] = source
+
+
+def _scalar(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _validate(document: dict[str, Any], sources: Mapping[Key, _Source]) -> Config:
+    for _ in range(2):
+        try:
+            # Strict JSON rules: no number in quotes passes for a number, yet lists make tuples.
+            return Config.model_validate_json(json.dumps(document, default=str), strict=True)
+        except pydantic.ValidationError as error:
+            problems = error.errors()
+        retry = False
+        for problem in problems:
+            source = sources.get(problem["loc"])
+            if problem["type"] == "string_type" and source and source.raw is not None:
+                _place(document, problem["loc"], source.raw)
+                retry = True
+        if not retry:
+            break
+    raise _config_error(problems, sources)
+
+
+def _place(document: dict[str, Any], key: Key, value: object) -> None:
+    section: Any = document
+    for part in key[:-1]:
+        section = section[part]
+    section[key[-1]] = value
+
+
+def _config_error(problems: Sequence[Any], sources: Mapping[Key, _Source]) -> ConfigError:
+    described = []
+    for problem in problems:
+        key: Key = problem["loc"]
+        depth = len(key)
+        while depth and key[:depth] not in sources:
+            depth -= 1
+        where = f"{sources[key[:depth]].where}: " if depth else ""
+        described.append(f"{where}{_dotted(key)}: {_reason(problem)}")
+    more = f" (and {len(described) - 1} more)" if len(described) > 1 else ""
+    return ConfigError(described[0] + more)
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key)) or "top level"
+
+
+def _reason(problem: Any) -> str:
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        known = _section_keys(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+        return "unknown key" + (
+            f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+        )
+    if kind == "missing":
+        return "required key is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = json.dumps(problem["input"], default=str)
+    given = given if len(given) <= 60 else given[:57] + "..."
+    return f"{message[:1].lower()}{message[1:]}, got {given}"
+
+
+def _section_keys(key: Key) -> list[str]:
+    section: Any = Config
+    for part in key:
+        section = section.model_fields[str(part)].annotation
+    return list(section.model_fields)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
+    """Return the document and the 1-based line of every key in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: must be UTF-8 text, byte {error.start} is not") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}, {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}, line {node.start_mark.line + 1}: must be a mapping of keys")
+        lines = dict(_key_lines(path, node, ()))
+        return loader.construct_document(node), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
+    finally:
+        loader.dispose()
+
+
+def _key_lines(path: Path, node: yaml.MappingNode, prefix: Key) -> Iterator[tuple[Key, int]]:
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        name = key_node.value
+        if key_node.tag != "tag:yaml.org,2002:str":
+            raise ConfigError(f"{path}, line {line}: {_dotted(prefix)}: a key must be plain text")
+        key = (*prefix, name)
+        if name in seen:
+            raise ConfigError(f"{path}, line {line}: {_dotted(key)}: given twice")
+        seen.add(name)
+        yield key, line
+        if isinstance(value_node, yaml.MappingNode):
+            yield from _key_lines(path, value_node, key)
+        elif isinstance(value_node, yaml.SequenceNode):
+            for at, entry in enumerate(value_node.value):
+                yield (*key, at), entry.start_mark.line + 1
+
+
+def settings() -> list[Setting]:
+    """Return every key of the configuration in order."""
+    return [
+        Setting(
+            key=f"{name}.{key}",
+            type=_type_name(field.annotation),
+            default=_as_yaml(field.get_default()),
+            description=field.description or "",
+        )
+        for name, section in Config.model_fields.items()
+        for key, field in _model_of(section.annotation).model_fields.items()
+    ]
+
+
+def _model_of(annotation: Any) -> type[BaseModel]:
+    section: type[BaseModel] = annotation
+    return section
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is tuple:
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(one) for one in get_args(annotation))
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "boolean"}
+    return names[annotation.__name__]
+
+
+def _as_yaml(value: object) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=1000)
+    return text.removesuffix("\n").removesuffix("...").strip()
+
+
+def to_yaml(loaded: Loaded) -> str:
+    """Return the configuration as YAML that loads to itself, with what each key means."""
+    lines: list[str] = []
+    section = ""
+    for setting in settings():
+        name, key = setting.key.split(".")
+        if name != section:
+            lines += ["", f"{name}:"] if lines else [f"{name}:"]
+            section = name
+        value = _as_yaml(getattr(getattr(loaded.config, name), key))
+        origin = loaded.sources.get(setting.key)
+        lines.append(f"  # {setting.description}{f' [{origin}]' if origin else ''}")
+        lines.append(f"  {key}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+def keys_table() -> str:
+    """Return all keys as a Markdown table; ``docs/operations.md`` holds it and a test compares."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows += [
+        f"| `{one.key}` | {one.type} | `{one.default}` | {one.description} |" for one in settings()
+    ]
+    return "\n".join(rows) + "\n"

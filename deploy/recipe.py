@@ -1,0 +1,307 @@
+"""The MovieLens recipe: from a data set to a trained model, and from there to a generation.
+
+``<state>/model`` holds ``model.safetensors`` and ``model.json``; nothing in it can run code.
+
+Shapes: N movies, U users, R ratings.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydantic
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from silvershard.deploy import movielens
+from silvershard.deploy.config import Config
+from silvershard.deploy.errors import CommandError
+from silvershard.deploy.movielens import MovieLens, Popularity, Split
+from silvershard.deploy.state import StateDir, write_atomic
+from silvershard.model.catalogue import Catalogue
+from silvershard.model.registry import build
+from silvershard.model.schema import Schema
+from silvershard.model.spec import SearchDefaults
+from silvershard.model.training import Trained, train
+from silvershard.model.training_data import Interactions, TrainingConfig
+from silvershard.shard.publish import Published, publish_generation
+
+BUILDER = "two_tower"
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "model.json"
+
+
+class DataSource(BaseModel):
+    """Where the data of a model came from, so that ``publish`` can find them again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="folder or zip; empty: downloaded, or generated")
+    summary: str = Field(description="what was found there")
+    generated: bool = Field(description="whether the films are made up")
+
+
+class ModelDescription(BaseModel):
+    """What a trained model is made from and how it was trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    builder: str = Field(description="name in the model registry")
+    config: dict[str, Any] = Field(description="what the builder makes the module from")
+    name: str = Field(description="logical model name")
+    training: TrainingConfig = Field(description="how it was trained")
+    seed: int = Field(description="seed of the training")
+    seconds: float = Field(description="time the training took")
+    tower_ndcg: float | None = Field(description="NDCG@10 of the towers on the validation items")
+    ranker_ndcg: float | None = Field(description="NDCG@10 after the reranker on the same")
+    data: DataSource = Field(description="what it was trained on")
+
+
+class Prepared(NamedTuple):
+    """A data set with everything that training, publishing and evaluation derive from it."""
+
+    data: MovieLens
+    source: DataSource
+    split: Split
+    popularity: Popularity
+    schema: Schema
+    catalogue: Catalogue
+
+
+class LoadedModel(NamedTuple):
+    """A trained model as ``train`` left it."""
+
+    model: nn.Module
+    description: ModelDescription
+
+
+def prepare(
+    config: Config,
+    *,
+    data: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    report: Callable[[str], None] = print,
+) -> Prepared:
+    """Find a data set and derive split, popularity and catalogue from it.
+
+    Args:
+        config: ``paths`` says where to look when ``data`` is None.
+        data: folder or zip.
+        environ: environment variables.
+        report: hears the lines of ``movielens.find``; the first says where the data come from.
+
+    Raises:
+        DataError: if the data that were named cannot be used.
+    """
+    named = data or (Path(config.paths.data) if config.paths.data else None)
+    if named is None and environ.get(movielens.DATA_VARIABLE):
+        named = Path(environ[movielens.DATA_VARIABLE])
+    found = movielens.find(
+        named,
+        environ=environ,
+        cache_dir=Path(config.paths.cache).expanduser() if config.paths.cache else None,
+        max_malformed=config.paths.max_malformed,
+        report=report,
+    )
+    parts = movielens.split(found)
+    popular = movielens.popularity(found, parts)
+    schema = movielens.schema()
+    items = movielens.catalogue(found, popular.counts, popular.means)
+    items.validate(schema)
+    return Prepared(
+        data=found,
+        source=DataSource(
+            path=str(named.expanduser().absolute()) if named else "",
+            summary=found.summary,
+            generated=found.generated,
+        ),
+        split=parts,
+        popularity=popular,
+        schema=schema,
+        catalogue=items,
+    )
+
+
+def num_clusters(config: Config, documents: int) -> int:
+    """Return the clusters of an index: as configured, or a power of two near 2.6 root of items."""
+    if config.index.clusters:
+        return config.index.clusters
+    return 1 << max(round(math.log2(2.6 * math.sqrt(max(documents, 1)))), 0)
+
+
+def train_model(
+    state: StateDir, config: Config, prepared: Prepared, *, progress: bool = True
+) -> Trained:
+    """Train on the training split and write the model into the state directory."""
+    recipe = TrainingConfig(
+        dim=config.model.dim,
+        steps=config.model.steps,
+        ranker_steps=config.model.ranker_steps,
+        clusters=num_clusters(config, len(prepared.catalogue)),
+    )
+    rows = prepared.split.train_rows
+    trained = train(
+        prepared.schema,
+        prepared.catalogue.features,
+        prepared.catalogue.signals,
+        _interactions(prepared.data, rows),
+        recipe,
+        validation=_validation(prepared),
+        seed=config.model.seed,
+        progress=progress,
+    )
+    description = ModelDescription(
+        builder=BUILDER,
+        config=trained.model.config.model_dump(mode="json"),
+        name=config.model.name,
+        training=recipe,
+        seed=config.model.seed,
+        seconds=trained.seconds,
+        tower_ndcg=_finite(trained.tower_ndcg),
+        ranker_ndcg=_finite(trained.ranker_ndcg),
+        data=prepared.source,
+    )
+    save_model(state.model_dir, trained.model, description)
+    return trained
+
+
+def _interactions(data: MovieLens, rows: NDArray[np.int64]) -> Interactions:
+    return Interactions(
+        user_ids=data.user_ids[rows],
+        item_ids=data.rated_movie_ids[rows],
+        ratings=data.ratings[rows],
+    )
+
+
+def _validation(prepared: Prepared) -> Interactions:
+    rows = prepared.split.valid_rows
+    return _interactions(prepared.data, rows[rows >= 0])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def save_model(directory: Path, model: nn.Module, description: ModelDescription) -> None:
+    """Write a model; the directory has the old model or the new one, never a mixture."""
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tensors = {name: one.detach().cpu().contiguous() for name, one in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, staging / WEIGHTS)
+    (staging / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    staging.rename(directory)
+
+
+def load_model(directory: Path) -> LoadedModel:
+    """Return the model that ``train`` wrote.
+
+    Raises:
+        CommandError: if there is none, or it is damaged, naming the file.
+    """
+    file = directory / DESCRIPTION
+    if not file.is_file():
+        raise CommandError(f"no model is trained in {directory}: run `silvershard train`")
+    try:
+        description = ModelDescription.model_validate_json(file.read_bytes())
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "content"
+        raise CommandError(f"{file}: {where}: {problem['msg'].lower()}; train again") from None
+    weights = directory / WEIGHTS
+    try:
+        model = build(description.builder, description.config)
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CommandError(f"{weights} cannot be used: {error}; train again") from None
+    return LoadedModel(model.eval().requires_grad_(requires_grad=False), description)
+
+
+def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedModel) -> Published:
+    """Write the next generation, and the histories of the users beside it."""
+    items = len(prepared.catalogue)
+    clusters = num_clusters(config, items)
+    published = publish_generation(
+        state.generations,
+        name=loaded.description.name,
+        model=loaded.model,
+        builder=loaded.description.builder,
+        config=loaded.description.config,
+        catalogue=prepared.catalogue,
+        schema=prepared.schema,
+        defaults=SearchDefaults(
+            probes=max(round(config.index.probe_share * clusters), 1), ann_k=config.index.ann_k
+        ),
+        num_clusters=clusters,
+        planned_shards=max(config.index.planned_shards, config.sharding.shards),
+        page_slots=config.index.page_slots,
+        false_positive_rate=config.index.false_positive_rate,
+        seed=config.model.seed,
+    )
+    write_users(state.users_file, prepared.data)
+    return published
+
+
+def write_users(path: Path, data: MovieLens) -> None:
+    """Write the movies that each user rated, oldest first, for ``query --user``."""
+    users, starts = np.unique(data.user_ids, return_index=True)
+    offsets = np.append(starts, len(data.user_ids)).astype(np.int64)
+    content = safetensors.torch.save(
+        {
+            "user_ids": torch.from_numpy(users.astype(np.int64)),
+            "offsets": torch.from_numpy(offsets),
+            "movie_ids": torch.from_numpy(np.ascontiguousarray(data.rated_movie_ids)),
+        }
+    )
+    write_atomic(path, content)
+
+
+def user_history(path: Path, user: int) -> list[int] | None:
+    """Return the movies that a user rated, oldest first, or None if nobody has that id.
+
+    Raises:
+        CommandError: if the file is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            users = file.get_tensor("user_ids")
+            at = int(np.searchsorted(users, user))
+            if at == len(users) or users[at] != user:
+                return None
+            low, high = file.get_slice("offsets")[at : at + 2].tolist()
+            history: list[int] = file.get_slice("movie_ids")[low:high].tolist()
+            return history
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CommandError(
+            f"{path} cannot be read: {error}; run `silvershard publish`, or use --history"
+        ) from None
+
+
+def describe_published(published: Published) -> dict[str, Any]:
+    """Return what a publish made, for tables and JSON."""
+    report = published.planes
+    return {
+        "path": str(published.path),
+        "generation": published.generation,
+        "documents": published.documents,
+        "longest_list": published.longest_list,
+        "mean_list": round(published.mean_list, 1),
+        "exact_planes": report.num_exact_planes,
+        "bloom_planes": report.num_bloom_planes,
+        "false_positive_rate": report.false_positive_rate,
+    }
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """Return a document as one line of JSON without NaN."""
+    return json.dumps(document, allow_nan=False, ensure_ascii=False)

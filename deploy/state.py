@@ -1,0 +1,316 @@
+"""The state directory: everything that a cluster on one machine keeps on disk.
+
+Layout::
+
+    .silvershard/
+      config.yaml            optional settings, written by the user
+      model/                 what ``train`` made
+      generations/           what ``publish`` made: gen-000001, gen-000002, ...
+      users.safetensors      histories of the users of the data set
+      lock                   held while a cluster runs
+      work.lock              held while ``train`` or ``publish`` writes
+      cluster.json           the running cluster, as its launcher sees it
+      shard_map.json         where the shards are, read by the router
+      router.json            settings of the router process
+      ray.token              secret of the embedded Ray, mode 0600
+      log/                   daemon.log, router.log
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from silvershard.deploy.errors import CommandError, Refused
+from silvershard.deploy.processes import Process, is_alive, kill_all, send_signal, wait_gone
+
+DEFAULT_STATE = ".silvershard"
+STATE_VARIABLE = "SILVERSHARD_STATE"
+RAY_DIR_PREFIX = "silvershard-"
+
+_GENERATION_NAME = re.compile(r"gen-(\d{6,})")
+
+ShardPhase = Literal["starting", "serving", "restarting", "failed"]
+RouterPhase = Literal["starting", "serving", "restarting"]
+
+
+class ShardRecord(BaseModel):
+    """One shard as the launcher sees it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: int = Field(ge=0, description="index of the shard")
+    state: ShardPhase = Field(description="where it is in its life")
+    pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
+    epoch: int = Field(default=0, ge=0, description="incarnation, larger after every restart")
+    address: str = Field(default="", description="host:port of its gRPC server")
+    documents: int = Field(ge=0, description="documents of its partitions")
+    restarts: int = Field(default=0, ge=0, description="how often it was started again")
+    reason: str = Field(default="", description="why it is not serving")
+
+
+class RouterRecord(BaseModel):
+    """The router as the launcher sees it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: RouterPhase = Field(description="where it is in its life")
+    pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
+    restarts: int = Field(default=0, ge=0, description="how often it was started again")
+    reason: str = Field(default="", description="why it is not serving")
+
+
+class ClusterRecord(BaseModel):
+    """A running cluster: what is where, and every process that belongs to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    guard: Process = Field(description="the process that holds the lock and cleans up at the end")
+    driver: Process = Field(description="the process that started Ray and watches the shards")
+    address: str = Field(description="host:port of the router")
+    model: str = Field(description="logical model name")
+    generation: int = Field(ge=1, description="generation that is served")
+    documents: int = Field(ge=0, description="documents of the generation")
+    map_version: int = Field(default=0, ge=0, description="version of the shard map")
+    router: RouterRecord = Field(description="the router")
+    shards: tuple[ShardRecord, ...] = Field(description="every shard")
+    ray_dir: str = Field(description="temporary directory of the embedded Ray")
+    processes: tuple[Process, ...] = Field(
+        default=(), description="all processes below the driver, for cleaning up after a crash"
+    )
+    since_unix_s: float = Field(description="when the cluster was started")
+
+    @property
+    def coverage(self) -> float:
+        """Return the share of the documents whose shard is serving."""
+        serving = sum(one.documents for one in self.shards if one.state == "serving")
+        return serving / self.documents if self.documents else 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the router and every shard are serving."""
+        return self.router.state == "serving" and all(one.state == "serving" for one in self.shards)
+
+
+class StateDir:
+    """Paths and records of one state directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @classmethod
+    def named(cls, option: Path | None, environ: dict[str, str]) -> Self:
+        """Return the directory of ``--state``, else of $SILVERSHARD_STATE, else the default."""
+        return cls(option or Path(environ.get(STATE_VARIABLE) or DEFAULT_STATE))
+
+    @property
+    def config_file(self) -> Path:
+        """Return where optional settings are."""
+        return self.root / "config.yaml"
+
+    @property
+    def model_dir(self) -> Path:
+        """Return where ``train`` writes."""
+        return self.root / "model"
+
+    @property
+    def generations(self) -> Path:
+        """Return the repository of generations."""
+        return self.root / "generations"
+
+    def generation_dir(self, generation: int) -> Path:
+        """Return the directory of a generation."""
+        return self.generations / f"gen-{generation:06d}"
+
+    def list_generations(self) -> list[int]:
+        """Return the published generations, ascending, without loading anything."""
+        if not self.generations.is_dir():
+            return []
+        names = [_GENERATION_NAME.fullmatch(entry.name) for entry in self.generations.iterdir()]
+        return sorted(int(name[1]) for name in names if name)
+
+    @property
+    def users_file(self) -> Path:
+        """Return where the histories of the users are."""
+        return self.root / "users.safetensors"
+
+    @property
+    def record_file(self) -> Path:
+        """Return where the running cluster is described."""
+        return self.root / "cluster.json"
+
+    @property
+    def shard_map_file(self) -> Path:
+        """Return the map that the router follows."""
+        return self.root / "shard_map.json"
+
+    @property
+    def router_file(self) -> Path:
+        """Return the settings of the router process."""
+        return self.root / "router.json"
+
+    @property
+    def token_file(self) -> Path:
+        """Return the secret of the embedded Ray."""
+        return self.root / "ray.token"
+
+    @property
+    def daemon_log(self) -> Path:
+        """Return the log of the daemon."""
+        return self.root / "log" / "daemon.log"
+
+    @property
+    def router_log(self) -> Path:
+        """Return the log of the router."""
+        return self.root / "log" / "router.log"
+
+    def create(self) -> None:
+        """Make the directory and its sub-folders, readable by this user only.
+
+        Raises:
+            CommandError: if it cannot be made.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.root / "log").mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise CommandError(
+                f"state directory {self.root} cannot be made: {error.strerror}"
+            ) from None
+
+    def lock(self) -> int:
+        """Return a descriptor that holds the cluster lock of this directory.
+
+        The lock belongs to the open file, so it lives as long as any process that inherited the
+        descriptor.
+
+        Raises:
+            Refused: if a cluster runs on this directory, naming its process.
+        """
+        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise Refused(self._busy()) from None
+        return descriptor
+
+    def is_locked(self) -> bool:
+        """Return whether a cluster runs on this directory."""
+        try:
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _busy(self) -> str:
+        record = self.read_record()
+        who = f"pid {record.guard.pid}" if record else "another process, which is starting"
+        where = f" at {record.address}" if record else ""
+        return (
+            f"a cluster runs on {self.root} already: {who}{where}; "
+            "stop it with `silvershard down`, or use another --state"
+        )
+
+    @contextmanager
+    def working(self, verb: str) -> Iterator[None]:
+        """Hold the lock under which ``train`` and ``publish`` write.
+
+        Raises:
+            Refused: if another of them is at work.
+        """
+        self.create()
+        descriptor = os.open(self.root / "work.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise Refused(
+                f"{verb} on {self.root} is refused: a train or publish is at work there"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def read_record(self) -> ClusterRecord | None:
+        """Return the record of the cluster that runs, or ran and was not cleaned up; else None.
+
+        Raises:
+            CommandError: if the record cannot be understood.
+        """
+        try:
+            content = self.record_file.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return ClusterRecord.model_validate_json(content)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise CommandError(
+                f"{self.record_file}: {where or 'content'}: {problem['msg'].lower()}; "
+                "remove the file if no cluster runs"
+            ) from None
+
+    def write_record(self, record: ClusterRecord) -> None:
+        """Replace the record atomically."""
+        write_atomic(self.record_file, record.model_dump_json(indent=1).encode() + b"\n")
+
+    def clear_record(self) -> None:
+        """Remove what describes a running cluster."""
+        for path in (self.record_file, self.shard_map_file, self.router_file, self.token_file):
+            path.unlink(missing_ok=True)
+
+    def clean_leftovers(self, *, grace_s: float = 2.0) -> int:
+        """End what a crashed cluster left behind; return how many processes that were.
+
+        Only processes whose pid, start and boot are those of the record are touched. Call it while
+        holding the lock.
+        """
+        record = self.read_record()
+        if record is None:
+            return 0
+        own = (record.guard, record.driver, *record.processes)
+        left = [process for process in own if is_alive(process)]
+        for process in left:
+            send_signal(process, signal.SIGTERM)
+        kill_all(wait_gone(left, grace_s))
+        remove_ray_dir(record.ray_dir)
+        self.clear_record()
+        return len(left)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    partial.replace(path)
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a JSON file atomically."""
+    write_atomic(path, json.dumps(document, indent=1).encode() + b"\n")
+
+
+def remove_ray_dir(path: str) -> None:
+    """Remove the temporary directory of an embedded Ray; a path of any other form is left alone."""
+    if path and Path(path).name.startswith(RAY_DIR_PREFIX):
+        shutil.rmtree(path, ignore_errors=True)

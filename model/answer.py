@@ -1,0 +1,106 @@
+"""The answer to one request, as the module and every cluster of it give it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from silvershard.model.plan import Plan
+from silvershard.model.request import CompiledRequest
+from silvershard.model.spec import ServingSpec
+from silvershard.model.types import RoundOne, RoundTwo, StageTimes
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many items each stage handled."""
+
+    addressed: int
+    """Documents of the generation."""
+    probed: int
+    """Live slots on the probed pages, summed over the heads."""
+    eligible: int | None
+    """Documents that the filter lets through over the whole catalogue; None when not counted."""
+    ann_kept: int
+    """Candidates that passed the global scan cut, summed over the heads."""
+    reranked: int
+    """Distinct items that were reranked."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Results best first, without padding."""
+
+    item_ids: Tensor
+    """``(K,)`` int64."""
+    scores: Tensor
+    """``(K,)`` float32 values."""
+    refined: Tensor
+    """``(K,)`` float32 inner products."""
+    task_scores: Mapping[str, Tensor]
+    """``(K,)`` float32 probability per task."""
+    plan: Plan
+    exhausted: bool
+    """True when fewer than k eligible items exist: every cluster was scanned."""
+    counts: Counts
+    warnings: tuple[str, ...] = ()
+    times: StageTimes = field(default_factory=dict)
+
+
+def split_answers(
+    compiled: Sequence[CompiledRequest],
+    plans: Sequence[Plan],
+    warnings: Sequence[tuple[str, ...]],
+    first: RoundOne,
+    second: RoundTwo,
+    spec: ServingSpec,
+    eligible: Sequence[int | None],
+    times: StageTimes,
+) -> list[Answer]:
+    """Return one answer per request of a batch.
+
+    Args:
+        compiled: B requests.
+        plans: the plan of each.
+        warnings: what the encoder has to say of each.
+        first: the merged first round, for its counts.
+        second: the merged second round, at least as wide as the largest k.
+        spec: the generation.
+        eligible: items the filter of each request lets through, where it was counted.
+        times: stage times of the batch.
+    """
+    answers = []
+    found = (second.item_ids >= 0).sum(1).tolist()
+    for at, (request, plan) in enumerate(zip(compiled, plans, strict=True)):
+        size = min(request.k, found[at])
+        short = size < request.k
+        whole = plan.probes == spec.num_clusters
+        said = list(warnings[at])
+        if short and not whole:
+            said.append(
+                f"only {size} of {request.k} results lie in the {plan.probes} probed clusters "
+                f"of {spec.num_clusters}: raise search.nprobe"
+            )
+        answers.append(
+            Answer(
+                item_ids=second.item_ids[at, :size],
+                scores=second.values[at, :size],
+                refined=second.refined[at, :size],
+                task_scores={
+                    name: second.tasks[at, :size, column]
+                    for column, name in enumerate(spec.item_schema.tasks)
+                },
+                plan=plan,
+                exhausted=short and whole,
+                counts=Counts(
+                    addressed=spec.documents,
+                    probed=int(first.probed[at]),
+                    eligible=eligible[at],
+                    ann_kept=int(second.kept[at]),
+                    reranked=int(second.reranked[at]),
+                ),
+                warnings=tuple(said),
+                times=times,
+            )
+        )
+    return answers

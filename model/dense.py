@@ -1,0 +1,67 @@
+"""Linear layers whose output rows have the same bits alone and in any batch.
+
+Shapes: n rows, I input features, O output features.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_PAD = 16
+# Padded inputs are built in pieces of this many rows, to bound memory.
+_CHUNK_ROWS = 16384
+
+
+def padded(size: int) -> int:
+    """The size rounded up to a multiple of 16, at least 16."""
+    return max(-(-size // _PAD) * _PAD, _PAD)
+
+
+class PaddedLinear(nn.Module):
+    """A linear layer that multiplies zero-padded matrices only.
+
+    The kernels of a matrix product, and so the order of its sums, change with the shape; where
+    rows, I and O are multiples of 16 each row comes out the same whatever surrounds it. The padding
+    of ``weight`` is zero and stays zero in training: neither its inputs nor its outputs are used.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                "in_features and out_features must be at least 1, "
+                f"got {in_features} and {out_features}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.zeros(padded(in_features), padded(out_features)))
+        """``(I, O)`` float32, both padded."""
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        bound = 1.0 / math.sqrt(in_features)
+        with torch.no_grad():
+            self.weight[:in_features, :out_features].uniform_(-bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight + bias``.
+
+        Args:
+            x: ``(n, I)`` float32; n may be 0.
+
+        Returns:
+            ``(n, O)`` float32, contiguous.
+
+        Raises:
+            ValueError: if the shape is another.
+        """
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"x must be (n, {self.in_features}), got {tuple(x.shape)}")
+        chunks = [self._product(chunk) for chunk in torch.split(x, _CHUNK_ROWS)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        filled = x.new_zeros(padded(rows), self.weight.shape[0])
+        filled[:rows, : self.in_features] = x
+        product = (filled @ self.weight)[:rows, : self.out_features].contiguous()
+        return product + self.bias

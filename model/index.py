@@ -1,0 +1,140 @@
+"""The paged int8 index of a set of documents, with everything that is known of each document.
+
+Shapes: N pages of G slots, W = G / 64 mask words, J planes, V columns, F term slots per item, S
+signals, C clusters owning at most X pages each, Q = B * H query rows.
+
+Slots live in pages of one pool and each cluster owns a list of pages, as a paged KV cache does, so
+that items can come and go without a rebuild.
+
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", SOSP 2023, section 4 (the page table).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from silvershard.kernels import ScanResult, count_eligible, ivf_scan, popcount, refine
+
+LIVE_PLANE = 0
+
+
+class IndexTensors(NamedTuple):
+    """The buffers of an ``ItemIndex``."""
+
+    page_table: Tensor
+    """``(C, X)`` int32 pages of every cluster, -1 where there is none."""
+    codes: Tensor
+    """``(N, G, D)`` int8."""
+    scales: Tensor
+    """``(N, G)`` float32 scale of every item."""
+    item_ids: Tensor
+    """``(N, G)`` int64, -1 in a dead slot."""
+    planes: Tensor
+    """``(J, N, W)`` int64 bit planes; plane 0 is the live plane."""
+    columns: Tensor
+    """``(V, N, G)`` int64 order keys of the numeric attributes."""
+    terms: Tensor
+    """``(N, G, F)`` int64 keys of the terms that have no exact plane, padded."""
+    cache: Tensor
+    """``(N, G, D)`` float16 embeddings for refine and rerank."""
+    signals: Tensor
+    """``(N, G, S)`` float32."""
+
+
+class ItemIndex(nn.Module):
+    """Documents of one device: paged lists, planes, columns, fp16 cache and signals."""
+
+    page_table: Tensor
+    codes: Tensor
+    scales: Tensor
+    item_ids: Tensor
+    planes: Tensor
+    columns: Tensor
+    terms: Tensor
+    cache: Tensor
+    signals: Tensor
+    sorted_ids: Tensor
+    sorted_slots: Tensor
+
+    def __init__(self, tensors: IndexTensors) -> None:
+        super().__init__()
+        for name, tensor in zip(IndexTensors._fields, tensors, strict=True):
+            self.register_buffer(name, tensor)
+        flat = tensors.item_ids.flatten()
+        slots = torch.nonzero(flat >= 0).flatten()
+        ids, order = torch.sort(flat[slots])
+        # Item id -> slot by binary search: a dict would cost 100 bytes per item.
+        self.register_buffer("sorted_ids", ids)
+        self.register_buffer("sorted_slots", slots[order])
+
+    @property
+    def documents(self) -> int:
+        """Return the number of live documents."""
+        return int(popcount(self.planes[LIVE_PLANE]).sum())
+
+    def slots_of(self, item_ids: Tensor) -> Tensor:
+        """Return the slot of every item id, -1 where this index does not hold it.
+
+        Args:
+            item_ids: int64 of any shape; negative ids are held by no index.
+        """
+        if not self.sorted_ids.numel():
+            return torch.full_like(item_ids, -1)
+        at = torch.searchsorted(self.sorted_ids, item_ids).clamp_(max=self.sorted_ids.numel() - 1)
+        return torch.where(self.sorted_ids[at] == item_ids, self.sorted_slots[at], -1)
+
+    def count(self, scan: Tensor) -> Tensor:
+        """Return how many live documents pass each scan program, ``(B,)`` int64."""
+        return count_eligible(self.planes, self.columns, self.terms, scan)
+
+    def scan(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        clusters: Tensor,
+        programs: Tensor,
+        verify: Tensor,
+        exclude: Tensor,
+        num_results: int,
+    ) -> ScanResult:
+        """Return the exact best ``num_results`` slots of each query row on its probed clusters.
+
+        Args:
+            codes: ``(Q, D)`` int8 query codes.
+            scales: ``(Q,)`` float32 query scales.
+            clusters: ``(Q, P)`` int32, -1 where there is none.
+            programs: ``(Q, L, 4)`` int64 scan programs.
+            verify: ``(Q, Lv, 4)`` int64 exact programs.
+            exclude: ``(Q, E)`` int64 item ids, -1 where there is none.
+            num_results: R.
+        """
+        return ivf_scan(
+            codes,
+            scales,
+            clusters,
+            self.page_table,
+            self.codes,
+            self.scales,
+            self.item_ids,
+            self.planes,
+            self.columns,
+            self.terms,
+            programs,
+            verify,
+            self.slots_of(exclude),
+            num_results,
+        )
+
+    def refine(self, query: Tensor, slots: Tensor) -> Tensor:
+        """Return fp16-storage scores ``(B, U, H)`` float32 of ``slots`` ``(B, U)``."""
+        return refine(query, self.cache, slots)
+
+    def items_at(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids ``(n,)``, embeddings ``(n, D)`` and signals ``(n, S)`` of live slots."""
+        return (
+            self.item_ids.flatten()[slots],
+            self.cache.flatten(0, 1)[slots].float(),
+            self.signals.flatten(0, 1)[slots],
+        )

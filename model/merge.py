@@ -1,0 +1,112 @@
+"""Combination of ranked lists from devices or shards into one logical forward pass.
+
+The same module joins the devices inside a shard and the shards inside the router; it holds no
+weights.
+
+Shapes: S lists, B requests, H heads, R candidates per head, T tasks, K results.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from silvershard.kernels import merge_topk
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes
+
+LARGEST_ID = torch.iinfo(torch.int64).max
+
+
+def slowest(times: Sequence[StageTimes]) -> StageTimes:
+    """Return the largest time of every stage: lists are made side by side."""
+    merged: StageTimes = {}
+    for one in times:
+        for stage, spent in one.items():
+            merged[stage] = max(merged.get(stage, 0), spent)
+    return merged
+
+
+def _stack(lists: Sequence[Tensor], fill: float) -> Tensor:
+    """Return the lists as ``(S, ...)``, their last dimension padded to the longest."""
+    width = max(one.shape[-1] for one in lists)
+    padded = [torch.nn.functional.pad(one, (0, width - one.shape[-1]), value=fill) for one in lists]
+    return torch.stack(padded)
+
+
+class Merge(nn.Module):
+    """Global cut and global ranking over any number of lists; ties go to the smaller item id."""
+
+    def candidates(self, rounds: Sequence[RoundOne], width: int) -> RoundOne:
+        """Return the best ``width`` candidates per head of all lists.
+
+        Args:
+            rounds: S lists; their R may differ.
+            width: candidates per head to keep.
+        """
+        scores = _stack([one.scores for one in rounds], float("-inf"))  # (S, B, H, R)
+        item_ids = _stack([one.item_ids for one in rounds], -1)
+        batch, heads = scores.shape[1:3]
+        best = merge_topk(scores.flatten(1, 2), item_ids.flatten(1, 2), width)
+        return RoundOne(
+            scores=best.scores.view(batch, heads, width),
+            item_ids=best.item_ids.view(batch, heads, width),
+            probed=torch.stack([one.probed for one in rounds]).sum(0),
+            eligible=torch.stack([one.eligible for one in rounds]).sum(0),
+            times=slowest([one.times for one in rounds]),
+        )
+
+    def cutoffs(self, rounds: Sequence[RoundOne], ann_k: Tensor) -> Cutoffs:
+        """Return the score and id of the last candidate of each head that passes the global cut.
+
+        Args:
+            rounds: one list per shard that answered.
+            ann_k: ``(B,)`` int64 candidates per head to keep over all shards.
+        """
+        best = self.candidates(rounds, int(ann_k.max()))
+        last = (ann_k - 1)[:, None, None].expand(-1, best.scores.shape[1], 1)  # (B, H, 1)
+        scores = best.scores.gather(2, last).squeeze(2)  # (B, H)
+        item_ids = best.item_ids.gather(2, last).squeeze(2)
+        return Cutoffs(scores, torch.where(item_ids < 0, LARGEST_ID, item_ids))
+
+    def forward(self, rounds: Sequence[RoundTwo], width: int) -> RoundTwo:
+        """Return the best ``width`` results of all lists by value.
+
+        Args:
+            rounds: S lists; their K may differ.
+            width: K of the merged list.
+        """
+        values = _stack([one.values for one in rounds], float("-inf"))  # (S, B, K)
+        item_ids = _stack([one.item_ids for one in rounds], -1)
+        best = merge_topk(values, item_ids, width)
+        found = best.positions.clamp(min=0)  # (B, width)
+        missing = best.positions < 0
+
+        def pick(lists: Sequence[Tensor], fill: float) -> Tensor:
+            flat = _stack(lists, fill).transpose(0, 1).flatten(1, 2)  # (B, S * K)
+            return flat.gather(1, found).masked_fill(missing, fill)
+
+        num_tasks = rounds[0].tasks.shape[2]
+        tasks = [pick([one.tasks[:, :, t] for one in rounds], 0.0) for t in range(num_tasks)]
+        return RoundTwo(
+            item_ids=best.item_ids,
+            values=best.scores,
+            refined=pick([one.refined for one in rounds], float("-inf")),
+            tasks=torch.stack(tasks, 2) if tasks else values.new_zeros(*found.shape, 0),
+            kept=torch.stack([one.kept for one in rounds]).sum(0),
+            reranked=torch.stack([one.reranked for one in rounds]).sum(0),
+            times=slowest([one.times for one in rounds]),
+        )
+
+
+def passes(scores: Tensor, item_ids: Tensor, cutoffs: Cutoffs) -> Tensor:
+    """Return which candidates pass the global cut, ``(B, H, R)`` bool.
+
+    Args:
+        scores: ``(B, H, R)`` float32.
+        item_ids: ``(B, H, R)`` int64, -1 at padding, which never passes.
+        cutoffs: of the same heads.
+    """
+    cut_scores = cutoffs.scores[:, :, None]
+    cut_ids = cutoffs.item_ids[:, :, None]
+    better = (scores > cut_scores) | ((scores == cut_scores) & (item_ids <= cut_ids))
+    return better & (item_ids >= 0)

@@ -1,0 +1,425 @@
+"""How attribute values become filter planes, terms and columns, and the choice of both.
+
+The dictionary is made once per generation from the whole catalogue and travels in its manifest, so
+that every shard encodes its items, and every router compiles its filters, in the same way.
+
+Shapes: n items, J planes, V columns, F term slots per item.
+"""
+
+import hashlib
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+from silvershard.kernels.filter_ops import PAD_TERM
+from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
+from silvershard.model.schema import INT64_MAX, Attribute, Schema, SchemaError, ValueType
+
+LIVE_PLANE = 0
+FIRST_EXACT_PLANE = 1
+TERM_SLOTS_MULTIPLE = 4
+
+TermValue = int | str
+NumberValue = int | float
+
+
+class PlaneReport(NamedTuple):
+    """What a dictionary costs and how often its Bloom planes err."""
+
+    num_planes: int
+    """J: live plane, exact planes and Bloom planes."""
+    num_exact_planes: int
+    num_bloom_planes: int
+    num_hashes: int
+    terms_width: int
+    num_columns: int
+    plane_bits_per_item: int
+    """Bits of one slot in all planes."""
+    verify_bits_per_item: int
+    """Bits of the terms and columns of one slot."""
+    false_positive_rate: float
+    """Expected share of items that one rare term passes wrongly before verification."""
+
+
+class ItemBits(NamedTuple):
+    """The filter data of items, not yet laid into pages."""
+
+    exact: Tensor
+    """``(n, num_exact_planes)`` bool; column j belongs to plane ``FIRST_EXACT_PLANE + j``."""
+    terms: Tensor
+    """``(n, F)`` int64 keys of the values without an exact plane, ascending, padded PAD_TERM."""
+    columns: Tensor
+    """``(n, V)`` int64 order keys of the number attributes."""
+
+
+class PlaneDictionary(BaseModel):
+    """Where a generation keeps every attribute value: plane 0 live, exact planes, Bloom planes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtypes: dict[str, ValueType] = pydantic.Field(
+        description="type of the values of every attribute of the schema"
+    )
+    exact_planes: dict[str, dict[str, int]] = pydantic.Field(
+        description="plane of every (category attribute, canonical value) that has its own"
+    )
+    first_bloom_plane: int = pydantic.Field(ge=1, description="first plane after the exact ones")
+    num_bloom_planes: int = pydantic.Field(
+        ge=0, description="width of the Bloom signature; 0: every value has an exact plane"
+    )
+    num_hashes: int = pydantic.Field(ge=1, le=16, description="Bloom planes set per value")
+    seed: int = pydantic.Field(ge=0, le=INT64_MAX, description="seed of term keys and positions")
+    columns: dict[str, int] = pydantic.Field(description="column of every number attribute")
+    terms_width: int = pydantic.Field(
+        ge=0, description="term slots F per item, a multiple of 4; 0 without Bloom planes"
+    )
+    false_positive_rate: float = pydantic.Field(
+        ge=0, le=1, description="expected share of items that one rare term passes wrongly"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        planes = sorted(plane for values in self.exact_planes.values() for plane in values.values())
+        if planes != list(range(FIRST_EXACT_PLANE, self.first_bloom_plane)):
+            raise ValueError(
+                f"exact planes must be {FIRST_EXACT_PLANE}..{self.first_bloom_plane - 1}, "
+                "each used once"
+            )
+        if sorted(self.columns.values()) != list(range(len(self.columns))):
+            raise ValueError(f"columns must be 0..{len(self.columns) - 1}, each used once")
+        if self.terms_width % TERM_SLOTS_MULTIPLE:
+            raise ValueError(f"terms_width must be a multiple of 4, got {self.terms_width}")
+        if (self.num_bloom_planes == 0) != (self.terms_width == 0):
+            raise ValueError(
+                "num_bloom_planes and terms_width must both be 0 or both be positive, "
+                f"got {self.num_bloom_planes} and {self.terms_width}"
+            )
+        for name in (*self.exact_planes, *self.columns):
+            if name not in self.dtypes:
+                raise ValueError(f"attribute {name!r} has planes or a column but no dtype")
+        return self
+
+    @property
+    def num_exact_planes(self) -> int:
+        """Planes that belong to one value each."""
+        return self.first_bloom_plane - FIRST_EXACT_PLANE
+
+    @property
+    def num_planes(self) -> int:
+        """J: all planes, the live plane included."""
+        return self.first_bloom_plane + self.num_bloom_planes
+
+    @property
+    def num_columns(self) -> int:
+        """V: one column per number attribute."""
+        return len(self.columns)
+
+    def term_key(self, attribute: str, value: TermValue) -> int:
+        """The key of a value of a category attribute, in ``[0, PAD_TERM)``; stable everywhere."""
+        self._require(attribute, value)
+        return _term_key(self.seed, attribute, value)
+
+    def exact_plane(self, attribute: str, value: TermValue) -> int | None:
+        """The plane that belongs to this value alone, or None."""
+        self._require(attribute, value)
+        return self.exact_planes.get(attribute, {}).get(str(value))
+
+    def number_key(self, attribute: str, value: NumberValue) -> int:
+        """The int64 that orders like the value among all values of a number attribute.
+
+        Raises:
+            ValueError: if the attribute has no column, or the value is not of its type, NaN, or
+                the int that marks null.
+        """
+        if attribute not in self.columns:
+            raise ValueError(f"attribute {attribute!r} has no column")
+        if self.dtypes[attribute] == "int":
+            if not isinstance(value, int) or not NULL_INT < value <= INT64_MAX:
+                raise ValueError(f"attribute {attribute!r} orders 64-bit ints, got {value!r}")
+            return value
+        if math.isnan(value):
+            raise ValueError(f"attribute {attribute!r} orders numbers, got nan")
+        return float_key(float(value))
+
+    def report(self) -> PlaneReport:
+        """What the planes, terms and columns cost per item and what the Bloom planes promise."""
+        return PlaneReport(
+            num_planes=self.num_planes,
+            num_exact_planes=self.num_exact_planes,
+            num_bloom_planes=self.num_bloom_planes,
+            num_hashes=self.num_hashes,
+            terms_width=self.terms_width,
+            num_columns=self.num_columns,
+            plane_bits_per_item=self.num_planes,
+            verify_bits_per_item=64 * (self.terms_width + self.num_columns),
+            false_positive_rate=self.false_positive_rate,
+        )
+
+    def _require(self, attribute: str, value: TermValue) -> None:
+        expected = str if self.dtypes.get(attribute) == "string" else int
+        if attribute not in self.dtypes or attribute in self.columns:
+            raise ValueError(f"{attribute!r} is not a category attribute")
+        if not isinstance(value, expected):
+            raise ValueError(f"values of {attribute!r} must be {expected.__name__}, got {value!r}")
+
+
+def float_key(value: float) -> int:
+    """The int64 that orders like the float64; both zeros share one key, NaN has the null key."""
+    return int(float_keys(np.array([value], dtype=np.float64))[0])
+
+
+def float_keys(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """``float_key`` of every value, ``(n,)`` int64."""
+    # Adding zero turns -0.0 into 0.0 and changes nothing else.
+    bits = (values + 0.0).view(np.int64)
+    keys = np.where(bits >= 0, bits, bits ^ np.int64(INT64_MAX))
+    return np.where(np.isnan(values), np.int64(NULL_INT), keys)
+
+
+def choose_planes(
+    schema: Schema,
+    catalogue: Catalogue,
+    *,
+    target_false_positive_rate: float = 0.001,
+    max_exact_planes: int = 256,
+    min_exact_share: float = 0.002,
+    num_hashes: int = 5,
+    max_bloom_planes: int = 4096,
+    seed: int = 0,
+) -> PlaneDictionary:
+    """The dictionary of a catalogue; it depends on the set of items, never on their order.
+
+    Values on at least ``min_exact_share`` of the items get exact planes, the most frequent first.
+    All others share the fewest Bloom planes that meet the target.
+
+    Args:
+        schema: what the catalogue holds.
+        catalogue: all items of the generation, validated.
+        target_false_positive_rate: largest expected share of items, over the whole catalogue, that
+            a rare term may pass wrongly before verification; in (0, 1).
+        max_exact_planes: most exact planes.
+        min_exact_share: share of the items below which a value is rare, in [0, 1].
+        num_hashes: Bloom planes set per value, 1 to 16.
+        max_bloom_planes: most Bloom planes.
+        seed: seed of term keys and Bloom positions.
+
+    Raises:
+        ValueError: if an argument is out of range, if the target needs more than
+            ``max_bloom_planes``, or if two values share a term key (another seed cures that).
+    """
+    if not 0 < target_false_positive_rate < 1:
+        raise ValueError(
+            f"target_false_positive_rate must be in (0, 1), got {target_false_positive_rate}"
+        )
+    if not 0 <= min_exact_share <= 1:
+        raise ValueError(f"min_exact_share must be in [0, 1], got {min_exact_share}")
+    if not 1 <= num_hashes <= 16:
+        raise ValueError(f"num_hashes must be in [1, 16], got {num_hashes}")
+    if max_exact_planes < 0 or max_bloom_planes < 1:
+        raise ValueError(
+            "max_exact_planes must be 0 or more and max_bloom_planes 1 or more, "
+            f"got {max_exact_planes} and {max_bloom_planes}"
+        )
+    counts = _value_counts(schema, catalogue)
+    _refuse_collisions(seed, counts)
+    frequent = sorted(
+        (pair for pair, count in counts.items() if count >= min_exact_share * len(catalogue)),
+        key=lambda pair: (-counts[pair], pair[0], str(pair[1])),
+    )
+    exact = set(frequent[:max_exact_planes])
+    exact_planes: dict[str, dict[str, int]] = {item.name: {} for item in schema.categories}
+    for plane, (name, value) in enumerate(
+        sorted(exact, key=lambda pair: (pair[0], str(pair[1]))), start=FIRST_EXACT_PLANE
+    ):
+        exact_planes[name][str(value)] = plane
+    rare_terms = np.zeros(len(catalogue), dtype=np.int64)
+    for rows, _ in _pairs(schema, catalogue, exclude=exact):
+        rare_terms += np.bincount(rows, minlength=len(catalogue))
+    num_bloom_planes, rate = _choose_width(
+        Counter(rare_terms.tolist()), num_hashes, target_false_positive_rate, max_bloom_planes
+    )
+    widest = int(rare_terms.max(initial=0))
+    return PlaneDictionary(
+        dtypes={attribute.name: attribute.dtype for attribute in schema.attributes},
+        exact_planes=exact_planes,
+        first_bloom_plane=FIRST_EXACT_PLANE + len(exact),
+        num_bloom_planes=num_bloom_planes,
+        num_hashes=num_hashes,
+        seed=seed,
+        columns={attribute.name: index for index, attribute in enumerate(schema.numbers)},
+        terms_width=-(-widest // TERM_SLOTS_MULTIPLE) * TERM_SLOTS_MULTIPLE,
+        false_positive_rate=rate,
+    )
+
+
+def encode_items(dictionary: PlaneDictionary, schema: Schema, catalogue: Catalogue) -> ItemBits:
+    """The exact bits, rare terms and order keys of every item, in catalogue order.
+
+    The catalogue may hold values that the dictionary has never seen: they become rare terms.
+
+    Raises:
+        SchemaError: if an item has more rare values than ``terms_width``, or a rare value although
+            the dictionary has no Bloom planes.
+    """
+    num_items = len(catalogue)
+    exact = np.zeros((num_items, dictionary.num_exact_planes), dtype=np.bool_)
+    rows_parts: list[NDArray[np.int64]] = []
+    keys_parts: list[NDArray[np.int64]] = []
+    for rows, (name, value) in _pairs(schema, catalogue):
+        plane = dictionary.exact_plane(name, value)
+        if plane is not None:
+            exact[rows, plane - FIRST_EXACT_PLANE] = True
+        elif not dictionary.num_bloom_planes:
+            raise SchemaError(
+                name,
+                f"value {value!r} of item {catalogue.item_ids[rows[0]]} has no plane and this "
+                "generation has no Bloom planes; publish a new generation",
+            )
+        else:
+            rows_parts.append(rows)
+            keys_parts.append(np.full(len(rows), dictionary.term_key(name, value), dtype=np.int64))
+    terms = np.full((num_items, dictionary.terms_width), PAD_TERM, dtype=np.int64)
+    if rows_parts:
+        item_rows, keys = np.concatenate(rows_parts), np.concatenate(keys_parts)
+        order = np.lexsort((keys, item_rows))
+        item_rows, keys = item_rows[order], keys[order]
+        position = np.arange(len(keys)) - np.searchsorted(item_rows, item_rows)
+        if position.max() >= dictionary.terms_width:
+            row = item_rows[position.argmax()]
+            raise SchemaError(
+                "attributes",
+                f"item {catalogue.item_ids[row]} has {position.max() + 1} rare values, this "
+                f"generation holds {dictionary.terms_width}; publish a new generation",
+            )
+        terms[item_rows, position] = keys
+    columns = np.zeros((num_items, dictionary.num_columns), dtype=np.int64)
+    for name, column in dictionary.columns.items():
+        values = catalogue.numbers[name]
+        columns[:, column] = values if values.dtype == np.int64 else float_keys(values)
+    return ItemBits(torch.from_numpy(exact), torch.from_numpy(terms), torch.from_numpy(columns))
+
+
+def _term_key(seed: int, attribute: str, value: TermValue) -> int:
+    tag = "s" if isinstance(value, str) else "i"
+    text = f"{attribute}\0{tag}{value}".encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8, key=struct.pack("<q", seed)).digest()
+    key = int.from_bytes(digest, "little") & INT64_MAX
+    return key if key < PAD_TERM else PAD_TERM - 1
+
+
+def _pairs(
+    schema: Schema, catalogue: Catalogue, exclude: set[tuple[str, TermValue]] | None = None
+) -> Iterator[tuple[NDArray[np.int64], tuple[str, TermValue]]]:
+    """Every (attribute, value) with the ascending rows of the items that have it."""
+    for attribute in schema.categories:
+        for value, rows in _rows_by_value(attribute, catalogue.categories[attribute.name]):
+            if exclude is None or (attribute.name, value) not in exclude:
+                yield rows, (attribute.name, value)
+
+
+def _rows_by_value(
+    attribute: Attribute, column: Ragged
+) -> Iterator[tuple[TermValue, NDArray[np.int64]]]:
+    if not len(column.values):
+        return
+    values: list[TermValue] = column.values.tolist()
+    codes: dict[TermValue, int] = {}
+    code_of = np.fromiter(
+        (codes.setdefault(value, len(codes)) for value in values), np.int64, len(values)
+    )
+    order = np.argsort(code_of, kind="stable")
+    rows = column.row_of[order]
+    starts = np.searchsorted(code_of[order], np.arange(len(codes) + 1))
+    for value, code in codes.items():
+        # A list may repeat a value; the item has it once.
+        yield value, np.unique(rows[starts[code] : starts[code + 1]])
+
+
+def _value_counts(schema: Schema, catalogue: Catalogue) -> dict[tuple[str, TermValue], int]:
+    return {pair: len(rows) for rows, pair in _pairs(schema, catalogue)}
+
+
+def _refuse_collisions(seed: int, counts: dict[tuple[str, TermValue], int]) -> None:
+    owners: dict[int, tuple[str, TermValue]] = {}
+    for pair in counts:
+        key = _term_key(seed, *pair)
+        other = owners.setdefault(key, pair)
+        if other != pair:
+            first, second = sorted(f"{name}:{value!r}" for name, value in (other, pair))
+            raise ValueError(f"{first} and {second} share the term key {key}; change seed={seed}")
+
+
+def _choose_width(
+    items_by_terms: Counter[int], num_hashes: int, target: float, max_planes: int
+) -> tuple[int, float]:
+    """The fewest Bloom planes that meet the target and the rate they are expected to give."""
+    if not any(items_by_terms):
+        return 0, 0.0
+    narrow, wide = 0, min(num_hashes, max_planes)
+    while (rate := _false_positive_rate(items_by_terms, num_hashes, wide)) > target:
+        if wide >= max_planes:
+            total = sum(terms * items for terms, items in items_by_terms.items())
+            raise ValueError(
+                f"a false-positive rate of {target} needs more than max_bloom_planes={max_planes}: "
+                f"{total} rare values on {items_by_terms.total()} items, at most "
+                f"{max(items_by_terms)} on one, give {rate:.3g} there; raise the target, "
+                "max_bloom_planes or max_exact_planes, or lower min_exact_share"
+            )
+        narrow, wide = wide, min(2 * wide, max_planes)
+    while wide - narrow > 1:
+        middle = (narrow + wide) // 2
+        if _false_positive_rate(items_by_terms, num_hashes, middle) > target:
+            narrow = middle
+        else:
+            wide = middle
+    return wide, _false_positive_rate(items_by_terms, num_hashes, wide)
+
+
+def _false_positive_rate(items_by_terms: Counter[int], num_hashes: int, num_planes: int) -> float:
+    """Expected share of items whose signature holds all positions of a term they do not have.
+
+    Hash positions are taken as independent and uniform, and two of one term may fall together.
+    """
+    distinct = _distinct_positions(num_hashes, num_planes)
+    total = 0.0
+    for terms in sorted(items_by_terms):
+        balls = terms * num_hashes
+        passed = sum(
+            share * _all_covered(positions, balls, num_planes)
+            for positions, share in distinct.items()
+        )
+        total += items_by_terms[terms] * passed
+    return min(total / items_by_terms.total(), 1.0)
+
+
+def _distinct_positions(num_hashes: int, num_planes: int) -> dict[int, float]:
+    """How likely the positions of one term fall on 1, 2, ... distinct planes."""
+    shares = {0: 1.0}
+    for _ in range(num_hashes):
+        following: dict[int, float] = {}
+        for count, share in shares.items():
+            again = share * count / num_planes
+            following[count] = following.get(count, 0.0) + again
+            following[count + 1] = following.get(count + 1, 0.0) + share - again
+        shares = following
+    return {count: share for count, share in shares.items() if share > 0}
+
+
+def _all_covered(positions: int, balls: int, num_planes: int) -> float:
+    """How likely ``balls`` uniform draws cover ``positions`` given planes."""
+    covered = sum(
+        math.comb(positions, missed)
+        * (-1.0 if missed % 2 else 1.0)
+        * (1 - missed / num_planes) ** balls
+        for missed in range(positions + 1)
+    )
+    return min(max(covered, 0.0), 1.0)

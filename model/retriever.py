@@ -1,0 +1,345 @@
+"""The whole retrieval pipeline as one module, from a user's features to a ranked answer.
+
+Shapes: B requests, H heads, Q = B * H query rows, D embedding dimension, P probes, R candidates
+per head, U candidates of the union of the heads, T tasks, K results.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from silvershard.kernels import (
+    coarse_probe,
+    fixed_sigmoid,
+    quantize_rows,
+    select_topk,
+    value_program,
+)
+from silvershard.model.answer import Answer, split_answers
+from silvershard.model.index import ItemIndex
+from silvershard.model.merge import Merge, passes
+from silvershard.model.plan import Plan
+from silvershard.model.request import CompiledRequest, FeatureValues, Request, compile_request
+from silvershard.model.spec import ServingSpec
+from silvershard.model.two_tower import Encoded
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
+
+_MAX_VALUE = torch.finfo(torch.float32).max
+
+
+class RetrievalModel(Protocol):
+    """What the pipeline needs of a model; ``two_tower.TwoTower`` is one."""
+
+    def encode(self, features: Sequence[Mapping[str, FeatureValues]]) -> Encoded:
+        """Return the query embeddings and the reranker's user state of each user."""
+        ...
+
+    def rank(
+        self,
+        query: Tensor,
+        user_state: Tensor,
+        request: Tensor,
+        items: Tensor,
+        refined: Tensor,
+        signals: Tensor,
+    ) -> Tensor:
+        """Return task logits ``(n, T)`` of n (request, item) pairs."""
+        ...
+
+
+class Centroids(NamedTuple):
+    """The global cluster centres and their int8 form."""
+
+    vectors: Tensor
+    """``(C, D)`` float32."""
+    codes: Tensor
+    """``(C, D)`` int8."""
+    scales: Tensor
+    """``(C,)`` float32."""
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> "Centroids":
+        """Return the centroids with their int8 form."""
+        return cls(vectors, *quantize_rows(vectors))
+
+
+class PartCandidates(NamedTuple):
+    """The candidates that one device keeps between the rounds."""
+
+    scores: Tensor
+    """``(B, H, R)`` float32."""
+    item_ids: Tensor
+    """``(B, H, R)`` int64."""
+    slots: Tensor
+    """``(B, H, R)`` int64."""
+
+
+class _Stopwatch:
+    """Microseconds between successive marks."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter_ns()
+        self.times: StageTimes = {}
+
+    def mark(self, stage: str) -> None:
+        now = time.perf_counter_ns()
+        self.times[stage] = self.times.get(stage, 0) + (now - self._last) // 1000
+        self._last = now
+
+
+def pad_programs(programs: Sequence[Tensor]) -> Tensor:
+    """Return programs ``(L_i, ...)`` as one ``(B, L, ...)`` tensor; zero rows are ``NOP``."""
+    return torch.nn.utils.rnn.pad_sequence(list(programs), batch_first=True)
+
+
+def assemble(
+    compiled: Sequence[CompiledRequest],
+    plans: Sequence[Plan],
+    embedding: Tensor,
+    user_state: Tensor,
+) -> Work:
+    """Return the tensors that a batch of compiled requests runs on.
+
+    Args:
+        compiled: B requests.
+        plans: the plan of each.
+        embedding: ``(B, H, D)`` float32.
+        user_state: ``(B, Us)`` float32.
+    """
+    exclude = [torch.tensor(one.exclude, dtype=torch.int64) for one in compiled]
+    return Work(
+        embedding=embedding,
+        user_state=user_state,
+        scan=pad_programs([one.scan for one in compiled]),
+        verify=pad_programs([one.verify for one in compiled]),
+        exclude=torch.nn.utils.rnn.pad_sequence(exclude, batch_first=True, padding_value=-1),
+        value_ops=pad_programs([one.value_ops for one in compiled]),
+        value_constants=pad_programs([one.value_constants for one in compiled]),
+        probes=torch.tensor([plan.probes for plan in plans], dtype=torch.int64),
+        ann_k=torch.tensor([plan.ann_k for plan in plans], dtype=torch.int64),
+        k=torch.tensor([one.k for one in compiled], dtype=torch.int64),
+    )
+
+
+class Retriever(nn.Module):
+    """One generation over some documents: all of them in one process, or those of one shard.
+
+    The documents may be split over several parts (one per local device); the answer does not
+    depend on
+    how. Float stages run on padded shapes and fixed summation orders, so it does not depend on
+    batch
+    neighbours either.
+    """
+
+    centroids: Tensor
+    centroid_codes: Tensor
+    centroid_scales: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        centroids: Centroids,
+        parts: Sequence[ItemIndex],
+        spec: ServingSpec,
+    ) -> None:
+        super().__init__()
+        if not parts:
+            raise ValueError("a retriever needs at least one part, got none")
+        self.model = model
+        self.register_buffer("centroids", centroids.vectors)
+        self.register_buffer("centroid_codes", centroids.codes)
+        self.register_buffer("centroid_scales", centroids.scales)
+        self.parts = nn.ModuleList(parts)
+        self.merge = Merge()
+        self.spec = spec
+
+    @property
+    def indexes(self) -> list[ItemIndex]:
+        """Return the parts with their type."""
+        return [cast(ItemIndex, part) for part in self.parts]
+
+    @property
+    def documents(self) -> int:
+        """Return the number of live documents in all parts."""
+        return sum(part.documents for part in self.indexes)
+
+    @torch.inference_mode()
+    def encode(self, features: Sequence[Mapping[str, FeatureValues]]) -> Encoded:
+        """Return query embeddings and user states; features are checked already."""
+        return cast(RetrievalModel, self.model).encode(features)
+
+    @torch.inference_mode()
+    def count(self, scan: Tensor) -> Tensor:
+        """Return how many live documents pass each scan program ``(B, L, 4)``, ``(B,)`` int64."""
+        return torch.stack([part.count(scan) for part in self.indexes]).sum(0)
+
+    def _probe(self, embedding: Tensor, codes: Tensor, scales: Tensor, probes: Tensor) -> Tensor:
+        """Return the clusters of each query row, ``(Q, P)`` int32, -1 beyond its probes."""
+        heads = embedding.shape[1]
+        rows = embedding.flatten(0, 1)  # (Q, D)
+        per_row = probes.repeat_interleave(heads)  # (Q,)
+        num_clusters = self.centroids.shape[0]
+        clusters = torch.full((rows.shape[0], int(probes.max())), -1, dtype=torch.int32)
+        # The int8 shortlist depends on P, so rows of different plans are probed apart.
+        for count in probes.unique().tolist():
+            at = torch.nonzero(per_row == count).flatten()
+            if count == num_clusters:
+                clusters[at, :count] = torch.arange(num_clusters, dtype=torch.int32)
+                continue
+            clusters[at, :count] = coarse_probe(
+                rows[at],
+                codes[at],
+                scales[at],
+                self.centroids,
+                self.centroid_codes,
+                self.centroid_scales,
+                count,
+            )
+        return clusters
+
+    @torch.inference_mode()
+    def open(self, work: Work) -> tuple[RoundOne, list[PartCandidates]]:
+        """Run round one: probe, filter and scan.
+
+        Returns:
+            The best candidates per head over all parts, and what each part keeps for round two.
+        """
+        watch = _Stopwatch()
+        batch, heads, _ = work.embedding.shape
+        codes, scales = quantize_rows(work.embedding.flatten(0, 1))
+        clusters = self._probe(work.embedding, codes, scales, work.probes)
+        watch.mark("probe")
+        width = int(work.ann_k.max())
+        programs = work.scan.repeat_interleave(heads, 0)  # (Q, L, 4)
+        verify = work.verify.repeat_interleave(heads, 0)
+        exclude = work.exclude.repeat_interleave(heads, 0)
+        # A request keeps no more than its own plan says, whatever its neighbours keep.
+        beyond = torch.arange(width) >= work.ann_k[:, None, None]  # (B, 1, R)
+        kept: list[PartCandidates] = []
+        rounds: list[RoundOne] = []
+        for part in self.indexes:
+            found = part.scan(codes, scales, clusters, programs, verify, exclude, width)
+            candidates = PartCandidates(
+                found.scores.view(batch, heads, width).masked_fill(beyond, float("-inf")),
+                found.item_ids.view(batch, heads, width).masked_fill(beyond, -1),
+                found.slots.view(batch, heads, width).masked_fill(beyond, -1),
+            )
+            kept.append(candidates)
+            rounds.append(
+                RoundOne(
+                    candidates.scores,
+                    candidates.item_ids,
+                    found.probed.view(batch, heads).sum(1),
+                    found.eligible.view(batch, heads).sum(1),
+                    {},
+                )
+            )
+        merged = rounds[0] if len(rounds) == 1 else self.merge.candidates(rounds, width)
+        watch.mark("ann")
+        return merged._replace(times=watch.times), kept
+
+    @torch.inference_mode()
+    def close(self, work: Work, candidates: Sequence[PartCandidates], cutoffs: Cutoffs) -> RoundTwo:
+        """Run round two on the candidates that pass the global cut: refine, rerank and value."""
+        rounds = [
+            self._finish(part, work, kept, cutoffs)
+            for part, kept in zip(self.indexes, candidates, strict=True)
+        ]
+        return rounds[0] if len(rounds) == 1 else self.merge(rounds, int(work.k.max()))
+
+    def _finish(
+        self, part: ItemIndex, work: Work, candidates: PartCandidates, cutoffs: Cutoffs
+    ) -> RoundTwo:
+        watch = _Stopwatch()
+        batch = work.embedding.shape[0]
+        num_tasks = len(self.spec.item_schema.tasks)
+        passing = passes(candidates.scores, candidates.item_ids, cutoffs)  # (B, H, R)
+        slots, valid = _union(candidates.slots, passing)  # (B, U)
+        refined = part.refine(work.embedding, slots)  # (B, U, H)
+        watch.mark("refine")
+        request, column = torch.nonzero(valid, as_tuple=True)  # (n,)
+        item_ids, items, signals = part.items_at(slots[request, column])
+        by_head = refined[request, column]  # (n, H)
+        logits = cast(RetrievalModel, self.model).rank(
+            work.embedding, work.user_state, request, items, by_head, signals
+        )
+        tasks = fixed_sigmoid(logits)  # (n, T)
+        watch.mark("rerank")
+        score = by_head.amax(1)
+        columns = torch.cat([score[:, None], tasks, signals], 1)
+        values = value_program(columns, request, work.value_ops, work.value_constants)
+        # An infinite value still ranks its item: only padding is -inf.
+        values = values.clamp(-_MAX_VALUE, _MAX_VALUE)
+        width = int(work.k.max())
+        table = torch.full(valid.shape, float("-inf"))
+        table[request, column] = values
+        ids = torch.full(valid.shape, -1, dtype=torch.int64)
+        ids[request, column] = item_ids
+        best = select_topk(table, ids, width)
+        # Rows of (request, item) pairs are numbered so that the winners' columns can be picked.
+        number = torch.zeros(valid.shape, dtype=torch.int64)
+        number[request, column] = torch.arange(request.shape[0])
+        missing = best.positions < 0
+        if request.numel():
+            row = number.gather(1, best.positions.clamp(min=0))
+            best_score = score[row].masked_fill(missing, float("-inf"))
+            best_tasks = tasks[row].masked_fill(missing[:, :, None], 0.0)
+        else:
+            best_score = torch.full((batch, width), float("-inf"))
+            best_tasks = torch.zeros(batch, width, num_tasks)
+        watch.mark("value")
+        return RoundTwo(
+            item_ids=best.item_ids,
+            values=best.scores,
+            refined=best_score,
+            tasks=best_tasks,
+            kept=passing.sum((1, 2)),
+            reranked=valid.sum(1),
+            times=watch.times,
+        )
+
+    @torch.inference_mode()
+    def forward(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer a batch of requests over the documents of this process.
+
+        Raises:
+            RequestError: if a request cannot be served as stated.
+        """
+        if not requests:
+            return []
+        watch = _Stopwatch()
+        compiled = [compile_request(request, self.spec) for request in requests]
+        watch.mark("compile")
+        counts: list[int | None] = [None] * len(compiled)
+        asking = [at for at, one in enumerate(compiled) if one.needs_count]
+        if asking:
+            found = self.count(pad_programs([compiled[at].scan for at in asking]))
+            for at, eligible in zip(asking, found.tolist(), strict=True):
+                counts[at] = eligible
+        plans = [one.plan(self.spec, count) for one, count in zip(compiled, counts, strict=True)]
+        watch.mark("filter")
+        encoded = self.encode([one.features for one in compiled])
+        watch.mark("tower")
+        work = assemble(compiled, plans, encoded.embedding, encoded.user_state)
+        first, candidates = self.open(work)
+        cutoffs = self.merge.cutoffs([first], work.ann_k)
+        second = self.close(work, candidates, cutoffs)
+        times = {**watch.times, **first.times, **second.times}
+        return split_answers(
+            compiled, plans, encoded.warnings, first, second, self.spec, counts, times
+        )
+
+
+def _union(slots: Tensor, passing: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct passing slots of all heads, ``(B, U)`` padded with -1, and their mask."""
+    flat = slots.masked_fill(~passing, -1).flatten(1)  # (B, H * R)
+    ordered = torch.sort(flat, 1, descending=True).values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    ordered = ordered.masked_fill(repeated, -1)
+    ordered = torch.sort(ordered, 1, descending=True).values
+    width = max(int((ordered >= 0).sum(1).max()), 1)
+    return ordered[:, :width], ordered[:, :width] >= 0

@@ -1,0 +1,277 @@
+"""What items and users consist of: features, filter attributes, signals, fields and tasks.
+
+The schema is stored in the manifest of every snapshot; everything that names a feature, an
+attribute or a value column is checked against it.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import pydantic
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from silvershard.model.value import VALUE_KEYWORDS, compile_value
+
+ValueType = Literal["int", "float", "string"]
+
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+INT64_MIN = -(2**63)
+INT64_MAX = 2**63 - 1
+SCORE_COLUMN = "score"
+
+FILTER_KEYWORDS = frozenset({"and", "or", "not", "in"})
+
+
+class SchemaError(ValueError):
+    """Something disagrees with the schema.
+
+    Attributes:
+        field: the feature, attribute or column at fault.
+        message: what was required and what was got.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (self.field, self.message)
+
+
+class UserFeature(BaseModel):
+    """A list of ids that a tower looks up in an embedding table; users and items alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = pydantic.Field(description="identifier of the feature")
+    kind: Literal["ids"] = pydantic.Field(
+        default="ids", description="how the feature is encoded; ids: a list of ids to look up"
+    )
+    dtype: Literal["int", "string"] = pydantic.Field(
+        default="int", description="type of the ids; strings are hashed into the table"
+    )
+    max_length: int = pydantic.Field(
+        default=128, ge=1, description="ids kept; a longer list keeps its last max_length"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return _identifier(name)
+
+
+class Attribute(BaseModel):
+    """A property of items that filters can name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = pydantic.Field(description="identifier of the attribute")
+    kind: Literal["category", "number"] = pydantic.Field(
+        description="category: any number of values per item, matched by equality; "
+        "number: one value or none per item, compared"
+    )
+    dtype: ValueType = pydantic.Field(
+        description="type of the values; category: int or string, number: int or float"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if _identifier(name).lower() in FILTER_KEYWORDS:
+            raise ValueError(f"{name!r} is a keyword of the filter language")
+        return name
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> Self:
+        allowed = ("int", "string") if self.kind == "category" else ("int", "float")
+        if self.dtype not in allowed:
+            raise ValueError(
+                f"attribute {self.name!r}: dtype of a {self.kind} must be "
+                f"{' or '.join(allowed)}, got {self.dtype}"
+            )
+        return self
+
+
+class Field(BaseModel):
+    """A stored column that is returned on request and otherwise unused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = pydantic.Field(description="identifier of the field")
+    dtype: ValueType = pydantic.Field(description="type of the values, one per item")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return _identifier(name)
+
+
+class Schema(BaseModel):
+    """The declaration that a catalogue, its towers, its filters and its value model share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user_features: tuple[UserFeature, ...] = pydantic.Field(
+        default=(), description="what a request says about the user; input of the user tower"
+    )
+    item_features: tuple[UserFeature, ...] = pydantic.Field(
+        default=(), description="what the item tower reads of an item"
+    )
+    attributes: tuple[Attribute, ...] = pydantic.Field(
+        default=(), description="what filters can name"
+    )
+    signals: tuple[str, ...] = pydantic.Field(
+        default=(), description="float columns of items that the value formula can name"
+    )
+    fields: tuple[Field, ...] = pydantic.Field(
+        default=(), description="stored columns that a request can ask back"
+    )
+    heads: tuple[str, ...] = pydantic.Field(
+        default=("user",), min_length=1, description="names of the query embeddings of a user"
+    )
+    tasks: tuple[str, ...] = pydantic.Field(
+        default=(), description="names of the reranker's outputs"
+    )
+    value: str = pydantic.Field(
+        default=SCORE_COLUMN, description="formula that orders the answer, in the value language"
+    )
+    weights: dict[str, float] = pydantic.Field(
+        default_factory=dict, description="defaults of the formula's $names"
+    )
+    allow_task_weights: bool = pydantic.Field(
+        default=True, description="whether a request may override the weights"
+    )
+
+    @field_validator("signals", "heads", "tasks")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            _identifier(name)
+        return names
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            _identifier(name)
+            if not math.isfinite(weight):
+                raise ValueError(f"weight {name!r} must be finite, got {weight}")
+        return weights
+
+    @model_validator(mode="after")
+    def _check_namespaces(self) -> Self:
+        _unique("user feature", (feature.name for feature in self.user_features))
+        _unique("item feature", (feature.name for feature in self.item_features))
+        _unique("attribute", (attribute.name for attribute in self.attributes))
+        _unique("field", (field.name for field in self.fields))
+        _unique("head", self.heads)
+        _unique("value column", self.value_columns)
+        for name in self.value_columns:
+            if name.lower() in VALUE_KEYWORDS:
+                raise ValueError(f"value column {name!r} is a keyword of the value language")
+        compile_value(self.value, self.value_columns, self.weights)
+        return self
+
+    @property
+    def value_columns(self) -> tuple[str, ...]:
+        """Names that the value formula can use, in column order: score, tasks, signals."""
+        return (SCORE_COLUMN, *self.tasks, *self.signals)
+
+    @property
+    def categories(self) -> tuple[Attribute, ...]:
+        """Attributes of kind category, in schema order."""
+        return tuple(attribute for attribute in self.attributes if attribute.kind == "category")
+
+    @property
+    def numbers(self) -> tuple[Attribute, ...]:
+        """Attributes of kind number, in schema order."""
+        return tuple(attribute for attribute in self.attributes if attribute.kind == "number")
+
+    def attribute(self, name: str) -> Attribute | None:
+        """The attribute of that name, or None."""
+        for attribute in self.attributes:
+            if attribute.name == name:
+                return attribute
+        return None
+
+    def check_features(
+        self, features: Mapping[str, Sequence[Any]]
+    ) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
+        """Every declared user feature with its checked ids; ``()`` where none were given.
+
+        Lists longer than ``max_length`` keep their last ids. numpy integers count as ints;
+        bools, floats and numbers in strings do not.
+
+        Raises:
+            SchemaError: naming the feature that is unknown or of the wrong type.
+        """
+        return _check_features("user feature", self.user_features, features)
+
+    def check_item_features(
+        self, features: Mapping[str, Sequence[Any]]
+    ) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
+        """Every declared item feature with its checked ids; otherwise as ``check_features``."""
+        return _check_features("item feature", self.item_features, features)
+
+
+def _identifier(name: str) -> str:
+    if not IDENTIFIER.fullmatch(name):
+        raise ValueError(f"name must match [A-Za-z_][A-Za-z0-9_]*, got {name!r}")
+    return name
+
+
+def _unique(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{what} {name!r} is declared twice")
+        seen.add(name)
+
+
+def _check_features(
+    what: str, declared: Sequence[UserFeature], features: Mapping[str, Sequence[Any]]
+) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
+    known = {feature.name for feature in declared}
+    for name in features:
+        if name not in known:
+            raise SchemaError(
+                str(name),
+                f"unknown {what}; the schema has {', '.join(sorted(known)) or 'none'}",
+            )
+    return {
+        feature.name: _check_ids(feature, features.get(feature.name, ())) for feature in declared
+    }
+
+
+def _check_ids(feature: UserFeature, values: Sequence[Any]) -> tuple[int, ...] | tuple[str, ...]:
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        values = values.tolist()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise SchemaError(
+            feature.name, f"must be a list of {feature.dtype} ids, got {type(values).__name__}"
+        )
+    for position, value in enumerate(values):
+        problem = _id_problem(feature.dtype, value)
+        if problem:
+            raise SchemaError(feature.name, f"position {position} must be {problem}")
+    kept = values[-feature.max_length :]
+    return tuple(kept) if feature.dtype == "string" else tuple(int(value) for value in kept)
+
+
+def _id_problem(dtype: Literal["int", "string"], value: object) -> str | None:
+    if dtype == "string":
+        return None if isinstance(value, str) else f"a string, got {_described(value)}"
+    if isinstance(value, bool | np.bool) or not isinstance(value, int | np.integer):
+        return f"an int, got {_described(value)}"
+    if not INT64_MIN <= value <= INT64_MAX:
+        return f"a 64-bit signed int, got {value}"
+    return None
+
+
+def _described(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

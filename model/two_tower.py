@@ -1,0 +1,335 @@
+"""The two-tower model: histories to query embeddings, items to embeddings, pairs to task logits.
+
+Shapes: B requests, N items, H heads, D embedding dimension, T tasks, Us user state, Vs signals,
+L history length, n values of all requests together.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from silvershard.kernels import fixed_dot
+from silvershard.kernels.fixed_math import fixed_dot_reference
+from silvershard.model.catalogue import Ragged
+from silvershard.model.dense import PaddedLinear
+from silvershard.model.embeddings import (
+    DEFAULT_ROW,
+    Bags,
+    PooledTables,
+    Vocabulary,
+    mean_bags,
+    spread,
+)
+from silvershard.model.ranker import MLPRanker
+
+BAND_TABLE = "popularity_band"
+HISTORY_TABLE = "history"
+RECENT_TABLE = "recent"
+
+_ITEM_CHUNK = 4096
+_SMALLEST_SQUARE = 1e-24
+
+
+class Encoded(NamedTuple):
+    """What the user tower says of a batch of users."""
+
+    embedding: Tensor
+    """``(B, H, D)`` float32, unit length."""
+    user_state: Tensor
+    """``(B, Us)`` float32, the user side of the reranker."""
+    warnings: tuple[tuple[str, ...], ...]
+    """What was wrong with the features of each request; empty where nothing was."""
+
+
+class ItemTable(BaseModel):
+    """One item feature with its vocabulary."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, description="name of the item feature")
+    dtype: Literal["int", "string"] = Field(description="type of its ids")
+    size: int = Field(ge=0, description="number of known ids")
+
+
+class HistoryPool(BaseModel):
+    """An item feature that the user tower also pools over the items of the history."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    feature: str = Field(description="name of an item feature")
+    width: int = Field(ge=1, description="largest number of its ids that an item of a history has")
+
+
+class TwoTowerConfig(BaseModel):
+    """Everything that decides the shapes of a ``TwoTower``; its tensors hold the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension D")
+    heads: tuple[str, ...] = Field(min_length=1, description="names of the query embeddings")
+    tasks: tuple[str, ...] = Field(default=(), description="names of the reranker's outputs")
+    signals: tuple[str, ...] = Field(default=(), description="names of the reranker's signals")
+    history: str = Field(description="user feature that lists item ids, oldest first")
+    item: str = Field(description="item feature whose ids the history names")
+    tables: tuple[ItemTable, ...] = Field(min_length=1, description="the item features")
+    pooled: tuple[HistoryPool, ...] = Field(
+        default=(), description="item features pooled over the history"
+    )
+    max_history: int = Field(default=50, ge=1, description="last known ids of a history that count")
+    recent: int = Field(
+        default=3, ge=1, description="last ids that are pooled once more by themselves"
+    )
+    half_life: float = Field(default=10.0, gt=0, description="ids after which a weight has halved")
+    bands: int = Field(default=24, ge=1, description="number of popularity bands")
+    ranker_hidden: tuple[int, int] = Field(
+        default=(64, 32), description="widths of the reranker's hidden layers"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [table.name for table in self.tables]
+        if len(set(names)) != len(names) or BAND_TABLE in names:
+            raise ValueError(
+                f"tables must have distinct names other than {BAND_TABLE!r}, got {names}"
+            )
+        pooled = [pool.feature for pool in self.pooled]
+        if len(set(pooled)) != len(pooled):
+            raise ValueError(f"pooled must name each feature once, got {pooled}")
+        for field, name in (("item", self.item), *(("pooled", feature) for feature in pooled)):
+            if name not in names:
+                raise ValueError(f"{field} must be one of the tables {names}, got {name!r}")
+        return self
+
+    def table(self, name: str) -> ItemTable:
+        """The item feature of that name."""
+        return next(table for table in self.tables if table.name == name)
+
+    @property
+    def user_tables(self) -> dict[str, int]:
+        """Rows of each table of the user tower, the default row included."""
+        rows = self.table(self.item).size + 1
+        derived = {
+            _pool_table(pool.feature): self.table(pool.feature).size + 1 for pool in self.pooled
+        }
+        return {HISTORY_TABLE: rows, RECENT_TABLE: rows, **derived}
+
+    @property
+    def item_tables(self) -> dict[str, int]:
+        """Rows of each table of the item tower, the default row included."""
+        return {**{table.name: table.size + 1 for table in self.tables}, BAND_TABLE: self.bands}
+
+    @property
+    def state_dim(self) -> int:
+        """Width Us of the user state."""
+        return len(self.user_tables) * self.dim
+
+
+def _pool_table(feature: str) -> str:
+    return f"{HISTORY_TABLE}_{feature}"
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows ``(..., D)`` divided by their length; a row of zeros stays."""
+    # The operator has no gradient; its reference has the same bits.
+    square = fixed_dot_reference(x, x) if x.requires_grad else fixed_dot(x, x)
+    return x / torch.sqrt(square.clamp(min=_SMALLEST_SQUARE))[..., None]
+
+
+def recency_weights(max_history: int, half_life: float) -> Tensor:
+    """Weights ``(L + 1, L)`` float32 by number of ids and age (0 is the newest); rows sum to 1."""
+    age = torch.arange(max_history, dtype=torch.float64)
+    count = torch.arange(max_history + 1, dtype=torch.float64)[:, None]
+    weights = torch.where(age < count, 0.5 ** (age / half_life), 0.0)
+    return (weights / weights.sum(1, keepdim=True).clamp(min=_SMALLEST_SQUARE)).float()
+
+
+class TwoTower(nn.Module):
+    """A user tower over the history, an item tower over item features, and a reranker.
+
+    Row 0 of every table is the default for what is absent or unknown; it is trained, so that a user
+    without a history and an item without a known id get sensible embeddings. Every output row has
+    the same bits alone and in any batch.
+    """
+
+    recency: Tensor
+    bands: Tensor
+
+    def __init__(self, config: TwoTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabularies = nn.ModuleDict(
+            {f"of_{table.name}": Vocabulary(table.size, table.dtype) for table in config.tables}
+        )
+        num_items = config.table(config.item).size + 1
+        self.register_buffer("recency", recency_weights(config.max_history, config.half_life))
+        self.register_buffer("bands", torch.zeros(num_items, dtype=torch.int64))
+        for pool in config.pooled:
+            links = torch.full((num_items, pool.width), -1, dtype=torch.int64)
+            links[:, 0] = DEFAULT_ROW
+            self.register_buffer(f"links_{pool.feature}", links)
+        self.user_tables = PooledTables(config.user_tables, config.dim)
+        self.item_tables = PooledTables(config.item_tables, config.dim)
+        num_heads = len(config.heads)
+        self.user_head = PaddedLinear(config.state_dim, num_heads * config.dim)
+        self.ranker = MLPRanker(
+            dim=config.dim,
+            num_heads=num_heads,
+            state_dim=config.state_dim,
+            num_signals=len(config.signals),
+            num_tasks=max(len(config.tasks), 1),
+            hidden=config.ranker_hidden,
+        )
+
+    def vocabulary(self, feature: str) -> Vocabulary:
+        """The known ids of an item feature."""
+        found = self.vocabularies[f"of_{feature}"]
+        assert isinstance(found, Vocabulary)
+        return found
+
+    def links(self, feature: str) -> Tensor:
+        """Rows of a pooled feature per item row, ``(rows, width)`` int64 padded with -1."""
+        return self.get_buffer(f"links_{feature}")
+
+    def history_bags(self, rows: Tensor, lengths: Tensor) -> dict[str, Bags]:
+        """What the user tables pool for each request.
+
+        Args:
+            rows: ``(n,)`` int64 item rows of all histories, oldest first, none of them the default.
+            lengths: ``(B,)`` int64 ids per history; an empty one counts as the default row.
+        """
+        config = self.config
+        history = self._last(rows, lengths, config.max_history, self.recency)
+        recent = self._last(rows, lengths, config.recent, None)
+        bags = {HISTORY_TABLE: history, RECENT_TABLE: recent}
+        request = torch.arange(lengths.shape[0]).repeat_interleave(history.lengths)
+        for pool in config.pooled:
+            links = self.links(pool.feature)[history.rows]  # (n, width)
+            known = links >= 0
+            counts = known.sum(1)
+            weights = (history.weights / counts)[:, None].expand_as(links)
+            values = torch.zeros_like(lengths).index_add_(0, request, counts)
+            bags[_pool_table(pool.feature)] = Bags(links[known], weights[known], values)
+        return bags
+
+    @staticmethod
+    def _last(rows: Tensor, lengths: Tensor, most: int, weights: Tensor | None) -> Bags:
+        """The last ``most`` rows of each list; ``weights`` by count and age, else the mean."""
+        counts = lengths.clamp(max=most)
+        filled = counts.clamp(min=1)
+        begins = filled.cumsum(0) - filled
+        out = torch.full((int(filled.sum()),), DEFAULT_ROW, dtype=torch.int64)
+        out[spread(begins, counts)] = rows[spread(lengths.cumsum(0) - counts, counts)]
+        per_value = filled.repeat_interleave(filled)
+        if weights is None:
+            return Bags(out, 1.0 / per_value.float(), filled)
+        ends = (begins + filled - 1).repeat_interleave(filled)
+        return Bags(out, weights[per_value, ends - torch.arange(out.shape[0])], filled)
+
+    def user_state(self, bags: Mapping[str, Bags]) -> Tensor:
+        """The pooled features of each user side by side, ``(B, Us)`` float32."""
+        pooled = self.user_tables(bags)
+        return torch.cat([pooled[name] for name in self.user_tables.features], 1)
+
+    def user_embedding(self, user_state: Tensor) -> Tensor:
+        """Query embeddings ``(B, H, D)`` float32 of unit length."""
+        heads = self.user_head(user_state)
+        return unit_rows(heads.view(-1, len(self.config.heads), self.config.dim))
+
+    def encode(self, features: Sequence[Mapping[str, Sequence[Any]]]) -> Encoded:
+        """Return the query embeddings and the reranker's user state of each user.
+
+        Ids that the model does not know are left out of the history and reported; a history without
+        known ids gets the default embedding.
+
+        Args:
+            features: user features of B requests, checked against the schema; B may be 0.
+        """
+        histories = [one.get(self.config.history, ()) for one in features]
+        given = torch.tensor([len(history) for history in histories], dtype=torch.int64)
+        flat = [value for history in histories for value in history]
+        rows = self.vocabulary(self.config.item).rows(flat)
+        request = torch.arange(len(histories)).repeat_interleave(given)
+        known = rows != DEFAULT_ROW
+        lengths = torch.bincount(request[known], minlength=len(histories))
+        state = self.user_state(self.history_bags(rows[known], lengths))
+        name = self.config.history
+        warnings = tuple(
+            (f"feature {name}: {asked - found} of {asked} values unknown",) if found < asked else ()
+            for asked, found in zip(given.tolist(), lengths.tolist(), strict=True)
+        )
+        return Encoded(self.user_embedding(state), state, warnings)
+
+    def item_bags(self, features: Mapping[str, Ragged]) -> dict[str, Bags]:
+        """What the item tables pool for each item; features that are not given are absent."""
+        rows: dict[str, Tensor] = {}
+        lengths: dict[str, Tensor] = {}
+        num_items = max((len(column) for column in features.values()), default=0)
+        for table in self.config.tables:
+            column = features.get(table.name)
+            if column is None:
+                rows[table.name] = torch.zeros(0, dtype=torch.int64)
+                lengths[table.name] = torch.zeros(num_items, dtype=torch.int64)
+                continue
+            if len(column) != num_items:
+                raise ValueError(
+                    f"feature {table.name} must have {num_items} rows, got {len(column)}"
+                )
+            rows[table.name] = self.vocabulary(table.name).rows(column.values)
+            lengths[table.name] = torch.from_numpy(column.lengths)
+        bags = {name: mean_bags(rows[name], lengths[name]) for name in rows}
+        item = bags[self.config.item]
+        first = item.rows[item.lengths.cumsum(0) - item.lengths]
+        ones = torch.ones(num_items)
+        return {**bags, BAND_TABLE: Bags(self.bands[first], ones, ones.long())}
+
+    def item_embedding(self, bags: Mapping[str, Bags]) -> Tensor:
+        """Embeddings ``(N, D)`` float32 of unit length."""
+        pooled = self.item_tables(bags)
+        total = pooled[BAND_TABLE]
+        for table in self.config.tables:
+            total = total + pooled[table.name]
+        return unit_rows(total)
+
+    def embed_items(self, features: Mapping[str, Ragged]) -> Tensor:
+        """Return the embedding of each item, ``(N, D)`` float32 of unit length.
+
+        Unknown ids are left out; an item without known ids of a feature has the feature's default.
+
+        Args:
+            features: the raw ids of each item feature, N rows each.
+
+        Raises:
+            ValueError: if the features have different numbers of rows.
+        """
+        bags = self.item_bags(features)
+        chunks = torch.split(torch.arange(bags[BAND_TABLE].lengths.shape[0]), _ITEM_CHUNK)
+        embedded = [
+            self.item_embedding({name: bag.take(chunk) for name, bag in bags.items()})
+            for chunk in chunks
+        ]
+        return torch.cat(embedded)
+
+    def rank(
+        self,
+        query: Tensor,
+        user_state: Tensor,
+        request: Tensor,
+        items: Tensor,
+        refined: Tensor,
+        signals: Tensor,
+    ) -> Tensor:
+        """Return task logits ``(n, T)`` float32 of n (request, item) pairs.
+
+        Args:
+            query: ``(B, H, D)`` float32, as encoded.
+            user_state: ``(B, Us)`` float32, as encoded.
+            request: ``(n,)`` int64, the request of each pair.
+            items: ``(n, D)`` float32.
+            refined: ``(n, H)`` float32 scores.
+            signals: ``(n, Vs)`` float32.
+        """
+        logits: Tensor = self.ranker(query, user_state, request, items, refined, signals)
+        return logits[:, : len(self.config.tasks)]

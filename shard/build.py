@@ -1,0 +1,120 @@
+"""The paged index of some partitions: which item goes into which slot.
+
+Shapes: n items, N pages of G slots, C clusters, D embedding dimension.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from silvershard.kernels import PAD_TERM, bloom_build, pack_bits
+from silvershard.model.catalogue import NULL_INT
+from silvershard.model.index import LIVE_PLANE, IndexTensors, ItemIndex
+from silvershard.model.planes import FIRST_EXACT_PLANE
+from silvershard.model.spec import ServingSpec
+from silvershard.shard.partition import hash_ids
+from silvershard.shard.snapshot import PartitionData
+
+_SHUFFLE_SEED = 1
+
+
+def build_index(partitions: Sequence[PartitionData], spec: ServingSpec) -> ItemIndex:
+    """Lay the items of some partitions into pages, cluster by cluster.
+
+    Inside a cluster the items are ordered by a seeded hash of their ids, so that scores are
+    shuffled;
+    a cluster's pages lie side by side.
+
+    Args:
+        partitions: any number of partitions, none included.
+        spec: of the generation they belong to.
+    """
+    slots_per_page = spec.page_slots
+    if partitions:
+        clusters = torch.cat([one.clusters for one in partitions]).long()  # (n,)
+        item_ids = torch.from_numpy(np.concatenate([one.catalogue.item_ids for one in partitions]))
+    else:
+        clusters = torch.zeros(0, dtype=torch.int64)
+        item_ids = torch.zeros(0, dtype=torch.int64)
+    sizes = torch.bincount(clusters, minlength=spec.num_clusters)  # (C,)
+    pages = (sizes + slots_per_page - 1) // slots_per_page  # (C,)
+    num_pages = int(pages.sum())
+    first_page = pages.cumsum(0) - pages
+    by_hash = torch.argsort(hash_ids(item_ids, _SHUFFLE_SEED), stable=True)
+    order = by_hash[torch.argsort(clusters[by_hash], stable=True)]  # (n,)
+    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[clusters[order]]
+    slots = torch.empty(len(order), dtype=torch.int64)
+    slots[order] = first_page[clusters[order]] * slots_per_page + rank
+
+    def lay(parts: list[Tensor], fill: float, width: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        laid = torch.full((num_pages * slots_per_page, *width), fill, dtype=dtype)
+        if parts:
+            laid[slots] = torch.cat(parts)
+        return laid.view(num_pages, slots_per_page, *width)
+
+    schema, planes = spec.item_schema, spec.planes
+    terms = [one.bits.terms for one in partitions]
+    tensors = IndexTensors(
+        page_table=_page_table(pages, first_page),
+        codes=lay([one.codes for one in partitions], 0, (spec.dim,), torch.int8),
+        scales=lay([one.scales for one in partitions], 0, (), torch.float32),
+        item_ids=lay([item_ids] if partitions else [], -1, (), torch.int64),
+        planes=_build_planes(partitions, slots, num_pages, spec),
+        columns=lay(
+            [one.bits.columns for one in partitions], NULL_INT, (planes.num_columns,), torch.int64
+        )
+        .permute(2, 0, 1)
+        .contiguous(),
+        terms=lay(terms, PAD_TERM, (planes.terms_width,), torch.int64),
+        cache=lay([one.cache for one in partitions], 0, (spec.dim,), torch.float16),
+        signals=lay(
+            [torch.from_numpy(one.catalogue.signals) for one in partitions],
+            0,
+            (len(schema.signals),),
+            torch.float32,
+        ),
+    )
+    return ItemIndex(tensors)
+
+
+def _page_table(pages: Tensor, first_page: Tensor) -> Tensor:
+    """Return the pages of every cluster, ``(C, X)`` int32 with X at least 1."""
+    width = max(int(pages.max()), 1)
+    column = torch.arange(width)
+    table = first_page[:, None] + column
+    return torch.where(column < pages[:, None], table, -1).to(torch.int32)
+
+
+def _build_planes(
+    partitions: Sequence[PartitionData], slots: Tensor, num_pages: int, spec: ServingSpec
+) -> Tensor:
+    """Return the live, exact and Bloom planes, ``(J, N, W)`` int64."""
+    dictionary = spec.planes
+    num_slots = num_pages * spec.page_slots
+    words = spec.page_slots // 64
+    planes = torch.zeros(dictionary.num_planes, num_pages, words, dtype=torch.int64)
+
+    def plane_of(holders: Tensor) -> Tensor:
+        bits = torch.zeros(num_slots, dtype=torch.bool)
+        bits[holders] = True
+        return pack_bits(bits.view(num_pages, spec.page_slots))
+
+    planes[LIVE_PLANE] = plane_of(slots)
+    if not partitions:
+        return planes
+    exact = torch.cat([one.bits.exact for one in partitions])  # (n, exact planes)
+    for column in range(dictionary.num_exact_planes):
+        planes[FIRST_EXACT_PLANE + column] = plane_of(slots[exact[:, column]])
+    if dictionary.num_bloom_planes:
+        bloom_build(
+            planes,
+            slots,
+            torch.cat([one.bits.terms for one in partitions]),
+            first_plane=dictionary.first_bloom_plane,
+            num_planes=dictionary.num_bloom_planes,
+            num_hashes=dictionary.num_hashes,
+            seed=dictionary.seed,
+        )
+    return planes

@@ -1,0 +1,131 @@
+"""Loading: from a snapshot to a model that answers, in one process or as one shard of many."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from silvershard.model.registry import build
+from silvershard.model.retriever import Centroids, Retriever
+from silvershard.model.schema import Field
+from silvershard.model.spec import ServingSpec
+from silvershard.shard.build import build_index
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.executor import FieldStore, ShardExecutor
+from silvershard.shard.partition import shard_partitions
+from silvershard.shard.snapshot import PartitionData, Snapshot, open_snapshot
+
+_FIELD_TYPES = {"int": np.int64, "float": np.float64, "string": object}
+
+
+def load_spec(path: Path) -> ServingSpec:
+    """Return what a router must know of the generation in ``path``.
+
+    Raises:
+        SnapshotError: if the manifest is missing, damaged or of another format.
+    """
+    return open_snapshot(path).spec
+
+
+def load_model(snapshot: Snapshot) -> tuple[nn.Module, Centroids]:
+    """Return the model with its weights, and the centroids.
+
+    Raises:
+        SnapshotError: if the builder is not registered here, or the tensors are not those it makes.
+    """
+    centroids, state = snapshot.load_dense()
+    builder = snapshot.manifest.builder
+    try:
+        model = build(builder.name, builder.config)
+        _load_state(model, state)
+    except (ValueError, RuntimeError) as error:
+        raise SnapshotError(str(snapshot.path), f"model {builder.name!r}: {error}") from None
+    return model.eval(), Centroids.of(centroids)
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state into a model of the same shape; every tensor must fit."""
+    own = model.state_dict()
+    for key in sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"tensor {key} is {'missing' if key in own else 'unexpected'}")
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape or tensor.dtype != state[key].dtype:
+            raise ValueError(
+                f"tensor {key} must be {tuple(tensor.shape)} {tensor.dtype}, "
+                f"got {tuple(state[key].shape)} {state[key].dtype}"
+            )
+    model.load_state_dict(dict(state))
+
+
+def load_retriever(
+    path: Path,
+    *,
+    shard: int = 0,
+    num_shards: int = 1,
+    devices: Sequence[str] = ("cpu",),
+) -> tuple[Retriever, FieldStore]:
+    """Load the partitions of one shard of a snapshot; by default all of them.
+
+    Args:
+        path: directory of the generation.
+        shard: index of the shard.
+        num_shards: S; any number up to the partitions, whatever the snapshot was planned for.
+        devices: the local devices that the shard's documents are split over.
+
+    Raises:
+        SnapshotError: if a file is missing or damaged.
+        ValueError: if the shard or a device is out of range.
+    """
+    if not devices:
+        raise ValueError("devices must name at least one device, got none")
+    for device in devices:
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"devices must be cpu, got {device!r}")
+    snapshot = open_snapshot(path)
+    spec = snapshot.spec
+    owned = shard_partitions(shard, num_shards, spec.num_partitions)
+    model, centroids = load_model(snapshot)
+    loaded = [(number, snapshot.load_partition(number)) for number in owned]
+    held = [(number, data) for number, data in loaded if data is not None]
+    parts = []
+    for at in range(len(devices)):
+        local = [data for number, data in held if number % len(devices) == at]
+        parts.append(build_index(local, spec))
+    retriever = Retriever(model, centroids, parts, spec).eval()
+    return retriever, _field_store([data for _, data in held], spec.item_schema.fields)
+
+
+def _field_store(held: Sequence[PartitionData], fields: Sequence[Field]) -> FieldStore:
+    def column(name: str, dtype: str) -> NDArray[np.generic]:
+        parts = [data.catalogue.fields[name] for data in held]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=_FIELD_TYPES[dtype])
+
+    ids = [data.catalogue.item_ids for data in held]
+    return FieldStore(
+        np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64),
+        {field.name: column(field.name, field.dtype) for field in fields},
+    )
+
+
+def load_executor(
+    path: Path,
+    shard: int,
+    num_shards: int,
+    *,
+    devices: Sequence[str] = ("cpu",),
+    clock: Callable[[], float] = monotonic,
+) -> ShardExecutor:
+    """Load one shard of a snapshot and run every stage once.
+
+    Raises:
+        SnapshotError: if a file is missing or damaged.
+        ValueError: if the shard or a device is out of range.
+    """
+    retriever, fields = load_retriever(path, shard=shard, num_shards=num_shards, devices=devices)
+    executor = ShardExecutor(retriever, fields, shard=shard, num_shards=num_shards, clock=clock)
+    executor.warm()
+    return executor

@@ -1,0 +1,352 @@
+"""Snapshots: one published generation as a directory of safetensors files and a manifest.
+
+Layout::
+
+    gen-000001/
+      manifest.json                      spec, builder, checksums of every other file and of itself
+      dense.safetensors                  centroids, towers, reranker, vocabularies
+      tables/<name>.safetensors          one embedding table each
+      partitions/p-00000.safetensors     the items of one partition, cluster-sorted
+
+A snapshot does not depend on the number of shards: a shard reads the partitions it serves. It is
+written under a temporary name, synced and renamed, so that a directory with its final name is
+complete. Nothing in it can run code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from silvershard.model.catalogue import Catalogue
+from silvershard.model.planes import ItemBits
+from silvershard.model.spec import ServingSpec
+from silvershard.shard.columns import pack_catalogue, unpack_catalogue
+from silvershard.shard.errors import SnapshotError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DENSE = "dense.safetensors"
+_GENERATION_NAME = re.compile(r"gen-(\d{6,})")
+_MAX_MANIFEST_BYTES = 256 << 20
+
+
+class FileEntry(BaseModel):
+    """Checksum and size of one file of a snapshot."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file, hexadecimal")
+    size: int = Field(ge=0, description="bytes")
+
+
+class Builder(BaseModel):
+    """The registered model builder that makes the module, and what it is made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="name in the model registry")
+    config: dict[str, Any] = Field(description="its configuration")
+
+
+class Manifest(BaseModel):
+    """What a snapshot holds; the only file of it that is read before its checksum is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = Field(description="version of this layout")
+    code_version: str = Field(description="silvershard version that wrote it")
+    created_unix_s: int = Field(description="when it was written; never part of an answer")
+    content_hash: str = Field(description="SHA-256 over the specification, builder and files")
+    spec: ServingSpec = Field(description="the generation as its clients see it")
+    builder: Builder = Field(description="how the model is constructed")
+    files: dict[str, FileEntry] = Field(description="every other file by relative path")
+
+
+class PartitionData(NamedTuple):
+    """The items of one partition, cluster-sorted."""
+
+    catalogue: Catalogue
+    clusters: Tensor
+    """``(n,)`` int32 cluster of every item, ascending."""
+    codes: Tensor
+    """``(n, D)`` int8."""
+    scales: Tensor
+    """``(n,)`` float32."""
+    cache: Tensor
+    """``(n, D)`` float16."""
+    bits: ItemBits
+
+
+def generation_name(generation: int) -> str:
+    """Return the directory name of a generation."""
+    return f"gen-{generation:06d}"
+
+
+def list_generations(repository: Path) -> list[int]:
+    """Return the generations published in a repository, ascending; unfinished ones do not count."""
+    if not repository.is_dir():
+        return []
+    names = [_GENERATION_NAME.fullmatch(entry.name) for entry in repository.iterdir()]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partition_path(partition: int) -> str:
+    return f"partitions/p-{partition:05d}.safetensors"
+
+
+def _table_name(key: str) -> str | None:
+    """Return the table that a parameter holds, if it is the weight of an embedding table."""
+    parts = key.split(".")
+    if "embedding_bags" not in parts or parts[-1] != "weight":
+        return None
+    return ".".join(part for part in parts[:-1] if part not in ("embedding_bags", "tables"))
+
+
+def content_hash(spec: ServingSpec, builder: Builder, files: Mapping[str, FileEntry]) -> str:
+    """Return the SHA-256 that names the content: equal content has equal hashes.
+
+    The generation number is not part of it, so that a republished generation can be recognised.
+    """
+    document = {
+        "spec": spec.model_dump(mode="json", exclude={"generation"}),
+        "builder": builder.model_dump(mode="json"),
+        "files": {name: entry.sha256 for name, entry in files.items()},
+    }
+    return hashlib.sha256(_canonical(document)).hexdigest()
+
+
+def write_snapshot(
+    repository: Path,
+    spec: ServingSpec,
+    builder: Builder,
+    state: Mapping[str, Tensor],
+    centroids: Tensor,
+    partitions: Mapping[int, PartitionData],
+    *,
+    code_version: str,
+    created_unix_s: int,
+) -> Path:
+    """Write one generation atomically and return its directory.
+
+    Args:
+        repository: directory of generations; made when missing.
+        spec: the generation; its number gives the name.
+        builder: how the model is constructed.
+        state: the model's parameters and buffers by name.
+        centroids: ``(C, D)`` float32.
+        partitions: the data of every partition that holds items.
+        code_version: silvershard version.
+        created_unix_s: wall-clock time.
+
+    Raises:
+        SnapshotError: if the generation exists already.
+    """
+    target = repository / generation_name(spec.generation)
+    if target.exists():
+        raise SnapshotError(str(target), "exists already; generations are written once")
+    staging = repository / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "partitions").mkdir(parents=True)
+    (staging / "tables").mkdir()
+    try:
+        files = _write_files(staging, state, centroids, partitions)
+        document = Manifest(
+            format=FORMAT,
+            code_version=code_version,
+            created_unix_s=created_unix_s,
+            content_hash=content_hash(spec, builder, files),
+            spec=spec,
+            builder=builder,
+            files=files,
+        ).model_dump(mode="json")
+        document["checksum"] = hashlib.sha256(_canonical(document)).hexdigest()
+        (staging / MANIFEST).write_bytes(_canonical(document))
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        staging.rename(target)
+        _sync(repository)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_files(
+    staging: Path,
+    state: Mapping[str, Tensor],
+    centroids: Tensor,
+    partitions: Mapping[int, PartitionData],
+) -> dict[str, FileEntry]:
+    contents: dict[str, dict[str, Tensor]] = {DENSE: {"centroids": centroids}}
+    for key, tensor in state.items():
+        table = _table_name(key)
+        file = f"tables/{table}.safetensors" if table else DENSE
+        contents.setdefault(file, {})[f"model/{key}"] = tensor
+    for partition, data in partitions.items():
+        contents[_partition_path(partition)] = {
+            **pack_catalogue(data.catalogue),
+            "clusters": data.clusters,
+            "codes": data.codes,
+            "scales": data.scales,
+            "cache": data.cache,
+            "exact": torch.nonzero(data.bits.exact)[:, 1],
+            "exact_counts": data.bits.exact.sum(1),
+            "terms": data.bits.terms,
+            "columns": data.bits.columns,
+        }
+    files = {}
+    for name, tensors in contents.items():
+        path = staging / name
+        safetensors.torch.save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path
+        )
+        files[name] = FileEntry(sha256=_sha256(path), size=path.stat().st_size)
+    return files
+
+
+class Snapshot:
+    """A published generation on disk; every file is verified before its content is used."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @property
+    def spec(self) -> ServingSpec:
+        """Return the generation as its clients see it."""
+        return self.manifest.spec
+
+    def verify(self) -> None:
+        """Check the size and checksum of every file.
+
+        Raises:
+            SnapshotError: naming the first file that is missing or damaged.
+        """
+        for name in self.manifest.files:
+            self._verified(name)
+
+    def _verified(self, name: str) -> Path:
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise SnapshotError(str(self.path), f"{name} is not in the manifest")
+        path = self.path / name
+        if not path.is_file():
+            raise SnapshotError(str(self.path), f"{name} is missing")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise SnapshotError(
+                str(self.path), f"{name} is damaged: {entry.size} bytes expected, got {size}"
+            )
+        if _sha256(path) != entry.sha256:
+            raise SnapshotError(str(self.path), f"{name} is damaged: its checksum differs")
+        return path
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        path = self._verified(name)
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, struct.error, OSError) as error:
+            raise SnapshotError(str(self.path), f"{name} cannot be read: {error}") from None
+
+    def load_dense(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the centroids ``(C, D)`` float32 and the model's state, tables included."""
+        tensors = self._load(DENSE)
+        centroids = tensors.pop("centroids")
+        for name in self.manifest.files:
+            if name.startswith("tables/"):
+                tensors |= self._load(name)
+        return centroids, {key.removeprefix("model/"): one for key, one in tensors.items()}
+
+    def load_partition(self, partition: int) -> PartitionData | None:
+        """Return the items of a partition, or None where it is empty.
+
+        Raises:
+            SnapshotError: if the file is missing, damaged, or holds other columns than the schema.
+        """
+        if not self.spec.partition_documents[partition]:
+            return None
+        name = _partition_path(partition)
+        tensors = self._load(name)
+        try:
+            catalogue = unpack_catalogue(tensors, self.spec.item_schema)
+            counts = tensors["exact_counts"]
+            exact = torch.zeros(len(counts), self.spec.planes.num_exact_planes, dtype=torch.bool)
+            exact[torch.arange(len(counts)).repeat_interleave(counts), tensors["exact"]] = True
+            return PartitionData(
+                catalogue=catalogue,
+                clusters=tensors["clusters"],
+                codes=tensors["codes"],
+                scales=tensors["scales"],
+                cache=tensors["cache"],
+                bits=ItemBits(exact, tensors["terms"], tensors["columns"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise SnapshotError(
+                str(self.path), f"{name} has an unexpected column: {error}"
+            ) from None
+
+
+def open_snapshot(path: Path) -> Snapshot:
+    """Open a published generation and verify its manifest, byte by byte.
+
+    Raises:
+        SnapshotError: if the manifest is missing, damaged or of another format.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise SnapshotError(str(path), f"{MANIFEST} is missing")
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise SnapshotError(str(path), f"{MANIFEST} is over {_MAX_MANIFEST_BYTES} bytes")
+    content = file.read_bytes()
+    try:
+        document = json.loads(content)
+        checksum = document.pop("checksum")
+        intact = hashlib.sha256(_canonical(document)).hexdigest() == checksum
+        # The canonical form of the whole must give the same bytes, so no byte goes unchecked.
+        intact = intact and _canonical({**document, "checksum": checksum}) == content
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise SnapshotError(str(path), f"{MANIFEST} is damaged: its checksum differs")
+    if document.get("format") != FORMAT:
+        raise SnapshotError(
+            str(path), f"format {document.get('format')} is not supported, expected {FORMAT}"
+        )
+    try:
+        manifest = Manifest.model_validate(document)
+    except pydantic.ValidationError as error:
+        raise SnapshotError(str(path), f"{MANIFEST} does not fit this version: {error}") from None
+    if content_hash(manifest.spec, manifest.builder, manifest.files) != manifest.content_hash:
+        raise SnapshotError(str(path), f"{MANIFEST} is damaged: its content hash differs")
+    return Snapshot(path, manifest)

@@ -1,0 +1,238 @@
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
+from silvershard.model.dense import PaddedLinear
+from silvershard.model.request import Request
+from silvershard.model.schema import Attribute, Field, Schema, UserFeature
+from silvershard.model.spec import SearchDefaults
+from silvershard.model.two_tower import HistoryPool, ItemTable, TwoTower, TwoTowerConfig
+from silvershard.shard.publish import publish_generation
+
+# Triton reads this once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialized_memory() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN or the largest integer, so reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+GENRES = ("Action", "Comedy", "Drama", "Horror", "Sci-Fi")
+
+
+def _words(generator: np.random.Generator, most: int) -> list[str]:
+    count = int(generator.integers(0, most + 1))
+    return [GENRES[at] for at in generator.permutation(len(GENRES))[:count]]
+
+
+def make_schema() -> Schema:
+    return Schema(
+        user_features=(UserFeature(name="history", dtype="int", max_length=20),),
+        item_features=(
+            UserFeature(name="movie", dtype="int", max_length=1),
+            UserFeature(name="genres", dtype="string", max_length=8),
+        ),
+        attributes=(
+            Attribute(name="genre", kind="category", dtype="string"),
+            Attribute(name="maker", kind="category", dtype="int"),
+            Attribute(name="year", kind="number", dtype="int"),
+            Attribute(name="price", kind="number", dtype="float"),
+        ),
+        signals=("popularity", "freshness"),
+        fields=(Field(name="title", dtype="string"), Field(name="year", dtype="int")),
+        heads=("rated", "liked"),
+        tasks=("rated", "liked"),
+        value="$rated * rated + $liked * liked * where(popularity > 0.5, 1.5, 1) + 0.1 * score",
+        weights={"rated": 1.0, "liked": 2.0},
+    )
+
+
+def make_catalogue(num_items: int, seed: int = 0) -> Catalogue:
+    """Half of the items are unknown to the model, so that many embeddings are equal bit for bit."""
+    generator = np.random.default_rng(seed)
+    item_ids = np.unique(generator.integers(0, 1 << 40, 2 * num_items))[:num_items]
+    item_ids = generator.permutation(item_ids).astype(np.int64)
+    genres = [_words(generator, 3) for _ in range(num_items)]
+    titles = np.empty(num_items, dtype=object)
+    titles[:] = [f"Film {row}" for row in range(num_items)]
+    years = generator.integers(1950, 2025, num_items)
+    prices = np.round(generator.uniform(-5, 20, num_items), 1)
+    missing = generator.random(num_items) < 0.1
+    return Catalogue(
+        item_ids=item_ids,
+        categories={
+            "genre": Ragged.from_rows(genres, dtype="string"),
+            "maker": Ragged.from_rows(
+                [generator.integers(0, 200, 3).tolist()[: row % 4] for row in range(num_items)],
+                dtype="int",
+            ),
+        },
+        numbers={
+            "year": np.where(missing, NULL_INT, years).astype(np.int64),
+            "price": np.where(missing, np.nan, prices),
+        },
+        signals=np.round(generator.random((num_items, 2)), 2).astype(np.float32),
+        fields={"title": titles, "year": years.astype(np.int64)},
+        features={
+            "movie": Ragged.from_rows([[int(one)] for one in item_ids], dtype="int"),
+            "genres": Ragged.from_rows(genres, dtype="string"),
+        },
+    )
+
+
+def make_model(catalogue: Catalogue, seed: int = 0) -> TwoTower:
+    """A model with random weights in every layer, so that every float stage matters."""
+    known = catalogue.item_ids[::2]
+    torch.manual_seed(seed)
+    model = TwoTower(
+        TwoTowerConfig(
+            dim=16,
+            heads=("rated", "liked"),
+            tasks=("rated", "liked"),
+            signals=("popularity", "freshness"),
+            history="history",
+            item="movie",
+            tables=(
+                ItemTable(name="movie", dtype="int", size=len(known)),
+                ItemTable(name="genres", dtype="string", size=len(GENRES)),
+            ),
+            pooled=(HistoryPool(feature="genres", width=3),),
+            max_history=20,
+            ranker_hidden=(24, 12),
+        )
+    )
+    model.vocabulary("movie").fill(known.tolist())
+    model.vocabulary("genres").fill(GENRES)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for layer in model.modules():
+        if isinstance(layer, PaddedLinear):
+            with torch.no_grad():
+                layer.weight[layer.in_features :] = 0
+                layer.weight[:, layer.out_features :] = 0
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A published generation with what it was made from."""
+
+    path: Path
+    catalogue: Catalogue
+    model: TwoTower
+    schema: Schema
+    num_clusters: int
+
+
+def publish(
+    repository: Path, catalogue: Catalogue, num_clusters: int, **options: Any
+) -> Generation:
+    model, schema = make_model(catalogue), make_schema()
+    published = publish_generation(
+        repository,
+        name="films",
+        model=model,
+        builder="two_tower",
+        config=model.config.model_dump(mode="json"),
+        catalogue=catalogue,
+        schema=schema,
+        defaults=SearchDefaults(probes=max(num_clusters // 4, 1), ann_k=40),
+        num_clusters=num_clusters,
+        **options,
+    )
+    return Generation(published.path, catalogue, model, schema, num_clusters)
+
+
+@pytest.fixture(scope="session")
+def generation(tmp_path_factory: pytest.TempPathFactory) -> Generation:
+    """600 films in 16 clusters, with exact planes, Bloom planes that often err, and many ties."""
+    return publish(
+        tmp_path_factory.mktemp("films"),
+        make_catalogue(600),
+        16,
+        false_positive_rate=0.1,
+        max_exact_planes=6,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_generation(tmp_path_factory: pytest.TempPathFactory) -> Generation:
+    """Five films: with seven shards, some have none."""
+    return publish(tmp_path_factory.mktemp("tiny"), make_catalogue(5, seed=1), 4)
+
+
+def _random_filter(generator: np.random.Generator, depth: int) -> str:
+    kind = generator.integers(0, 4) if depth else 0
+    if kind == 0:
+        leaf = generator.integers(0, 5)
+        if leaf == 0:
+            return f'genre:"{GENRES[generator.integers(len(GENRES))]}"'
+        if leaf == 1:
+            return f"maker:{generator.integers(0, 210)}"
+        if leaf == 2:
+            return f"year {generator.choice(['<', '<=', '=', '!=', '>=', '>'])} " + str(
+                generator.integers(1945, 2030)
+            )
+        if leaf == 3:
+            return f"price {generator.choice(['<', '>='])} {round(generator.uniform(-6, 21), 1)}"
+        return f"maker IN ({', '.join(map(str, generator.integers(0, 200, 5)))})"
+    if kind == 1:
+        return f"NOT ({_random_filter(generator, depth - 1)})"
+    operator = "AND" if kind == 2 else "OR"
+    parts = [_random_filter(generator, depth - 1) for _ in range(2)]
+    return f"({parts[0]}) {operator} ({parts[1]})"
+
+
+def make_requests(
+    generation: Generation, count: int, seed: int, *, depth: int = 3
+) -> list[Request]:
+    """Random requests of every kind: filters, exclusions, pins, exact, k above the matches."""
+    generator = np.random.default_rng(seed)
+    ids = generation.catalogue.item_ids
+    requests = []
+    for _ in range(count):
+        history = generator.choice(ids, size=int(generator.integers(0, 25))).tolist()
+        if generator.random() < 0.2:
+            history.append(7)
+        requests.append(
+            Request(
+                features={"history": history} if generator.random() < 0.9 else {},
+                k=int(generator.choice([1, 3, 10, 50, 700])),
+                filter=_random_filter(generator, depth) if generator.random() < 0.6 else "",
+                exclude_ids=history + generator.choice(ids, size=20).tolist()
+                if generator.random() < 0.5
+                else (),
+                nprobe=int(generator.choice([0, 0, 1, min(5, generation.num_clusters)])),
+                ann_k=int(generator.choice([0, 0, 7, 100])),
+                exact=bool(generator.random() < 0.1),
+                task_weights={"liked": float(generator.uniform(-1, 3))}
+                if generator.random() < 0.3
+                else {},
+            )
+        )
+    return requests
+
+
+@pytest.fixture(scope="session")
+def request_maker() -> Callable[..., list[Request]]:
+    """``request_maker(generation, count, seed, depth=3)`` gives random requests."""
+    return make_requests

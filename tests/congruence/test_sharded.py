@@ -1,0 +1,171 @@
+"""The same answers, bit for bit, from one process and from any number of shards and devices."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from silvershard.model.answer import Answer, split_answers
+from silvershard.model.merge import Merge
+from silvershard.model.request import Request, compile_request
+from silvershard.model.retriever import Retriever, assemble
+from silvershard.shard.executor import ShardExecutor
+from silvershard.shard.load import load_executor, load_retriever
+
+RequestMaker = Callable[..., list[Request]]
+
+
+def ask(executors: Sequence[ShardExecutor], requests: Sequence[Request], key: str) -> list[Answer]:
+    """The two rounds of a query over some shards, without processes or a network."""
+    spec, merge = executors[0].spec, Merge()
+    compiled = [compile_request(request, spec) for request in requests]
+    eligible = [
+        sum(int(one.count(request.scan[None])) for one in executors)
+        if request.needs_count
+        else None
+        for request in compiled
+    ]
+    plans = [one.plan(spec, count) for one, count in zip(compiled, eligible, strict=True)]
+    encoded = executors[-1].encode([one.features for one in compiled])
+    work = assemble(compiled, plans, encoded.embedding, encoded.user_state)
+    firsts = [one.open(key, work, float("inf")) for one in executors]
+    cutoffs = merge.cutoffs(firsts, work.ann_k)
+    second = merge([one.close(key, cutoffs) for one in executors], int(work.k.max()))
+    for one in executors:
+        one.release(key)
+    first = merge.candidates(firsts, 1)
+    return split_answers(compiled, plans, encoded.warnings, first, second, spec, eligible, {})
+
+
+def assert_same(got: Sequence[Answer], wanted: Sequence[Answer]) -> None:
+    assert len(got) == len(wanted)
+    for at, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        assert one.plan == other.plan, at
+        assert torch.equal(one.item_ids, other.item_ids), at
+        assert torch.equal(one.scores, other.scores), at
+        assert torch.equal(one.refined, other.refined), at
+        assert one.exhausted == other.exhausted, at
+        assert one.counts == other.counts, at
+        assert one.warnings == other.warnings, at
+        for task, scores in one.task_scores.items():
+            assert torch.equal(scores, other.task_scores[task]), (at, task)
+
+
+@pytest.fixture(scope="module")
+def whole(generation) -> Retriever:
+    return load_retriever(generation.path)[0]
+
+
+@pytest.fixture(scope="module")
+def requests(generation, request_maker: RequestMaker) -> list[Request]:
+    return request_maker(generation, 200, seed=11)
+
+
+@pytest.fixture(scope="module")
+def expected(whole: Retriever, requests: list[Request]) -> list[Answer]:
+    """Each request by itself, in one process."""
+    return [whole([request])[0] for request in requests]
+
+
+def test_the_requests_cover_what_matters(requests: list[Request], expected: list[Answer]) -> None:
+    kinds = {answer.plan.kind for answer in expected}
+    assert kinds == {"probe", "probe_wide", "all_pages"}
+    assert any(answer.exhausted for answer in expected)
+    assert any(len(answer.item_ids) == 0 for answer in expected)
+    assert any(
+        len(answer.item_ids) == request.k
+        for answer, request in zip(expected, requests, strict=True)
+    )
+    ties = sum(int((answer.scores[1:] == answer.scores[:-1]).sum()) for answer in expected)
+    refined_ties = sum(len(answer.refined) - len(answer.refined.unique()) for answer in expected)
+    assert refined_ties > 100
+    assert ties >= 0
+    assert any(request.exclude_ids for request in requests)
+    assert any(request.filter and "NOT" in request.filter for request in requests)
+
+
+@pytest.mark.parametrize("batch", [2, 16, 64, 200])
+def test_a_request_does_not_depend_on_its_batch(
+    whole: Retriever, requests: list[Request], expected: list[Answer], batch: int
+) -> None:
+    got: list[Answer] = []
+    for start in range(0, len(requests), batch):
+        got += whole(requests[start : start + batch])
+    assert_same(got, expected)
+
+
+def test_a_request_does_not_depend_on_its_place_in_the_batch(
+    whole: Retriever, requests: list[Request], expected: list[Answer]
+) -> None:
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(5)).tolist()
+    got = whole([requests[at] for at in order])
+    assert_same(got, [expected[at] for at in order])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+def test_the_number_of_shards_does_not_matter(
+    generation, requests: list[Request], expected: list[Answer], num_shards: int
+) -> None:
+    shards = [load_executor(generation.path, one, num_shards) for one in range(num_shards)]
+    assert sum(shard.documents for shard in shards) == 600
+    got: list[Answer] = []
+    for start in range(0, len(requests), 40):
+        got += ask(shards, requests[start : start + 40], f"batch-{start}")
+    assert_same(got, expected)
+    alone = [ask(shards, [request], "alone")[0] for request in requests[:40]]
+    assert_same(alone, expected[:40])
+    assert all(shard.num_open == 0 for shard in shards)
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu", "cpu", "cpu")])
+def test_the_devices_inside_a_shard_do_not_matter(
+    generation, requests: list[Request], expected: list[Answer], devices: tuple[str, ...]
+) -> None:
+    one_shard = [load_executor(generation.path, 0, 1, devices=devices)]
+    assert_same(ask(one_shard, requests, "batch"), expected)
+    two_shards = [load_executor(generation.path, one, 2, devices=devices) for one in range(2)]
+    assert_same(ask(two_shards, requests, "batch"), expected)
+
+
+def test_the_number_of_threads_does_not_matter(
+    whole: Retriever, requests: list[Request], expected: list[Answer]
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_same(whole(requests[:60]), expected[:60])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+def test_empty_shards_and_k_above_the_catalogue_change_nothing(
+    tiny_generation, request_maker: RequestMaker, num_shards: int
+) -> None:
+    requests = request_maker(tiny_generation, 60, seed=3)
+    whole = load_retriever(tiny_generation.path)[0]
+    shards = [load_executor(tiny_generation.path, one, num_shards) for one in range(num_shards)]
+    if num_shards == 7:
+        assert any(shard.documents == 0 for shard in shards)
+    expected = [whole([request])[0] for request in requests]
+    assert any(answer.exhausted and len(answer.item_ids) == 5 for answer in expected)
+    assert_same(ask(shards, requests, "batch"), expected)
+
+
+def test_a_pinned_plan_gives_the_same_bytes_as_the_answer_that_named_it(
+    whole: Retriever, requests: list[Request], expected: list[Answer]
+) -> None:
+    for request, answer in zip(requests[:50], expected[:50], strict=True):
+        pinned = Request(
+            **{
+                **request.__dict__,
+                "plan": str(answer.plan),
+                "exact": False,
+                "nprobe": 0,
+                "ann_k": 0,
+            }
+        )
+        again = whole([pinned])[0]
+        assert torch.equal(again.item_ids, answer.item_ids)
+        assert torch.equal(again.scores, answer.scores)

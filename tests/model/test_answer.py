@@ -1,0 +1,56 @@
+import torch
+
+from silvershard.model.answer import split_answers
+from silvershard.model.plan import Plan
+from silvershard.model.request import Request, compile_request
+from silvershard.model.types import RoundOne, RoundTwo
+from silvershard.shard.load import load_spec
+
+INF = float("inf")
+
+
+def rounds(found: list[int], width: int) -> tuple[RoundOne, RoundTwo]:
+    batch = len(found)
+    ids = torch.full((batch, width), -1)
+    for row, count in enumerate(found):
+        ids[row, :count] = torch.arange(count) + 10 * row
+    values = torch.where(ids < 0, -INF, -ids.float())
+    counts = torch.tensor(found)
+    first = RoundOne(torch.zeros(batch, 2, 1), torch.zeros(batch, 2, 1), counts + 1, counts, {})
+    tasks = torch.stack([ids.float(), ids.float() + 0.5], 2)
+    return first, RoundTwo(ids, values, values, tasks, counts * 2, counts, {})
+
+
+def answer(generation, request: Request, plan: Plan, found: int, warnings: tuple[str, ...] = ()):
+    spec = load_spec(generation.path)
+    first, second = rounds([found], 8)
+    compiled = compile_request(request, spec)
+    return split_answers([compiled], [plan], [warnings], first, second, spec, [3], {"ann": 5})[0]
+
+
+def test_results_are_cut_to_k_and_never_padded(generation) -> None:
+    got = answer(generation, Request(k=3), Plan("probe", 4, 10), found=5)
+    assert got.item_ids.tolist() == [0, 1, 2]
+    assert got.task_scores["liked"].tolist() == [0.5, 1.5, 2.5]
+    assert not got.exhausted
+    assert got.warnings == ()
+    assert got.times == {"ann": 5}
+
+
+def test_a_short_answer_is_exhausted_only_when_every_cluster_was_scanned(generation) -> None:
+    whole = answer(generation, Request(k=7), Plan("all_pages", 16, 10), found=5)
+    assert whole.exhausted
+    assert whole.warnings == ()
+    part = answer(generation, Request(k=7), Plan("probe", 4, 10), found=5, warnings=("odd",))
+    assert not part.exhausted
+    assert part.warnings[0] == "odd"
+    assert "only 5 of 7 results lie in the 4 probed clusters of 16" in part.warnings[1]
+
+
+def test_exactly_k_found_is_not_exhausted(generation) -> None:
+    assert not answer(generation, Request(k=5), Plan("all_pages", 16, 10), found=5).exhausted
+
+
+def test_counts_are_those_of_the_request(generation) -> None:
+    counts = answer(generation, Request(k=5), Plan("probe", 4, 10), found=5).counts
+    assert counts == type(counts)(addressed=600, probed=6, eligible=3, ann_kept=10, reranked=5)

@@ -1,0 +1,110 @@
+import pytest
+
+from silvershard.model.plan import (
+    ALL_PAGES,
+    PROBE,
+    PROBE_WIDE,
+    Plan,
+    PlanError,
+    choose_plan,
+    parse_plan,
+)
+from silvershard.model.planes import PlaneDictionary
+from silvershard.model.schema import Schema
+from silvershard.model.spec import MAX_ANN_K, SearchDefaults, ServingSpec
+
+
+def make_spec(documents: int = 100_000, num_clusters: int = 1024) -> ServingSpec:
+    return ServingSpec(
+        model="films",
+        generation=1,
+        documents=documents,
+        dim=16,
+        num_clusters=num_clusters,
+        num_partitions=64,
+        partition_documents=(documents, *(0,) * 63),
+        page_slots=64,
+        item_schema=Schema(),
+        planes=PlaneDictionary(
+            dtypes={},
+            exact_planes={},
+            first_bloom_plane=1,
+            num_bloom_planes=0,
+            num_hashes=1,
+            seed=0,
+            columns={},
+            terms_width=0,
+            false_positive_rate=0.0,
+        ),
+        defaults=SearchDefaults(probes=64, ann_k=500),
+    )
+
+
+SPEC = make_spec()
+
+
+def test_without_a_filter_the_defaults_are_used() -> None:
+    assert choose_plan(SPEC, k=10, eligible=None) == Plan(PROBE, 64, 500)
+
+
+def test_a_broad_filter_changes_little() -> None:
+    assert choose_plan(SPEC, k=10, eligible=100_000) == Plan(PROBE, 64, 500)
+
+
+def test_a_selective_filter_probes_more_in_proportion() -> None:
+    assert choose_plan(SPEC, k=10, eligible=25_000) == Plan(PROBE_WIDE, 256, 500)
+
+
+def test_a_very_selective_filter_reads_all_pages() -> None:
+    assert choose_plan(SPEC, k=10, eligible=1_000) == Plan(ALL_PAGES, 1024, 500)
+    assert choose_plan(SPEC, k=10, eligible=0) == Plan(ALL_PAGES, 1024, 500)
+
+
+def test_at_least_one_and_a_half_times_k_are_kept_and_enough_clusters_probed_for_them() -> None:
+    assert choose_plan(SPEC, k=1000, eligible=None) == Plan(PROBE, 64, 1500)
+    assert choose_plan(SPEC, k=20_000, eligible=None) == Plan(PROBE_WIDE, 308, 30_000)
+    assert choose_plan(SPEC, k=100_000, eligible=None) == Plan(ALL_PAGES, 1024, 150_000)
+
+
+def test_a_request_that_names_its_probes_gets_them_whatever_the_filter() -> None:
+    assert choose_plan(SPEC, k=10, eligible=5, nprobe=7, ann_k=20) == Plan(PROBE, 7, 20)
+    assert choose_plan(SPEC, k=10, eligible=5, nprobe=5000) == Plan(ALL_PAGES, 1024, 500)
+
+
+def test_an_exact_search_keeps_every_eligible_item() -> None:
+    assert choose_plan(SPEC, k=10, eligible=77, exact=True) == Plan(ALL_PAGES, 1024, 77)
+    assert choose_plan(SPEC, k=10, eligible=None, exact=True) == Plan(ALL_PAGES, 1024, 100_000)
+
+
+def test_an_exact_search_over_too_many_items_is_refused_with_numbers() -> None:
+    with pytest.raises(PlanError, match=rf"at most {MAX_ANN_K}; 400000 are eligible"):
+        choose_plan(make_spec(documents=400_000), k=10, eligible=None, exact=True)
+
+
+def test_a_plan_survives_its_text() -> None:
+    for plan in (Plan(PROBE, 3, 5), Plan(PROBE_WIDE, 1023, 300_000), Plan(ALL_PAGES, 1024, 1)):
+        assert parse_plan(str(plan), SPEC) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected kind"),
+        ("probe", "expected kind"),
+        ("probe(probes=-1,ann_k=5)", "expected kind"),
+        ("scan(probes=1,ann_k=5)", "expected kind"),
+        ("probe(probes=0,ann_k=5)", r"probes must be in 1\.\.1024"),
+        ("probe(probes=1025,ann_k=5)", r"probes must be in 1\.\.1024, got 1025"),
+        ("probe(probes=1,ann_k=0)", r"ann_k must be in 1\.\.300000"),
+        ("probe(probes=1,ann_k=300001)", r"ann_k must be in 1\.\.300000"),
+        ("all_pages(probes=3,ann_k=5)", "all_pages probes 1024"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_plan(text, SPEC)
+
+
+def test_a_tiny_catalogue_reads_all_pages() -> None:
+    plan = choose_plan(make_spec(documents=5, num_clusters=64), k=10, eligible=None)
+    assert plan == Plan(ALL_PAGES, 64, 500)

@@ -1,0 +1,93 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from silvershard.model.schema import SchemaError
+from silvershard.model.spec import SearchDefaults
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.load import load_retriever
+from silvershard.shard.publish import Published, publish_generation
+from silvershard.shard.snapshot import list_generations, open_snapshot
+
+
+def publish_again(repository: Path, source: Any, **changes: Any) -> Published:
+    options: dict[str, Any] = {
+        "name": "films",
+        "model": source.model,
+        "builder": "two_tower",
+        "config": source.model.config.model_dump(mode="json"),
+        "catalogue": source.catalogue,
+        "schema": source.schema,
+        "defaults": SearchDefaults(probes=4, ann_k=40),
+        "num_clusters": 16,
+        "false_positive_rate": 0.1,
+        "max_exact_planes": 6,
+        **changes,
+    }
+    return publish_generation(repository, **options)
+
+
+def test_generations_are_numbered_from_one_upwards(tmp_path: Path, generation) -> None:
+    numbers = [publish_again(tmp_path, generation).generation for _ in range(2)]
+    assert numbers == [1, 2]
+    assert list_generations(tmp_path) == [1, 2]
+    with pytest.raises(SnapshotError, match="exists already"):
+        publish_again(tmp_path, generation, generation=2)
+
+
+def test_the_same_input_gives_the_same_content_whatever_the_order_of_the_items(
+    tmp_path: Path, generation
+) -> None:
+    shuffled = generation.catalogue.take(np.random.default_rng(0).permutation(600))
+    first = publish_again(tmp_path / "a", generation)
+    second = publish_again(tmp_path / "b", generation)
+    hashes = [open_snapshot(one.path).manifest.content_hash for one in (first, second)]
+    assert hashes[0] == hashes[1] == open_snapshot(generation.path).manifest.content_hash
+    assert publish_again(tmp_path / "c", generation, catalogue=shuffled).documents == 600
+
+
+def test_the_report_says_how_even_the_lists_and_how_wide_the_planes_are(
+    tmp_path: Path, generation
+) -> None:
+    published = publish_again(tmp_path, generation)
+    assert published.documents == 600
+    assert published.mean_list == 37.5
+    assert published.longest_list <= 4 * 37.5
+    assert published.planes.num_exact_planes == 6
+    assert published.planes.num_bloom_planes > 0
+
+
+def test_more_planned_shards_give_more_partitions(tmp_path: Path, generation) -> None:
+    published = publish_again(tmp_path, generation, planned_shards=20)
+    assert open_snapshot(published.path).spec.num_partitions == 256
+
+
+def test_pages_of_128_slots_give_the_same_answers(
+    tmp_path: Path, generation, request_maker
+) -> None:
+    wide = load_retriever(publish_again(tmp_path, generation, page_slots=128).path)[0]
+    narrow = load_retriever(generation.path)[0]
+    requests = request_maker(generation, 30, seed=8)
+    for one, other in zip(wide(requests), narrow(requests), strict=True):
+        assert torch.equal(one.item_ids, other.item_ids)
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_a_catalogue_that_does_not_fit_its_schema_is_refused(tmp_path: Path, generation) -> None:
+    schema = generation.schema.model_copy(update={"signals": ("popularity",), "value": "score"})
+    with pytest.raises(SchemaError, match="signals"):
+        publish_again(tmp_path, generation, schema=schema)
+    assert list_generations(tmp_path) == []
+
+
+def test_embeddings_that_are_not_finite_are_refused(
+    tmp_path: Path, generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = torch.full((600, 16), float("nan"))
+    monkeypatch.setattr(generation.model, "embed_items", lambda features: broken)
+    with pytest.raises(ValueError, match="not finite"):
+        publish_again(tmp_path, generation)
+    assert list_generations(tmp_path) == []
