@@ -14,7 +14,7 @@ TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gp
 PROTOS := retrieval shard
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-gpu bench check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: $(VENV)/.installed ## run every test that this machine can run
 
 test-gpu: $(VENV)/.installed ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+bench: $(VENV)/.installed ## measure the pipeline beside exact search, gate first
+	$(BIN)/python -P benchmarks/run.py
 
 check: $(VENV)/.installed proto-check ## lint, format, types, layering, packaging
 	$(BIN)/ruff check .

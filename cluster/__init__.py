@@ -1,0 +1,16 @@
+"""The client of a cluster; servers are imported from their modules."""
+
+from silvershard.cluster.client import Client, Query, Result
+from silvershard.cluster.codec import FieldViolation, RequestRefused
+from silvershard.cluster.outcome import Coverage, DegradeReason, ShardOutcome
+
+__all__ = [
+    "Client",
+    "Coverage",
+    "DegradeReason",
+    "FieldViolation",
+    "Query",
+    "RequestRefused",
+    "Result",
+    "ShardOutcome",
+]

@@ -1,6 +1,8 @@
 """Settings of the processes of a cluster; deploy joins them with those of the other folders."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MEBIBYTE = 1 << 20
 
@@ -32,6 +34,15 @@ class PingSection(BaseModel):
     eject_after: int = Field(
         default=5, ge=1, description="unanswered pings after which a replica is not asked at all"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.eject_after < self.suspect_after:
+            raise ValueError(
+                f"eject_after must be at least suspect_after={self.suspect_after}, "
+                f"got {self.eject_after}"
+            )
+        return self
 
 
 class QuerySection(BaseModel):
@@ -69,6 +80,15 @@ class QuerySection(BaseModel):
         default=4 * MEBIBYTE, ge=1024, description="largest message that a router accepts"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.default_deadline_ms > self.deadline_max_ms:
+            raise ValueError(
+                f"default_deadline_ms must be at most deadline_max_ms={self.deadline_max_ms}, "
+                f"got {self.default_deadline_ms}"
+            )
+        return self
+
 
 class RouterConfig(BaseModel):
     """What a router process needs; written by the launcher, read from its ``--config`` file."""
@@ -83,6 +103,12 @@ class RouterConfig(BaseModel):
     num_threads: int = Field(default=1, ge=1, description="threads of each tensor operation")
     die_with_parent: bool = Field(
         default=True, description="end when the thread that started the process ends"
+    )
+    parent_pid: int | None = Field(
+        default=None,
+        ge=1,
+        description="with die_with_parent: the process that starts the router, "
+        "so that its end is noticed even while the router still starts",
     )
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")

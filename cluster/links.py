@@ -6,6 +6,7 @@ Shapes: B requests, H heads.
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ from silvershard.shard.errors import (
 from silvershard.shard.executor import FieldValue
 
 _RECONNECT_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -70,8 +73,8 @@ class GrpcShardLink:
 
     @property
     def reached(self) -> bool:
-        """Return True while the replica is connected and answers."""
-        return self._connected is True and self.state is LinkState.UP
+        """Return True while the replica is connected and may be asked."""
+        return self._connected is True and self.state is not LinkState.EJECTED
 
     def start(self) -> None:
         """Connect, and stay connected until ``aclose``; needs a running event loop."""
@@ -83,9 +86,12 @@ class GrpcShardLink:
 
     async def aclose(self) -> None:
         """Disconnect; calls in flight fail."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        pending = set(self._tasks)
+        while pending:
+            for task in pending:
+                task.cancel()
+            # A cancellation that reaches a call just as it ends may get lost in there.
+            _, pending = await asyncio.wait(pending, timeout=_RECONNECT_S)
         self._lose("the link was closed")
 
     async def encode(
@@ -268,6 +274,14 @@ class GrpcShardLink:
                     message = "the shard ended the connection"
                 except grpc.aio.AioRpcError as error:
                     message = f"{error.code().name}: {error.details()}"
+                except asyncio.CancelledError:
+                    # A stream that was cancelled on this side looks like this task being cancelled.
+                    if _is_cancelled():
+                        raise
+                    message = "the stream was cancelled"
+                except Exception as error:  # noqa: BLE001  # bytes that are no reply; logged
+                    message = f"malformed answer: {error}"
+                    _log.error("shard %d at %s: %s", self.shard, self.entry.address, message)
                 finally:
                     writer.cancel()
                     stream.cancel()
@@ -276,9 +290,11 @@ class GrpcShardLink:
 
     async def _write(self, stream: grpc.aio.StreamStreamCall, connection: _Connection) -> None:
         # A cancelled write cancels its stream, so writes never run in the tasks of callers.
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        try:
             while True:
                 await stream.write(await connection.outgoing.get())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            stream.cancel()
 
     async def _hold_pings(self) -> None:
         """Count the pings in a row without any sign of life; a pause of our own counts once."""
@@ -297,17 +313,27 @@ class GrpcShardLink:
     async def _listen(self, channel: grpc.aio.Channel) -> None:
         stub = shard_pb2_grpc.ShardStub(channel)
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
+            try:
                 async for beat in stub.Ping(self._beats()):
                     # Another incarnation on the same address is not a sign of life of this one.
                     if beat.epoch == self.entry.epoch:
                         self._heard = True
+            except grpc.aio.AioRpcError as error:
+                _log.debug("pings of shard %d ended: %s", self.shard, error.code().name)
+            except Exception as error:  # noqa: BLE001  # bytes that are no beat; logged
+                _log.error("pings of shard %d: malformed answer: %s", self.shard, error)
             await asyncio.sleep(self._ping.every_ms / 1e3)
 
     async def _beats(self) -> AsyncIterator[shard_pb2.Beat]:
         for sequence in itertools.count(1):
             yield shard_pb2.Beat(sequence=sequence)
             await asyncio.sleep(self._ping.every_ms / 1e3)
+
+
+def _is_cancelled() -> bool:
+    """Return True while somebody wants the running task to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class Links:

@@ -69,6 +69,8 @@ class CoverageLost(CoverageError):
 
     def __init__(self, coverage: Coverage, minimum: float) -> None:
         super().__init__(coverage.documents, minimum)
+        if not coverage.shards_full:
+            self.args = ("no shard answered",)
         self.coverage = coverage
 
 
@@ -76,8 +78,9 @@ class CoverageTimedOut(DeadlineExceeded):
     """Time ran out before enough documents had answered."""
 
     def __init__(self, coverage: Coverage, minimum: float) -> None:
+        answered = f"{coverage.documents:.4f} of the documents had answered"
         super().__init__(
-            f"time ran out when {coverage.documents:.4f} of the documents had answered, "
+            f"time ran out when {answered if coverage.shards_full else 'no shard had answered'}, "
             f"at least {minimum:.4f} are required"
         )
         self.coverage = coverage

@@ -1,4 +1,4 @@
-"""The public gRPC service of a router: checks what a request addresses, queues it, states its fate."""
+"""The public gRPC service of a router: it checks what a request addresses, and states its fate."""
 
 import asyncio
 import logging

@@ -178,13 +178,21 @@ def round_to_map(result: RoundOne | RoundTwo) -> shard_pb2.TensorMap:
     return to_map(tensors)
 
 
+def _check_order(name: str, found: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that have no place in an order, before they fail a whole batch."""
+    if bool(torch.isnan(found[name]).any()):
+        raise TensorError(f"tensor {name!r}: must not hold NaN")
+
+
 def round_one_from_map(message: shard_pb2.TensorMap, times: StageTimes) -> RoundOne:
     """Return the first round in a message.
 
     Raises:
         TensorError: if the message is not one.
     """
-    return RoundOne(**from_map(message, ROUND_ONE), times=times)
+    found = from_map(message, ROUND_ONE)
+    _check_order("scores", found)
+    return RoundOne(**found, times=times)
 
 
 def round_two_from_map(message: shard_pb2.TensorMap, times: StageTimes) -> RoundTwo:
@@ -193,7 +201,9 @@ def round_two_from_map(message: shard_pb2.TensorMap, times: StageTimes) -> Round
     Raises:
         TensorError: if the message is not one.
     """
-    return RoundTwo(**from_map(message, ROUND_TWO), times=times)
+    found = from_map(message, ROUND_TWO)
+    _check_order("values", found)
+    return RoundTwo(**found, times=times)
 
 
 def warnings_of(reply: shard_pb2.ShardReply, num_users: int) -> list[tuple[str, ...]]:

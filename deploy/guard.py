@@ -50,28 +50,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})
     if options.parent:
         die_with_parent(options.parent)
-    adopt_orphans()
-    driver = subprocess.Popen(
+    code, left = run_guarded(
         [
             *(sys.executable, "-P", "-m", "silvershard.deploy.serve"),
             *("--state", str(options.state), "--lock-fd", str(options.lock_fd)),
             *("--status-fd", str(options.status_fd), "--ray-dir", options.ray_dir),
             *("--guard", str(os.getpid())),
         ],
-        pass_fds=(options.lock_fd, options.status_fd),
+        lock_fd=options.lock_fd,
+        status_fd=options.status_fd,
+        stop_timeout_s=options.stop_timeout_s,
     )
-    identity = identify(driver.pid)
-    # Only the driver may hold the pipe, so that its reader sees the end when the driver ends.
-    os.close(options.status_fd)
-    code = _wait(driver, identity, options.stop_timeout_s)
-    own = os.getpid()
-    left = wait_until(lambda: _kill_descendants(own), 10.0)
     for process in left:
         print(f"process {process.pid} could not be ended", file=sys.stderr)
     remove_ray_dir(options.ray_dir)
     if not left:
         StateDir(options.state).clear_record()
     return code
+
+
+def run_guarded(
+    command: Sequence[str], *, lock_fd: int, status_fd: int, stop_timeout_s: float
+) -> tuple[int, list[Process]]:
+    """Run a driver and end whatever is left of its descendants when it has ended.
+
+    SIGTERM, SIGINT and SIGHUP, which must be blocked, are passed on as SIGTERM.
+
+    Args:
+        command: of the driver.
+        lock_fd: descriptor that driver and guard both hold.
+        status_fd: descriptor that only the driver holds.
+        stop_timeout_s: how long a driver that was told to stop may take before it is killed.
+
+    Returns:
+        The exit code of the driver, and the processes that could not be ended.
+    """
+    adopt_orphans()
+    driver = subprocess.Popen(command, pass_fds=(lock_fd, status_fd))
+    identity = identify(driver.pid)
+    # Only the driver may hold the pipe, so that its reader sees the end when the driver ends.
+    os.close(status_fd)
+    code = _wait(driver, identity, stop_timeout_s)
+    own = os.getpid()
+    return code, wait_until(lambda: _kill_descendants(own), 10.0)
 
 
 def _wait(driver: subprocess.Popen[bytes], identity: Process | None, grace_s: float) -> int:

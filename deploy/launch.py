@@ -132,9 +132,8 @@ def start(
     except BaseException:
         _end(guard, config.runtime.stop_timeout_s)
         raise
-    if detached:
-        # Nobody waits for the guard: init does when this process has ended.
-        guard.returncode = 0
+    # Somebody must wait for the guard, lest it stay as a zombie while this process lives.
+    threading.Thread(target=guard.wait, daemon=True, name="guard").start()
     return record
 
 

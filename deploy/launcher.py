@@ -6,9 +6,6 @@ and stops what keeps crashing. It is never on the path of a request.
 Shapes: S shards.
 """
 
-import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,279 +13,38 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import grpc
-import ray
-import ray.exceptions
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from silvershard.cluster.config import RouterConfig
-from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.shard_map import ShardMap
 from silvershard.deploy.config import Config
-from silvershard.deploy.crash_loop import CrashLoop
 from silvershard.deploy.errors import CommandError, TimedOut
-from silvershard.deploy.processes import (
-    Process,
-    descendants,
-    identify,
-    is_alive,
-    kill_all,
-    myself,
-)
+from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
+from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
-from silvershard.deploy.state import (
-    ClusterRecord,
-    RouterPhase,
-    RouterRecord,
-    ShardPhase,
-    ShardRecord,
-    StateDir,
-)
+from silvershard.deploy.shard_watch import ShardHandle, ShardWatch
+from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
+from silvershard.shard.errors import RemoteError
 
 TICK_S = 0.1
 _CENSUS_S = 1.0
-_STEADY_S = 30.0
 
-StartActor = Callable[[int], Any]
-"""Starts the actor of a shard and returns its handle, whose ``describe`` says where it is."""
+StartShard = Callable[[int], ShardHandle]
+"""Starts the process of a shard and returns its handle."""
 
-
-class ShardWatch:
-    """One shard actor: where it is, and what has become of it."""
-
-    def __init__(self, shard: int, actor: Any, config: Config) -> None:
-        self.shard = shard
-        self.state: ShardPhase = "starting"
-        self.reason = ""
-        self.restarts = 0
-        self.documents = 0
-        self.entry: ShardEntry | None = None
-        self._actor = actor
-        self._process: Process | None = None
-        self._crashes = CrashLoop(config.runtime.crash_limit, config.runtime.crash_window_s)
-        self._window_s = config.runtime.crash_window_s
-        self._began_s = time.monotonic()
-        self._described = actor.describe.remote()
-
-    @property
-    def record(self) -> ShardRecord:
-        """Return the shard as status shows it."""
-        return ShardRecord(
-            shard=self.shard,
-            state=self.state,
-            pid=self.entry.pid if self.entry else 0,
-            epoch=self.entry.epoch if self.entry else 0,
-            address=self.entry.address if self.entry else "",
-            documents=self.documents,
-            restarts=self.restarts,
-            reason=self.reason,
-        )
-
-    def poll(self) -> None:
-        """Look once, without waiting."""
-        if self.state == "failed":
-            return
-        if self._process is not None and not is_alive(self._process):
-            self._lost(f"process {self._process.pid} ended")
-        self._count_restarts()
-        if self.state in ("starting", "restarting"):
-            self._look_for_description()
-
-    def _lost(self, reason: str) -> None:
-        self.state, self.reason = "restarting", reason
-        self.entry = self._process = None
-        self._described = self._actor.describe.remote()
-
-    def _count_restarts(self) -> None:
-        """Learn from Ray how often the actor was started again, also while it was loading."""
-        from ray._private.state import state as ray_state
-
-        table = ray_state.actor_table(self._actor._actor_id.hex()) or {}
-        restarts = int(table.get("NumRestarts", 0))
-        while self.restarts < restarts and self.state != "failed":
-            now_s = time.monotonic()
-            self.restarts += 1
-            if self.state == "serving":
-                self._lost("the process ended")
-            if self._crashes.died(now_s - self._began_s):
-                self._give_up(
-                    f"gave up after {self._crashes.quick_deaths} deaths in a row, each within "
-                    f"{self._window_s:g} s of its start; see the log directory"
-                )
-            self._began_s = now_s
-
-    def _look_for_description(self) -> None:
-        done, _ = ray.wait([self._described], timeout=0)
-        if not done:
-            return
-        try:
-            found = ray.get(self._described)
-        except ray.exceptions.ActorDiedError as error:
-            self._give_up(_cause(error))
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-            self.reason = _cause(error)
-            self._described = self._actor.describe.remote()
-        else:
-            self._process = identify(found["pid"])
-            self.entry = ShardEntry(**{name: found[name] for name in ShardEntry.model_fields})
-            self.documents = self.entry.documents
-            self.state, self.reason = "serving", ""
-            self._began_s = time.monotonic()
-
-    def _give_up(self, reason: str) -> None:
-        self.state, self.reason = "failed", reason
-        self.entry = self._process = None
-        self.end()
-
-    def end(self) -> None:
-        """End the actor for good."""
-        ray.kill(self._actor, no_restart=True)
+_CANARY_TIMEOUT_S = 30.0
 
 
-def _cause(error: Exception) -> str:
-    """Return the innermost error of a Ray failure as one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in reversed(lines):
-        name, colon, message = line.partition(": ")
-        if colon and name.startswith("silvershard.") and name.rpartition(".")[2].isidentifier():
-            return message
-    return lines[-1] if lines else type(error).__name__
+def ask_canary(address: str) -> None:
+    """Ask one question through the whole cluster, which also warms it for the first user.
 
+    Raises:
+        CommandError: if it is not answered from every document.
+    """
+    from silvershard.cluster.client import Client
 
-class RouterWatch:
-    """The router process: started, watched, and started again when it ends."""
-
-    def __init__(self, state: StateDir, config: Config) -> None:
-        self.phase: RouterPhase = "starting"
-        self.address = ""
-        self.reason = ""
-        self.restarts = 0
-        self._state = state
-        self._config = config
-        self._port = config.listen.port
-        self._crashes = CrashLoop(1 << 30, _STEADY_S)
-        self._process: subprocess.Popen[str] | None = None
-        self._began_s = 0.0
-        self._next_start_s = 0.0
-        """When to start it again; 0 while it runs or was never started."""
-        self._stub: health_pb2_grpc.HealthStub | None = None
-        self._channel: grpc.Channel | None = None
-
-    @property
-    def record(self) -> RouterRecord:
-        """Return the router as status shows it."""
-        running = self._process is not None and self._process.poll() is None
-        return RouterRecord(
-            state=self.phase,
-            pid=self._process.pid if self._process and running else 0,
-            restarts=self.restarts,
-            reason=self.reason,
-        )
-
-    def start(self) -> None:
-        """Start the process; call it on a thread that lives as long as the router shall."""
-        listen = self._config.listen.model_copy(update={"port": self._port})
-        settings = RouterConfig(
-            map_path=str(self._state.shard_map_file),
-            drain_s=self._config.runtime.drain_s,
-            listen=listen,
-            query=self._config.query,
-            ping=self._config.ping,
-        )
-        self._state.router_file.write_text(settings.model_dump_json(indent=1))
-        with self._state.router_log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "silvershard.cluster.router"),
-                    *("--config", str(self._state.router_file)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        self._began_s = time.monotonic()
-        threading.Thread(
-            target=self._read_address, args=(self._process,), daemon=True, name="router-stdout"
-        ).start()
-
-    def _read_address(self, process: "subprocess.Popen[str]") -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            address = json.loads(line).get("address", "")
-            if address:
-                self._port = int(address.rpartition(":")[2])
-                self.address = address
-
-    def poll(self) -> None:
-        """Look once; start the router again when it has ended and its pause is over."""
-        if self._process is None:
-            if self._next_start_s and time.monotonic() >= self._next_start_s:
-                self.restarts += 1
-                self.start()
-            return
-        code = self._process.poll()
-        if code is not None:
-            self.phase = "restarting"
-            self.reason = f"exit code {code}: {self.last_words()}"
-            self._process = None
-            self._disconnect()
-            self._crashes.died(time.monotonic() - self._began_s)
-            self._next_start_s = time.monotonic() + self._crashes.backoff_s
-        elif self.phase != "serving" and self.is_ready():
-            self.phase, self.reason = "serving", ""
-
-    def is_ready(self) -> bool:
-        """Return whether the router says that it serves."""
-        if not self.address:
-            return False
-        if self._stub is None:
-            self._channel = grpc.insecure_channel(self.address)
-            self._stub = health_pb2_grpc.HealthStub(self._channel)
-        try:
-            answer = self._stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=1.0)
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-    def last_words(self) -> str:
-        """Return what the router wrote last, or that it wrote nothing."""
-        try:
-            lines = self._state.router_log.read_text(errors="replace").splitlines()
-        except OSError:
-            lines = []
-        last = next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
-        try:
-            document = json.loads(last)
-        except ValueError:
-            return last
-        said = document if isinstance(document, dict) else {}
-        return str(said.get("message") or said.get("error") or last)
-
-    @property
-    def has_failed(self) -> bool:
-        """Return whether the process has ended by itself."""
-        return self._process is not None and self._process.poll() is not None
-
-    def stop(self) -> None:
-        """End the process in order: requests in flight are finished, within the time to drain."""
-        self._disconnect()
-        if self._process is None:
-            return
-        self._next_start_s = 0.0
-        self._process.terminate()
-        try:
-            self._process.wait(self._config.runtime.drain_s + 2.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._process = None
-
-    def _disconnect(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = self._stub = None
+    try:
+        with Client(address, timeout_s=_CANARY_TIMEOUT_S) as client:
+            client.retrieve(k=1, min_coverage=1.0)
+    except RemoteError as error:
+        raise CommandError(f"the first question was not answered: {error}") from None
 
 
 class LocalCluster:
@@ -306,7 +62,8 @@ class LocalCluster:
         snapshot: Path,
         guard: Process | None = None,
         ray_dir: str = "",
-        start_actor: StartActor | None = None,
+        start_shard: StartShard | None = None,
+        canary: Callable[[str], None] = ask_canary,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare a cluster.
@@ -318,7 +75,8 @@ class LocalCluster:
             snapshot: its directory.
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
-            start_actor: makes the actor of a shard; by default one that serves ``snapshot``.
+            start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
+            canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
         self._state = state
@@ -328,7 +86,8 @@ class LocalCluster:
         self._driver = myself()
         self._guard = guard or self._driver
         self._ray_dir = ray_dir
-        self._start_actor = start_actor or self._start_shard
+        self._start_shard = start_shard or self._start_actor
+        self._canary = canary
         self._report = report
         self._router = RouterWatch(state, config)
         self._shards: list[ShardWatch] = []
@@ -357,23 +116,27 @@ class LocalCluster:
         """Start one actor per shard, all at once."""
         self._report("shards")
         self._shards = [
-            ShardWatch(shard, self._start_actor(shard), self._config)
+            ShardWatch(shard, self._start_shard(shard), self._config.runtime)
             for shard in range(self._config.sharding.shards)
         ]
 
-    def _start_shard(self, shard: int) -> Any:
-        from silvershard.cluster.shard_actor import ShardActor
+    def _start_actor(self, shard: int) -> ShardHandle:
+        from silvershard.cluster import shard_actor
+        from silvershard.deploy.ray_shard import RayShard
 
-        return ShardActor.options(name=f"shard-{shard}").remote(
+        # ray.remote turns the class into something that its type does not say.
+        actor_class: Any = shard_actor.ShardActor
+        actor = actor_class.options(name=f"shard-{shard}").remote(
             str(self._snapshot),
             shard,
             self._config.sharding.shards,
             devices=self._config.sharding.devices,
             num_threads=threads_per_shard(self._config.sharding),
         )
+        return RayShard(actor)
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Wait until the router has reached every shard.
+        """Wait until the router has reached every shard and has answered one question.
 
         Raises:
             CommandError: if a shard or the router cannot start, with its reason.
@@ -389,6 +152,8 @@ class LocalCluster:
                     raise CommandError(f"shard {one.shard} could not start: {one.reason}")
             serving = sum(one.state == "serving" for one in self._shards)
             if serving == len(self._shards) and self._router.phase == "serving":
+                self._report("first question")
+                self._canary(self._router.address)
                 return
             if time.monotonic() > give_up_s:
                 raise TimedOut(
@@ -430,8 +195,7 @@ class LocalCluster:
         now_s = time.monotonic()
         if now_s >= self._next_census_s:
             self._next_census_s = now_s + _CENSUS_S
-            living = {one.pid: one for one in descendants(self._driver.pid)}
-            self._family = living | {p: o for p, o in self._family.items() if is_alive(o)}
+            self._take_census()
         record = ClusterRecord(
             guard=self._guard,
             driver=self._driver,
@@ -450,6 +214,11 @@ class LocalCluster:
             self._state.write_record(record)
             self._written = record
 
+    def _take_census(self) -> None:
+        """Note all processes below the driver; those whose parent ended meanwhile are kept."""
+        living = {one.pid: one for one in descendants(self._driver.pid)}
+        self._family = living | {p: o for p, o in self._family.items() if is_alive(o)}
+
     def run(self, stop: threading.Event) -> None:
         """Watch and repair until told to stop."""
         while not stop.wait(TICK_S):
@@ -457,6 +226,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End the router, then the actors."""
+        self._take_census()
         self._router.stop()
         with ExitStack() as rest:
             for one in self._shards:

@@ -64,7 +64,10 @@ HISTORY_LENGTH = 50
 MAX_GENRES = 16
 MAX_TAGS = 32
 NUM_TAGS = 1000
-"""Tags that the item tower reads: those that the most movies have. Filters know them all."""
+"""Tags that the item tower reads: those that the most movies have."""
+FILTER_TAGS = 32
+"""Tags of a movie that filters know: those that most people gave it. One movie of ml-latest-small
+has 173 and would widen the term slots of every item to that."""
 
 TRY_TIMEOUT_S = 5.0
 """Limit of one connection attempt and of one read."""
@@ -300,7 +303,8 @@ def catalogue(
     """The movies as ``schema()`` declares them.
 
     Tags are of all users at all times, so a tag that a user gave a held-out movie is seen as a
-    property of the movie (not of the user). A movie without a year has no year and decade ids, null
+    property of the movie (not of the user). Filters know the first ``FILTER_TAGS`` of a movie, the
+    tower the first ``MAX_TAGS`` of those that many movies have. A movie without a year has no year and decade ids, null
     in the year attribute and field, and the median ``recency``.
 
     Args:
@@ -323,7 +327,7 @@ def catalogue(
     joined = ["|".join(movielens.genres.row(row)) for row in range(num_movies)]
     return Catalogue(
         item_ids=movielens.movie_ids,
-        categories={"genre": movielens.genres, "tag": movielens.tags},
+        categories={"genre": movielens.genres, "tag": _first(movielens.tags, FILTER_TAGS)},
         numbers={"year": movielens.years},
         signals=np.stack([popular, means / 5.0, recency], axis=1).astype(np.float32),
         fields={
@@ -345,6 +349,14 @@ def _grouped(values: NDArray[Any], lengths: NDArray[np.int64]) -> Ragged:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return Ragged(values, offsets)
+
+
+def _first(rows: Ragged, most: int) -> Ragged:
+    """The first ``most`` values of every row."""
+    lengths = np.minimum(rows.lengths, most)
+    starts = np.repeat(rows.offsets[:-1] - (np.cumsum(lengths) - lengths), lengths)
+    kept = rows.values[starts + np.arange(int(lengths.sum()))]
+    return _grouped(kept, lengths)
 
 
 def _frequent(tags: Ragged) -> Ragged:

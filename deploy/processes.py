@@ -32,23 +32,24 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _stat(pid: int) -> tuple[str, int, int] | None:
-    """Return state, parent and start ticks of a process, or None where there is none."""
+def _stat(pid: int) -> tuple[int, int] | None:
+    """Return parent and start ticks of a process, or None where there is none; zombies are none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name in parentheses may itself hold spaces and parentheses.
     fields = text[text.rindex(")") + 2 :].split()
-    return fields[0], int(fields[1]), int(fields[19])
+    # A process whose first thread has ended holds its files until the last one has.
+    if fields[0] in "ZX" and int(fields[17]) <= 1:
+        return None
+    return int(fields[1]), int(fields[19])
 
 
 def identify(pid: int) -> Process | None:
     """Return the identity of the process that has ``pid`` now, or None; zombies are gone."""
     found = _stat(pid)
-    if found is None or found[0] in "ZX":
-        return None
-    return Process(pid=pid, started=found[2], boot=_boot_id())
+    return None if found is None else Process(pid=pid, started=found[1], boot=_boot_id())
 
 
 def myself() -> Process:
@@ -86,8 +87,8 @@ def descendants(pid: int) -> list[Process]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             found = _stat(int(entry.name))
-            if found is not None and found[0] not in "ZX":
-                parents.setdefault(found[1], []).append((int(entry.name), found[2]))
+            if found is not None:
+                parents.setdefault(found[0], []).append((int(entry.name), found[1]))
     boot = _boot_id()
     tree: list[Process] = []
     level = [pid]

@@ -166,8 +166,8 @@ def train_model(
         training=recipe,
         seed=config.model.seed,
         seconds=trained.seconds,
-        tower_ndcg=_finite(trained.tower_ndcg),
-        ranker_ndcg=_finite(trained.ranker_ndcg),
+        tower_ndcg=finite(trained.tower_ndcg),
+        ranker_ndcg=finite(trained.ranker_ndcg),
         data=prepared.source,
     )
     save_model(state.model_dir, trained.model, description)
@@ -187,7 +187,8 @@ def _validation(prepared: Prepared) -> Interactions:
     return _interactions(prepared.data, rows[rows >= 0])
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return the number, or None where JSON has no form for it."""
     return value if math.isfinite(value) else None
 
 

@@ -18,7 +18,7 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import die_with_parent, identify
 from silvershard.deploy.runtime import prepare_ray, ray_runtime, threads_per_shard
-from silvershard.deploy.state import StateDir
+from silvershard.deploy.state import StateDir, remove_ray_dir
 from silvershard.shard.errors import RetrievalError
 
 
@@ -112,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.FAILED
     finally:
         teller.close()
+        if os.getppid() != options.guard:
+            # The guard was killed, so its last duties fall to this process.
+            remove_ray_dir(options.ray_dir)
+            state.clear_record()
     return ExitCode.OK
 
 

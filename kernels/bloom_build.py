@@ -6,6 +6,7 @@ AND of a few planes.
 Shapes: J planes, N pages, W mask words per page, n slots to build, F term slots per item.
 
 Source: Goodwin et al., BitFunnel: Revisiting Signatures for Search, SIGIR 2017, section 4.
+Source: SilverTorch, arXiv 2511.14881, SIGIR 2026, section 4.1 (transposed bit matrix).
 """
 
 import torch

@@ -3,7 +3,7 @@
 Shapes: Q query rows, M pages per query, J planes, N pages in the pool, G slots per page (64 or
 128), W = G / 64 words, V columns, F term slots per item, L program length, E exclusions per query.
 
-Source: Goodwin et al., BitFunnel: Revisiting Signatures for Search, SIGIR 2017, section 4.
+Source: SilverTorch, arXiv 2511.14881, SIGIR 2026, section 4.1 (filters on the probed pages).
 """
 
 import torch

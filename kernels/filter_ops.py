@@ -6,7 +6,7 @@ pages, where a truth value is a word of 64 slots, or on single slots, where it i
 Shapes: J planes, N pages, G slots per page, W = G / 64 words, V columns, F term slots per item,
 M pages in question, n slots in question.
 
-Source: Goodwin et al., BitFunnel: Revisiting Signatures for Search, SIGIR 2017, section 4.
+Source: SilverTorch, arXiv 2511.14881, SIGIR 2026, section 4.1 (operation array and stack).
 """
 
 from collections.abc import Iterable, Sequence

@@ -6,8 +6,8 @@ Shapes: Q query rows, P probes, C clusters, X pages a cluster may own, N pages i
 per page, D embedding dimension, R results per row, L and Lv program lengths, E exclusions per
 query, T eligible slots of all rows together, M pages per row.
 
-Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, SOSP 2023,
-section 4.
+Source: Kwon et al., Efficient Memory Management (...) with PagedAttention, SOSP 2023, section 4.
+Source: SilverTorch, arXiv 2511.14881, SIGIR 2026, section 4.3 (probe, then filter).
 """
 
 from typing import NamedTuple
@@ -197,8 +197,10 @@ def ivf_scan_reference(
         out_scores[rows], out_slots[rows] = _select_verified(
             found, slots, item_ids, planes, columns, terms, *checks, num_results
         )
-    known = item_ids.view(-1).index_select(0, out_slots.clamp_min(0).flatten()).view(shape)
-    out_ids = torch.where(out_slots >= 0, known, -1)
+    out_ids = torch.full_like(out_slots, -1)
+    if item_ids.numel():
+        known = item_ids.view(-1).index_select(0, out_slots.clamp_min(0).flatten()).view(shape)
+        out_ids = torch.where(out_slots >= 0, known, -1)
     return out_scores, out_ids, out_slots, probed, eligible
 
 

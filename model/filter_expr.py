@@ -131,7 +131,7 @@ def _joined(operands: Iterable[_Normal], kind: type[And] | type[Or]) -> _Normal:
         return members[absorbing]
     if not members:
         return _Normal(AnyItem() if kind is And else NO_ITEM, neutral, {})
-    texts = list(members)
+    texts = sorted(members)
     if len(texts) == 1:
         return members[texts[0]]
     ordered = {text: members[text] for text in texts}

@@ -43,7 +43,8 @@ class MLPRanker(nn.Module):
             self.out.weight.zero_()
             self.out.bias.zero_()
             self.skip.weight.zero_()
-            self.skip.bias.zero_()
+            # A cosine of 1 means even odds, so that untrained probabilities are small but distinct.
+            self.skip.bias.fill_(-skip_scale)
             # Task t follows head t where there are as many heads, else the mean of all heads.
             for task in range(num_tasks):
                 if num_heads == num_tasks:

@@ -268,7 +268,8 @@ class Retriever(nn.Module):
         )
         tasks = fixed_sigmoid(logits)  # (n, T)
         watch.mark("rerank")
-        score = by_head.amax(1)
+        # Adding zero makes both zeros the same one, whichever the maximum picks.
+        score = (by_head + 0.0).amax(1)
         columns = torch.cat([score[:, None], tasks, signals], 1)
         values = value_program(columns, request, work.value_ops, work.value_constants)
         # An infinite value still ranks its item: only padding is -inf.

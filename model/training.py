@@ -45,6 +45,7 @@ _CENTRE_EVERY = 50
 _CENTRE_ITERATIONS = 10
 _CHECKPOINTS = 5
 _EXCLUDED = -1e9
+_SELECTION_DEPTH = 100
 _SELECTION_K = 10
 _WARM_UP_STEPS = 50
 
@@ -136,22 +137,27 @@ def _train_towers(
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     schedule = _schedule(optimizer, config.steps)
     odds = data.counts.add(1).double() ** config.negative_power
-    log_odds = (odds / odds.sum()).log().float() + math.log(config.negatives)
+    log_odds = (odds / odds.sum()).log().float()
+    user_odds = _user_odds(data, data.tower_positions, config)
     centroids: Tensor | None = None
     losses = []
     for step in _steps(config.steps, "training the towers", progress):
-        positions = _draw(data, config.batch)
+        positions = _draw(data.tower_positions, user_odds, config.batch)
         targets = data.items[positions]
         negatives = torch.multinomial(odds, config.negatives, replacement=True)
         query = _user_batch(model, data, config, positions)  # (B, H, D)
         chosen = torch.cat([targets, negatives])
         items = model.item_embedding(_item_batch(model, data, config, chosen))  # (B + n, D)
-        positive, negative = items[: config.batch], items[config.batch :]
-        hit = (query * positive[:, None]).sum(2) / config.temperature  # (B, H)
-        miss = query.flatten(0, 1) @ negative.T / config.temperature - log_odds[negatives]
-        miss = miss.view(*hit.shape, -1)  # (B, H, n)
-        miss = miss.masked_fill((targets[:, None] == negatives)[:, None], _EXCLUDED)
-        per_head = torch.logsumexp(torch.cat([hit[..., None], miss], 2), 2) - hit  # (B, H)
+        logits = torch.cat(
+            [
+                (query * items[: config.batch, None]).sum(2, keepdim=True),
+                (query.flatten(0, 1) @ items[config.batch :].T).view(*query.shape[:2], -1),
+            ],
+            2,
+        )  # (B, H, 1 + n)
+        per_head = _sampled_softmax(
+            logits / config.temperature, targets, negatives, log_odds[negatives]
+        )
         counted = data.head_positive[positions].float()
         loss = ((per_head * counted).sum(0) / counted.sum(0).clamp(min=1)).sum()
         if config.cluster_pull and step >= config.cluster_start * config.steps:
@@ -165,6 +171,26 @@ def _train_towers(
         schedule.step()
         losses.append(loss.item())
     return _tenths(losses)
+
+
+def _sampled_softmax(
+    logits: Tensor, targets: Tensor, negatives: Tensor, log_odds: Tensor
+) -> Tensor:
+    """Cross-entropy against the whole catalogue, estimated from sampled items.
+
+    Args:
+        logits: ``(B, H, 1 + n)``; the first is of the target.
+        targets: ``(B,)`` items.
+        negatives: ``(n,)`` items, drawn with replacement; the target itself does not count.
+        log_odds: ``(n,)`` log probability of drawing each of ``negatives``.
+
+    Returns:
+        ``(B, H)``.
+    """
+    hit, miss = logits[..., 0], logits[..., 1:]
+    miss = miss - (log_odds + math.log(len(negatives)))
+    miss = miss.masked_fill((targets[:, None] == negatives)[:, None], _EXCLUDED)
+    return torch.logsumexp(torch.cat([hit[..., None], miss], 2), 2) - hit
 
 
 @torch.no_grad()
@@ -213,23 +239,24 @@ class _RankerTraining:
         optimizer = torch.optim.Adam(ranker.parameters(), lr=config.ranker_learning_rate)
         schedule = _schedule(optimizer, max(steps, 1))
         odds = data.counts.add(1).double() ** config.negative_power
+        user_odds = _user_odds(data, data.ranker_positions, config)
         best = {name: value.clone() for name, value in ranker.state_dict().items()}
         losses = []
         for step in _steps(steps, "training the reranker", progress):
-            positions = _draw(data, config.ranker_batch)
+            positions = _draw(data.ranker_positions, user_odds, config.ranker_batch)
             targets = data.items[positions]
             with torch.no_grad():
                 rows, lengths = _histories(model, data, positions)
                 state = model.user_state(model.history_bags(rows, lengths))
                 query = model.user_embedding(state)
-                hard = self._hard(query, positions)
+                hard, found = self._hard(query, positions)
             random = torch.multinomial(odds, targets.shape[0] * config.ranker_random, True)
             random = random.view(targets.shape[0], -1)
             candidates = torch.cat([targets[:, None], hard, random], 1)  # (B, m)
             logits = self._logits(query, state, candidates)  # (B, m, T)
             repeated = candidates == targets[:, None]
             repeated[:, 0] = False
-            loss = _ranker_loss(logits, data.task_positive[positions], repeated)
+            loss = _ranker_loss(logits, data.task_positive[positions], repeated, found)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -244,8 +271,13 @@ class _RankerTraining:
         ranker.load_state_dict(best)
         return _tenths(losses)
 
-    def _hard(self, query: Tensor, positions: Tensor) -> Tensor:
-        """Items that a random head of each position ranks high, ``(B, ranker_hard)``."""
+    def _hard(self, query: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Items that a random head of each position ranks high.
+
+        Returns:
+            ``(B, ranker_hard)`` int64 of the ``ranker_depth`` best, and ``(B,)`` bool: whether the
+            item that came next is among those best.
+        """
         head = torch.randint(query.shape[1], (query.shape[0],))
         scores = query[torch.arange(query.shape[0]), head] @ self._items.T  # (B, N)
         before = positions - self._data.starts[positions]
@@ -254,7 +286,8 @@ class _RankerTraining:
         depth = min(self._config.ranker_depth, scores.shape[1])
         top = scores.topk(depth, 1).indices
         chosen = torch.rand(top.shape).argsort(1)[:, : self._config.ranker_hard]
-        return top.gather(1, chosen)
+        found = (top == self._data.items[positions][:, None]).any(1)
+        return top.gather(1, chosen), found
 
     def _logits(self, query: Tensor, state: Tensor, candidates: Tensor) -> Tensor:
         """Task logits ``(B, m, T)`` of candidates ``(B, m)``."""
@@ -282,7 +315,7 @@ class _RankerTraining:
                 for head in range(scores.shape[1])
             ]
             return max(reached)
-        depth = min(self._config.ranker_depth, scores.shape[2])
+        depth = min(_SELECTION_DEPTH, scores.shape[2])
         union = scores.topk(depth, 2).indices.flatten(1)  # (U, H * depth)
         value = torch.sigmoid(self._logits(query, state, union)).sum(2)
         value = value.masked_fill(scores.amax(1).gather(1, union) == _EXCLUDED, -math.inf)
@@ -297,29 +330,36 @@ class _RankerTraining:
         return float(np.mean(ndcg_at_k(found, held.targets, top)))
 
 
-def _ranker_loss(logits: Tensor, positive: Tensor, repeated: Tensor) -> Tensor:
+def _ranker_loss(logits: Tensor, positive: Tensor, repeated: Tensor, found: Tensor) -> Tensor:
     """Binary cross-entropy of all candidates plus softmax cross-entropy of the positives.
 
     Args:
         logits: ``(B, m, T)``; candidate 0 is the item that came next.
         positive: ``(B, T)`` bool, whether it counts for the task.
         repeated: ``(B, m)`` bool, candidates that are left out.
+        found: ``(B,)`` bool, positions that count. Where the towers did not find the item it would
+            teach that what they rank high is wrong.
     """
     labels = torch.zeros_like(logits)
     labels[:, 0] = positive.float()
-    kept = (~repeated).float()[..., None]
+    kept = (~repeated & found[:, None]).float()[..., None]
     binary = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    pointwise = (binary * kept).sum((0, 1)) / kept.sum()
+    pointwise = (binary * kept).sum((0, 1)) / kept.sum().clamp(min=1)
     masked = logits.masked_fill(repeated[..., None], _EXCLUDED)
     chosen = torch.logsumexp(masked, 1) - masked[:, 0]  # (B, T)
-    counted = positive.float()
+    counted = (positive & found[:, None]).float()
     listwise = (chosen * counted).sum(0) / counted.sum(0).clamp(min=1)
     return (pointwise + listwise).sum()
 
 
-def _draw(data: TrainingData, count: int) -> Tensor:
-    """Positions ``(count,)`` by their odds."""
-    return data.positions[torch.multinomial(data.position_odds, count, replacement=True)]
+def _user_odds(data: TrainingData, positions: Tensor, config: TrainingConfig) -> Tensor:
+    """Odds of drawing each position, float64."""
+    return data.user_sizes[positions].double() ** (config.user_power - 1.0)
+
+
+def _draw(positions: Tensor, odds: Tensor, count: int) -> Tensor:
+    """``count`` of the positions by their odds, with replacement."""
+    return positions[torch.multinomial(odds, count, replacement=True)]
 
 
 def _histories(model: TwoTower, data: TrainingData, positions: Tensor) -> tuple[Tensor, Tensor]:

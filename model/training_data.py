@@ -26,8 +26,9 @@ from silvershard.model.two_tower import (
     TwoTowerConfig,
 )
 
+_CONTENT_SCALE = 0.4
+_FEWEST_TO_RESERVE = 4
 _ID_NOISE = 0.02
-_UNKNOWN_SCALE = 0.3
 _POOL_SCALE = 0.3
 
 
@@ -48,7 +49,7 @@ class TrainingConfig(BaseModel):
     dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension")
     recent: int = Field(default=3, ge=1, description="last ids that are also pooled by themselves")
     half_life: float = Field(default=10.0, gt=0, description="ids after which a weight has halved")
-    steps: int = Field(default=600, ge=1, description="batches that train the towers")
+    steps: int = Field(default=450, ge=1, description="batches that train the towers")
     batch: int = Field(default=512, ge=1, description="positions of a batch")
     negatives: int = Field(default=2048, ge=1, description="sampled items that a batch shares")
     negative_power: float = Field(
@@ -70,16 +71,22 @@ class TrainingConfig(BaseModel):
     clusters: int = Field(
         default=256, ge=1, description="clusters that items are pulled together in"
     )
-    cluster_pull: float = Field(default=8.0, ge=0, description="weight of the pull")
+    cluster_pull: float = Field(default=16.0, ge=0, description="weight of the pull")
     cluster_start: float = Field(
-        default=0.1, ge=0, le=1, description="share of the steps after which the pull begins"
+        default=0.0, ge=0, le=1, description="share of the steps after which the pull begins"
     )
-    ranker_steps: int = Field(default=200, ge=0, description="batches that train the reranker")
-    ranker_batch: int = Field(default=256, ge=1, description="positions of a batch")
-    ranker_hard: int = Field(default=24, ge=0, description="candidates that the towers rank high")
-    ranker_random: int = Field(default=24, ge=1, description="candidates drawn by popularity")
+    ranker_share: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share of each user's interactions, the latest, that only the reranker learns",
+    )
+    ranker_steps: int = Field(default=150, ge=0, description="batches that train the reranker")
+    ranker_batch: int = Field(default=128, ge=1, description="positions of a batch")
+    ranker_hard: int = Field(default=32, ge=0, description="candidates that the towers rank high")
+    ranker_random: int = Field(default=4, ge=1, description="candidates drawn by popularity")
     ranker_depth: int = Field(default=200, ge=1, description="ranks that hard candidates come from")
-    ranker_learning_rate: float = Field(default=1e-3, gt=0, description="of Adam, at its highest")
+    ranker_learning_rate: float = Field(default=2e-3, gt=0, description="of Adam, at its highest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +128,12 @@ class TrainingData(NamedTuple):
     """``(M, H)`` bool."""
     task_positive: Tensor
     """``(M, T)`` bool."""
-    positions: Tensor
-    """int64 interactions that have a history."""
-    position_odds: Tensor
-    """float64 odds of drawing each of ``positions``."""
+    tower_positions: Tensor
+    """int64 interactions with a history that the towers learn to predict."""
+    ranker_positions: Tensor
+    """int64 later interactions, which only the reranker learns to predict."""
+    user_sizes: Tensor
+    """``(M,)`` int64 interactions of the same user."""
     counts: Tensor
     """``(N,)`` int64 interactions of each item."""
     signals: Tensor
@@ -172,15 +181,18 @@ def prepare(
     users = torch.from_numpy(interactions.user_ids)
     _, lengths = torch.unique_consecutive(users, return_counts=True)
     starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    positions = torch.nonzero(torch.arange(len(users)) > starts).flatten()
-    if not positions.numel():
+    sizes = lengths.repeat_interleave(lengths)
+    age = starts + sizes - 1 - torch.arange(len(users))
+    reserved = age < (sizes * config.ranker_share).ceil()
+    reserved &= sizes > _FEWEST_TO_RESERVE
+    with_history = torch.arange(len(users)) > starts
+    if not bool(with_history.any()):
         raise ValueError("interactions must have a user with at least two, got none")
-    odds = lengths.double().repeat_interleave(lengths)[positions] ** (config.user_power - 1.0)
     counts = torch.bincount(items, minlength=num_items)
     model.bands[item_rows] = popularity_bands(counts, tower.bands)
     for name in config.pooled:
         _fill_links(model.links(name), item_rows, model.item_bags(features)[name])
-    _fill_weights(model, items, users, item_rows, config)
+    _fill_weights(model, items[~reserved], users[~reserved], item_rows, config)
     _fill_signal_scale(model, torch.from_numpy(signals))
     data = TrainingData(
         bags=model.item_bags(features),
@@ -189,8 +201,9 @@ def prepare(
         starts=starts,
         head_positive=_positive(schema.heads, interactions.ratings, config),
         task_positive=_positive(schema.tasks, interactions.ratings, config),
-        positions=positions,
-        position_odds=odds,
+        tower_positions=torch.nonzero(with_history & ~reserved).flatten(),
+        ranker_positions=torch.nonzero(with_history & (reserved | ~reserved.any())).flatten(),
+        user_sizes=sizes,
         counts=counts,
         signals=torch.from_numpy(signals),
     )
@@ -296,10 +309,9 @@ def _fill_weights(
     dim = config.dim
     for tables in (model.user_tables, model.item_tables):
         for name in tables.features:
-            tables.weight(name).normal_(std=dim**-0.5)
+            tables.weight(name).normal_(std=_CONTENT_SCALE * dim**-0.5)
     factors = _item_factors(items, users, item_rows.shape[0], dim)
     ids = model.item_tables.weight(config.item)
-    ids.mul_(_UNKNOWN_SCALE)
     ids[item_rows] = factors + _ID_NOISE * torch.randn_like(factors)
     for name in (HISTORY_TABLE, RECENT_TABLE):
         model.user_tables.weight(name)[item_rows] = factors

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from silvershard.kernels import fixed_dot
+from silvershard.kernels import fixed_dot, fixed_sqrt
 from silvershard.kernels.fixed_math import fixed_dot_reference
 from silvershard.model.catalogue import Ragged
 from silvershard.model.dense import PaddedLinear
@@ -133,9 +133,14 @@ def _pool_table(feature: str) -> str:
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows ``(..., D)`` divided by their length; a row of zeros stays."""
-    # The operator has no gradient; its reference has the same bits.
-    square = fixed_dot_reference(x, x) if x.requires_grad else fixed_dot(x, x)
-    return x / torch.sqrt(square.clamp(min=_SMALLEST_SQUARE))[..., None]
+    if not x.requires_grad:
+        return x / fixed_sqrt(fixed_dot(x, x).clamp(min=_SMALLEST_SQUARE))[..., None]
+    # The operators have no gradient: torch's square root, an ulp off at times, gives it. Adding the
+    # difference is exact, so the values have the same bits.
+    square = fixed_dot_reference(x, x).clamp(min=_SMALLEST_SQUARE)
+    norm = torch.sqrt(square)
+    norm = norm + (fixed_sqrt(square.detach()) - norm.detach())
+    return x / norm[..., None]
 
 
 def recency_weights(max_history: int, half_life: float) -> Tensor:

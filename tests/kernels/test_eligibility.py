@@ -273,7 +273,7 @@ def test_bad_input_is_refused(pool_of: PoolOf) -> None:
     refuses(r"excluded must be in \[-1, 576\), got -2", excluded=good["excluded"] - 2)
     with pytest.raises(ValueError, match="unknown opcode 99"):
         count_eligible(pool.planes, pool.columns, pool.terms, good["programs"] + 99)
-    with pytest.raises(ValueError, match="programs must be torch.int64"):
+    with pytest.raises(ValueError, match=r"programs must be torch.int64"):
         count_eligible(pool.planes, pool.columns, pool.terms, good["programs"].int())
 
 

@@ -1,6 +1,6 @@
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -16,11 +16,32 @@ from silvershard.kernels import (
 )
 
 Rows = list[tuple[int, int]]
-UNARY = [ValueOp.NEG, ValueOp.NOT, ValueOp.LOG, ValueOp.EXP, ValueOp.ABS, ValueOp.SQRT]
-BINARY = [
-    ValueOp.ADD, ValueOp.SUB, ValueOp.MUL, ValueOp.DIV, ValueOp.MIN, ValueOp.MAX, ValueOp.LT,
-    ValueOp.LE, ValueOp.GT, ValueOp.GE, ValueOp.EQ, ValueOp.NE, ValueOp.AND, ValueOp.OR,
-]  # fmt: skip
+Scalar = np.float32
+NAN = Scalar(math.nan)
+UNARY: dict[ValueOp, Callable[[Scalar], Scalar]] = {
+    ValueOp.NEG: lambda a: -a,
+    ValueOp.NOT: lambda a: Scalar(a == 0),
+    ValueOp.LOG: lambda a: Scalar(fixed_log(torch.tensor([a])).item()),
+    ValueOp.EXP: lambda a: Scalar(fixed_exp(torch.tensor([a])).item()),
+    ValueOp.ABS: abs,
+    ValueOp.SQRT: np.sqrt,
+}
+BINARY: dict[ValueOp, Callable[[Scalar, Scalar], Scalar]] = {
+    ValueOp.ADD: lambda a, b: a + b,
+    ValueOp.SUB: lambda a, b: a - b,
+    ValueOp.MUL: lambda a, b: a * b,
+    ValueOp.DIV: np.divide,
+    ValueOp.MIN: lambda a, b: NAN if np.isnan(a) or np.isnan(b) else min(a, b),
+    ValueOp.MAX: lambda a, b: NAN if np.isnan(a) or np.isnan(b) else max(a, b),
+    ValueOp.LT: lambda a, b: Scalar(a < b),
+    ValueOp.LE: lambda a, b: Scalar(a <= b),
+    ValueOp.GT: lambda a, b: Scalar(a > b),
+    ValueOp.GE: lambda a, b: Scalar(a >= b),
+    ValueOp.EQ: lambda a, b: Scalar(a == b),
+    ValueOp.NE: lambda a, b: Scalar(a != b),
+    ValueOp.AND: lambda a, b: Scalar(a != 0 and b != 0),
+    ValueOp.OR: lambda a, b: Scalar(a != 0 or b != 0),
+}
 
 
 def tensors(programs: Sequence[tuple[Rows, list[float]]]) -> tuple[Tensor, Tensor]:
@@ -42,56 +63,21 @@ def run(columns: list[list[float]], rows: Rows, constants: Sequence[float] = ())
 
 def slow(row: list[float], rows: Rows, constants: list[float]) -> float:
     """The same stack machine on one row of numpy scalars."""
-    one, zero = np.float32(1.0), np.float32(0.0)
-    stack: list[np.float32] = []
+    stack: list[Scalar] = []
     with np.errstate(all="ignore"):
         for place, (op, arg) in enumerate(rows):
-            if op == ValueOp.NOP:
-                continue
             if op == ValueOp.COLUMN:
-                stack.append(np.float32(row[arg]))
-                continue
-            if op == ValueOp.CONST:
-                stack.append(np.float32(constants[place]))
-                continue
-            b = stack.pop()
-            if op in UNARY:
-                stack.append(
-                    {
-                        ValueOp.NEG: lambda b=b: -b,
-                        ValueOp.NOT: lambda b=b: one if b == 0 else zero,
-                        ValueOp.LOG: lambda b=b: np.float32(fixed_log(torch.tensor([b])).item()),
-                        ValueOp.EXP: lambda b=b: np.float32(fixed_exp(torch.tensor([b])).item()),
-                        ValueOp.ABS: lambda b=b: abs(b),
-                        ValueOp.SQRT: lambda b=b: np.sqrt(b),
-                    }[ValueOp(op)]()
-                )
-                continue
-            a = stack.pop()
-            if op == ValueOp.WHERE:
-                condition = stack.pop()
+                stack.append(Scalar(row[arg]))
+            elif op == ValueOp.CONST:
+                stack.append(Scalar(constants[place]))
+            elif op == ValueOp.WHERE:
+                b, a, condition = stack.pop(), stack.pop(), stack.pop()
                 stack.append(a if condition != 0 else b)
-                continue
-            either = np.isnan(a) or np.isnan(b)
-            nan = np.float32(math.nan)
-            stack.append(
-                {
-                    ValueOp.ADD: lambda a=a, b=b: a + b,
-                    ValueOp.SUB: lambda a=a, b=b: a - b,
-                    ValueOp.MUL: lambda a=a, b=b: a * b,
-                    ValueOp.DIV: lambda a=a, b=b: np.divide(a, b),
-                    ValueOp.MIN: lambda a=a, b=b, e=either: nan if e else min(a, b),
-                    ValueOp.MAX: lambda a=a, b=b, e=either: nan if e else max(a, b),
-                    ValueOp.LT: lambda a=a, b=b: np.float32(a < b),
-                    ValueOp.LE: lambda a=a, b=b: np.float32(a <= b),
-                    ValueOp.GT: lambda a=a, b=b: np.float32(a > b),
-                    ValueOp.GE: lambda a=a, b=b: np.float32(a >= b),
-                    ValueOp.EQ: lambda a=a, b=b: np.float32(a == b),
-                    ValueOp.NE: lambda a=a, b=b: np.float32(a != b),
-                    ValueOp.AND: lambda a=a, b=b: np.float32(a != 0 and b != 0),
-                    ValueOp.OR: lambda a=a, b=b: np.float32(a != 0 or b != 0),
-                }[ValueOp(op)]()
-            )
+            elif op in UNARY:
+                stack.append(UNARY[ValueOp(op)](stack.pop()))
+            elif op in BINARY:
+                b, a = stack.pop(), stack.pop()
+                stack.append(BINARY[ValueOp(op)](a, b))
     value = float(stack.pop())
     return -math.inf if math.isnan(value) else value
 
@@ -102,10 +88,10 @@ def random_program(rng: random.Random, depth: int) -> tuple[Rows, list[float]]:
             return [(rng.choice([ValueOp.COLUMN, ValueOp.CONST]), rng.randrange(3))]
         kind = rng.random()
         if kind < 0.3:
-            return [*grow(depth - 1), (rng.choice(UNARY), 0)]
+            return [*grow(depth - 1), (rng.choice(list(UNARY)), 0)]
         if kind < 0.4:
             return [*grow(depth - 1), *grow(depth - 1), *grow(depth - 1), (ValueOp.WHERE, 0)]
-        return [*grow(depth - 1), *grow(depth - 1), (rng.choice(BINARY), 0)]
+        return [*grow(depth - 1), *grow(depth - 1), (rng.choice(list(BINARY)), 0)]
 
     rows = grow(depth)
     if rng.random() < 0.3:
@@ -114,10 +100,10 @@ def random_program(rng: random.Random, depth: int) -> tuple[Rows, list[float]]:
 
 
 def test_the_numbers_of_opcodes_are_fixed() -> None:
-    assert [op.name for op in ValueOp] == (
-        "NOP COLUMN CONST ADD SUB MUL DIV NEG MIN MAX WHERE LT LE GT GE EQ NE AND OR NOT "
-        "LOG EXP ABS SQRT"
-    ).split()
+    assert [op.name for op in ValueOp] == [
+        "NOP", "COLUMN", "CONST", "ADD", "SUB", "MUL", "DIV", "NEG", "MIN", "MAX", "WHERE", "LT",
+        "LE", "GT", "GE", "EQ", "NE", "AND", "OR", "NOT", "LOG", "EXP", "ABS", "SQRT",
+    ]  # fmt: skip
     assert [op.value for op in ValueOp] == list(range(24))
 
 

@@ -1,0 +1,294 @@
+"""The client of a cluster: requests as Python values, answers as columns, refusals as errors.
+
+Shapes: K results.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypedDict, Unpack
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from google.rpc import status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
+from silvershard.cluster.codec import (
+    RequestRefused,
+    code_name,
+    column_from,
+    coverage_from,
+    refused,
+    request_to,
+)
+from silvershard.cluster.config import MEBIBYTE
+from silvershard.cluster.outcome import Coverage
+from silvershard.model.answer import Counts
+from silvershard.model.filter import FilterMode
+from silvershard.model.request import FeatureValues, FilterParam, Request
+from silvershard.shard.errors import DeadlineExceeded
+from silvershard.shard.executor import FieldValue
+
+_MAX_REPLY_BYTES = 256 * MEBIBYTE
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_REPLY_BYTES),
+    ("grpc.max_metadata_size", 64 << 10),
+]
+_DETAILS = "grpc-status-details-bin"
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Query(Request):
+    """A request with what concerns only a cluster; the other fields are those of ``Request``."""
+
+    return_task_scores: bool = True
+    min_coverage: float | None = None
+    """Share of the documents that must answer, 0..1; None leaves it to the router."""
+    generation: int | None = None
+    """The only generation that may answer; None for the one served."""
+    request_id: str = ""
+    """Echoed; generated when empty."""
+
+
+class QueryFields(TypedDict, total=False):
+    """The fields of a ``Query``, for callers that give them one by one."""
+
+    features: Mapping[str, FeatureValues]
+    k: int
+    filter: str
+    params: Mapping[str, FilterParam]
+    exclude_ids: Sequence[int]
+    nprobe: int
+    ann_k: int
+    plan: str
+    exact: bool
+    filter_mode: FilterMode
+    task_weights: Mapping[str, float]
+    return_fields: Sequence[str]
+    return_task_scores: bool
+    min_coverage: float | None
+    generation: int | None
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Results best first, without padding."""
+
+    item_ids: NDArray[np.int64]
+    """``(K,)``."""
+    scores: NDArray[np.float32]
+    """``(K,)``, bit for bit those of the model."""
+    task_scores: Mapping[str, NDArray[np.float32]]
+    """``(K,)`` probability per task."""
+    fields: Mapping[str, list[FieldValue]]
+    """The columns asked for, K values each; None is a missing value."""
+    coverage: Coverage
+    model: str
+    generation: int
+    shard_map_version: int
+    plan: str
+    """The text that a request may pin."""
+    exhausted: bool
+    """True when fewer than k eligible items exist."""
+    counts: Counts
+    timings_us: Mapping[str, int]
+    warnings: tuple[str, ...] = ()
+    request_id: str = ""
+
+    @property
+    def is_partial(self) -> bool:
+        """Return True when some documents did not answer."""
+        return self.coverage.documents < 1.0
+
+
+class Client:
+    """A connection to one router; a context manager, for any number of threads."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str = "",
+        timeout_s: float = 10.0,
+        max_request_bytes: int = 4 * MEBIBYTE,
+    ) -> None:
+        """Make a client; it connects with the first call.
+
+        Args:
+            address: host:port of the router.
+            model: logical model name; empty for the one that the router serves.
+            timeout_s: time limit of a call that sets none.
+            max_request_bytes: largest message that the router accepts.
+        """
+        self.address = address
+        self.model = model
+        self.timeout_s = timeout_s
+        self.max_request_bytes = max_request_bytes
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = retrieval_pb2_grpc.RetrievalStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; calls in flight fail. Closing twice is harmless."""
+        self._channel.close()
+
+    def retrieve(
+        self,
+        query: Query | None = None,
+        *,
+        timeout_s: float | None = None,
+        **fields: Unpack[QueryFields],
+    ) -> Result:
+        """Return the best items for a user.
+
+        Args:
+            query: the request; or give its fields instead.
+            timeout_s: time limit of this call.
+            fields: of ``Query``.
+
+        Raises:
+            RequestRefused: with the status of the cluster; ``code`` is UNAVAILABLE as well when
+                there is no router at the address.
+            ValueError: if the request has no form on the wire, or is too large for it.
+        """
+        if query is not None and fields:
+            raise ValueError(f"give a query or its fields, got both: {', '.join(sorted(fields))}")
+        message = self._message(query or Query(**fields))
+        self._check_size(message)
+        try:
+            reply = self._stub.Retrieve(message, timeout=self._timeout_s(timeout_s))
+        except grpc.RpcError as error:
+            raise _refused_by(error) from None
+        return _result_of(reply)
+
+    def retrieve_batch(
+        self, queries: Sequence[Query], *, timeout_s: float | None = None
+    ) -> list[Result | RequestRefused]:
+        """Return a result or a refusal per query, in order: they share a call, not their fate.
+
+        Raises:
+            RequestRefused: if the call as a whole was refused.
+            ValueError: if a request has no form on the wire, or all together are too large for it.
+        """
+        batch = retrieval_pb2.RetrieveBatchRequest(
+            requests=[self._message(query) for query in queries]
+        )
+        self._check_size(batch)
+        try:
+            reply = self._stub.RetrieveBatch(batch, timeout=self._timeout_s(timeout_s))
+        except grpc.RpcError as error:
+            raise _refused_by(error) from None
+        return [
+            refused(code_name(item.code), item.reason, item.details)
+            if item.code
+            else _result_of(item.response)
+            for item in reply.items
+        ]
+
+    def is_ready(self, *, timeout_s: float = 1.0) -> bool:
+        """Return True when the router has reached every shard since it started."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            reply = stub.Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_until_ready(self, timeout_s: float = 30.0) -> None:
+        """Return as soon as the router is ready.
+
+        Raises:
+            DeadlineExceeded: if it is not within ``timeout_s``.
+        """
+        until_s = time.monotonic() + timeout_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            if self.is_ready(timeout_s=min(left_s, 1.0)):
+                return
+            time.sleep(min(_POLL_S, max(until_s - time.monotonic(), 0.0)))
+        raise DeadlineExceeded(
+            f"the router at {self.address} was not ready within {timeout_s:.1f} s"
+        )
+
+    def _timeout_s(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else timeout_s
+
+    def _message(self, query: Query) -> retrieval_pb2.RetrieveRequest:
+        message = request_to(query)
+        message.model = self.model
+        message.request_id = query.request_id
+        message.return_task_scores = query.return_task_scores
+        if query.min_coverage is not None:
+            message.min_coverage = query.min_coverage
+        if query.generation is not None:
+            message.generation = query.generation
+        return message
+
+    def _check_size(self, message: Message) -> None:
+        size = message.ByteSize()
+        if size > self.max_request_bytes:
+            raise ValueError(
+                f"the message must be at most {self.max_request_bytes} bytes, got {size}: "
+                "exclude fewer ids or send fewer requests at once"
+            )
+
+
+def _refused_by(error: grpc.RpcError) -> RequestRefused:
+    """Return a failed call as an error with its fields."""
+    code = error.code().name
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS:
+            status = status_pb2.Status()
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                continue
+            if code_name(status.code) == code:
+                return refused(code, status.message, status.details)
+    return refused(code, error.details() or "", ())
+
+
+def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
+    counts = reply.counts
+    return Result(
+        item_ids=np.array(reply.item_ids, dtype=np.int64),
+        scores=np.array(reply.scores, dtype=np.float32),
+        task_scores={
+            name: np.array(column.values, dtype=np.float32)
+            for name, column in reply.task_scores.items()
+        },
+        fields={name: column_from(column) for name, column in reply.fields.items()},
+        coverage=coverage_from(reply.coverage),
+        model=reply.version.model,
+        generation=reply.version.generation,
+        shard_map_version=reply.version.shard_map_version,
+        plan=reply.plan,
+        exhausted=reply.exhausted,
+        counts=Counts(
+            addressed=counts.addressed,
+            probed=counts.probed,
+            eligible=counts.eligible if counts.HasField("eligible") else None,
+            ann_kept=counts.ann_kept,
+            reranked=counts.reranked,
+        ),
+        timings_us=dict(reply.timings_us),
+        warnings=tuple(reply.warnings),
+        request_id=reply.request_id,
+    )

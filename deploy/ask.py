@@ -1,0 +1,202 @@
+"""The verb ``query``: one question to a running cluster, and its answer for people.
+
+Shapes: K results.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from silvershard.cluster import Client, Query, Result
+from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.recipe import user_history
+from silvershard.deploy.state import StateDir
+from silvershard.deploy.tables import Cell, milliseconds, pairs, table
+from silvershard.model.request import FilterParam
+
+SHOWN_FIELDS = ("title", "year", "genres")
+STAGES = (
+    "queue",
+    "tower",
+    "filter",
+    "probe",
+    "ann",
+    "refine",
+    "rerank",
+    "value",
+    "merge",
+    "network",
+)
+"""Stages in the order in which a query passes them."""
+
+
+class Asker(NamedTuple):
+    """Who asks: what the model is told, what is excluded, and what to tell the person."""
+
+    history: list[int]
+    exclude: list[int]
+    notes: list[str]
+
+
+def asker_of(
+    state: StateDir, *, user: int | None, history: Sequence[int] | None, include_seen: bool
+) -> Asker:
+    """Return the history of a user of the data set, or the one that was given.
+
+    A user whom the data set does not have is no error: the model answers from its defaults.
+    """
+    notes = []
+    known: list[int] = list(history or ())
+    if user is not None:
+        found = user_history(state.users_file, user)
+        if found is None:
+            notes.append(f"user {user} is not in the data set: answered from the model's defaults")
+        known = found or []
+    return Asker(known, [] if include_seen else known, notes)
+
+
+def parse_params(texts: Sequence[str]) -> dict[str, FilterParam]:
+    """Return filter parameters from ``name=value``; a value is JSON, or else plain text.
+
+    Raises:
+        CommandError: if there is no name, or the value is no number, text, or list of those.
+    """
+    params: dict[str, FilterParam] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise CommandError(f"--param must be name=value, got {text!r}", ExitCode.USAGE)
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        if not isinstance(parsed, int | float | str | list) or isinstance(parsed, bool):
+            raise CommandError(
+                f"--param {name} must be a number, text or a list, got {value!r}", ExitCode.USAGE
+            )
+        params[name] = parsed
+    return params
+
+
+def ask(address: str, query: Query, *, timeout_s: float) -> Result:
+    """Return the answer of the router at ``address``.
+
+    Raises:
+        RequestRefused: with the status of the cluster.
+    """
+    with Client(address, timeout_s=timeout_s) as client:
+        return client.retrieve(query)
+
+
+def address_of(state: StateDir, given: str) -> str:
+    """Return the router to ask: the one given, or that of the state directory.
+
+    Raises:
+        CommandError: if nothing runs there.
+    """
+    if given:
+        return given
+    record = state.read_record() if state.root.is_dir() else None
+    if record is None or not record.address:
+        raise CommandError(
+            f"no cluster runs on {state.root}: start one with `silvershard up`, or use --address"
+        )
+    return record.address
+
+
+def described(result: Result, asker: Asker) -> dict[str, Any]:
+    """Return an answer as JSON values."""
+    items = []
+    for at, item in enumerate(result.item_ids.tolist()):
+        items.append(
+            {
+                "item_id": item,
+                "score": float(result.scores[at]),
+                "tasks": {name: float(one[at]) for name, one in sorted(result.task_scores.items())},
+                "fields": {name: column[at] for name, column in result.fields.items()},
+            }
+        )
+    coverage = result.coverage
+    return {
+        "items": items,
+        "exhausted": result.exhausted,
+        "coverage": coverage.documents,
+        "shards": {"total": coverage.shards_total, "failed": coverage.shards_failed},
+        "reasons": list(coverage.reasons),
+        "model": result.model,
+        "generation": result.generation,
+        "plan": result.plan,
+        "counts": result.counts.__dict__,
+        "timings_us": in_order(result.timings_us),
+        "warnings": [*asker.notes, *result.warnings],
+    }
+
+
+def in_order(timings_us: Mapping[str, int]) -> dict[str, int]:
+    """Return the times of all stages in their order, then what is left, then the total."""
+    rest = sorted(stage for stage in timings_us if stage not in (*STAGES, "total"))
+    # A stage that was not needed, such as counting a filter whose count is known, took no time.
+    return {stage: timings_us.get(stage, 0) for stage in (*STAGES, *rest, "total")}
+
+
+def items_table(items: Sequence[Mapping[str, Any]]) -> str:
+    """Return the results as a table with the value and the probability of every task."""
+    if not items:
+        return "  no item matches"
+    tasks = list(items[0]["tasks"])
+    fields = sorted(
+        items[0]["fields"],
+        key=lambda name: (SHOWN_FIELDS.index(name) if name in SHOWN_FIELDS else 99, name),
+    )
+    rows: list[list[Cell]] = [
+        [
+            at,
+            *(_shown(name, item["fields"][name]) for name in fields),
+            item["score"],
+            *(item["tasks"][task] for task in tasks),
+            str(item["item_id"]),
+        ]
+        for at, item in enumerate(items, start=1)
+    ]
+    return table(("#", *fields, "value", *tasks, "id"), rows, max_width=38)
+
+
+def _shown(name: str, value: Any) -> Cell:
+    if name == "year" and value is not None:
+        return str(value)
+    if name == "genres" and isinstance(value, str):
+        return value.replace("|", ", ")
+    return value if isinstance(value, str | int | float) or value is None else str(value)
+
+
+def stages_table(timings_us: Mapping[str, int]) -> str:
+    """Return the stage times on two lines: names above, times below."""
+    ordered = in_order(timings_us)
+    return table(list(ordered), [[milliseconds(micros) for micros in ordered.values()]])
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """Return a described answer for people."""
+    counts = document["counts"]
+    eligible = counts["eligible"]
+    shards = document["shards"]
+    lost = f", {shards['failed']} of {shards['total']} shards failed" if shards["failed"] else ""
+    reasons = f" ({', '.join(document['reasons'])})" if document["reasons"] else ""
+    facts = [
+        ("coverage", f"{document['coverage']:.4f}{lost}{reasons}"),
+        ("generation", f"{document['generation']} of {document['model']}"),
+        ("plan", document["plan"]),
+        (
+            "counts",
+            f"{counts['addressed']:,} documents, "
+            + (f"{eligible:,} eligible, " if eligible is not None else "")
+            + f"{counts['probed']:,} probed, {counts['ann_kept']:,} kept, "
+            f"{counts['reranked']:,} reranked",
+        ),
+    ]
+    if document["exhausted"]:
+        facts.append(("exhausted", "fewer items match than were asked for"))
+    facts += [("note", warning) for warning in document["warnings"]]
+    return "\n\n".join(
+        (items_table(document["items"]), pairs(facts), stages_table(document["timings_us"]))
+    )

@@ -1,0 +1,197 @@
+"""The verbs that run a cluster: ``up``, ``down`` and ``status``."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tqdm import tqdm
+
+from silvershard.deploy import launch
+from silvershard.deploy.config import Config
+from silvershard.deploy.errors import ExitCode
+from silvershard.deploy.processes import is_alive
+from silvershard.deploy.state import ClusterRecord, StateDir
+from silvershard.deploy.tables import pairs, table
+
+_HEALTH_TIMEOUT_S = 1.0
+
+
+class PhaseBar:
+    """Shows what is being waited for and for how long, after two seconds, on a terminal or not."""
+
+    def __init__(self, title: str) -> None:
+        self._bar = tqdm(desc=title, bar_format="{desc} {elapsed}", leave=False, delay=2)
+        self._title = title
+
+    def phase(self, text: str) -> None:
+        """Say what is being waited for now."""
+        self._bar.set_description_str(f"{self._title}: {text}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def verify_snapshot(path: Path) -> None:
+    """Check every byte of a snapshot.
+
+    Raises:
+        SnapshotError: naming the file that is missing or damaged.
+    """
+    from silvershard.shard.snapshot import open_snapshot
+
+    open_snapshot(path).verify()
+
+
+def start(
+    state: StateDir, config: Config, *, generation: int | None, detached: bool
+) -> tuple[ClusterRecord, float]:
+    """Start a cluster behind a progress bar; return its record and the seconds it took."""
+    began_s = time.perf_counter()
+    bar = PhaseBar("starting the cluster")
+    try:
+        record = launch.start(
+            state,
+            config,
+            generation=generation,
+            detached=detached,
+            verify=verify_snapshot,
+            report=bar.phase,
+        )
+    finally:
+        bar.close()
+    return record, time.perf_counter() - began_s
+
+
+def up(state: StateDir, config: Config, *, generation: int | None) -> dict[str, Any]:
+    """Start a cluster that outlives this command; return what runs."""
+    record, seconds = start(state, config, generation=generation, detached=True)
+    return {**_described(record), "seconds": round(seconds, 1)}
+
+
+def down(state: StateDir, *, timeout_s: float) -> dict[str, Any]:
+    """Stop the cluster; return what was there."""
+    began_s = time.perf_counter()
+    bar = PhaseBar("stopping the cluster")
+    try:
+        bar.phase("requests in flight are finished")
+        stopped = launch.stop(state, timeout_s=timeout_s)
+    finally:
+        bar.close()
+    return {**stopped._asdict(), "seconds": round(time.perf_counter() - began_s, 1)}
+
+
+def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
+    """Return what runs, as its processes themselves say, and the exit code for it."""
+    record = state.read_record() if state.root.is_dir() else None
+    if record is None:
+        phase = "starting" if state.is_locked() else "down"
+        return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
+    document = _described(record)
+    alive = is_alive(record.driver)
+    document["daemon"]["state"] = "running" if alive else "gone"
+    router_serves = _health(record.address, f"model/{record.model}")
+    if record.router.state == "serving" and not router_serves:
+        document["router"] |= {"state": "not serving", "reason": "its health check says no"}
+    for shard in document["shards"]:
+        if shard["state"] == "serving" and not _health(shard["address"], f"shard/{shard['shard']}"):
+            shard |= {"state": "not answering", "reason": "its health check failed"}
+    serving = sum(one["documents"] for one in document["shards"] if one["state"] == "serving")
+    document["coverage"] = serving / record.documents if record.documents else 1.0
+    whole = (
+        alive
+        and document["router"]["state"] == "serving"
+        and all(one["state"] == "serving" for one in document["shards"])
+    )
+    if record.map_version == 0:
+        document["state"] = "starting" if alive else "down"
+        return document, ExitCode.FAILED
+    document["state"] = "up" if whole else "degraded"
+    return document, ExitCode.OK if whole else ExitCode.DEGRADED
+
+
+def _health(address: str, service: str) -> bool:
+    if not address:
+        return False
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=_HEALTH_TIMEOUT_S
+            )
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _described(record: ClusterRecord) -> dict[str, Any]:
+    return {
+        "state": "up" if record.is_whole else "degraded",
+        "address": record.address,
+        "model": record.model,
+        "generation": record.generation,
+        "documents": record.documents,
+        "coverage": record.coverage,
+        "map_version": record.map_version,
+        "uptime_s": round(time.time() - record.since_unix_s, 1),
+        "daemon": {"pid": record.guard.pid, "state": "running"},
+        "router": record.router.model_dump(),
+        "shards": [shard.model_dump() for shard in record.shards],
+    }
+
+
+def render_cluster(document: dict[str, Any]) -> str:
+    """Return a described cluster for people."""
+    if "shards" not in document:
+        said = "is starting" if document["state"] == "starting" else "nothing is running"
+        return f"{document['state_dir']}: {said}"
+    daemon, router = document["daemon"], document["router"]
+    reason = f" ({router['reason']})" if router["reason"] else ""
+    facts = [
+        ("cluster", document["state"]),
+        ("address", document["address"]),
+        ("model", f"{document['model']}, generation {document['generation']}"),
+        ("documents", f"{document['documents']:,}"),
+        ("coverage", f"{document['coverage']:.4f}"),
+        ("daemon", f"pid {daemon['pid']}, {daemon['state']}"),
+        ("router", f"pid {router['pid'] or '-'}, {router['state']}{reason}"),
+    ]
+    rows = [
+        (
+            str(shard["shard"]),
+            shard["state"],
+            str(shard["pid"] or "-"),
+            shard["documents"],
+            shard["restarts"],
+            shard["address"] or "-",
+            str(shard["epoch"] or "-"),
+            shard["reason"],
+        )
+        for shard in document["shards"]
+    ]
+    headers = ("shard", "state", "pid", "documents", "restarts", "address", "epoch", "reason")
+    return pairs(facts) + "\n\n" + table(headers, rows, max_width=100)
+
+
+def render_down(document: dict[str, Any], state: StateDir) -> str:
+    """Return what ``down`` did for people."""
+    if document["was_running"]:
+        killed = document["killed"]
+        note = f"; {killed} processes had to be killed" if killed else ""
+        return f"stopped the cluster on {state.root} in {document['seconds']} s{note}"
+    if document["leftovers"]:
+        return (
+            f"nothing is running on {state.root}; "
+            f"ended {document['leftovers']} processes that a crashed cluster had left behind"
+        )
+    return f"nothing is running on {state.root}"
+
+
+def say(text: str) -> None:
+    """Print for people, at once even into a pipe."""
+    print(text)
+    sys.stdout.flush()

@@ -1,0 +1,168 @@
+"""The router process, watched: started, and started again after a pause when it ends."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from silvershard.cluster.config import RouterConfig
+from silvershard.deploy.config import Config
+from silvershard.deploy.crash_loop import CrashLoop
+from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+
+_STEADY_S = 30.0
+"""A router that lived this long was no part of a crash loop."""
+
+
+class RouterWatch:
+    """The router process: started, watched, and started again when it ends."""
+
+    def __init__(self, state: StateDir, config: Config) -> None:
+        self.phase: RouterPhase = "starting"
+        self.address = ""
+        self.reason = ""
+        self.restarts = 0
+        self._state = state
+        self._config = config
+        self._port = config.listen.port
+        self._crashes = CrashLoop(1 << 30, _STEADY_S)
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._began_s = 0.0
+        self._next_start_s = 0.0
+        """When to start it again; 0 while it runs or was never started."""
+        self._stub: health_pb2_grpc.HealthStub | None = None
+        self._channel: grpc.Channel | None = None
+
+    @property
+    def record(self) -> RouterRecord:
+        """Return the router as status shows it."""
+        running = self._process is not None and self._process.poll() is None
+        return RouterRecord(
+            state=self.phase,
+            pid=self._process.pid if self._process and running else 0,
+            restarts=self.restarts,
+            reason=self.reason,
+        )
+
+    def start(self) -> None:
+        """Start the process; call it on a thread that lives as long as the router shall."""
+        listen = self._config.listen.model_copy(update={"port": self._port})
+        settings = RouterConfig(
+            map_path=str(self._state.shard_map_file),
+            drain_s=self._config.runtime.drain_s,
+            listen=listen,
+            query=self._config.query,
+            ping=self._config.ping,
+        )
+        self._state.router_file.write_text(settings.model_dump_json(indent=1))
+        with self._state.router_log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "silvershard.cluster.router"),
+                    *("--config", str(self._state.router_file)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self._began_s = time.monotonic()
+        self._reader = threading.Thread(
+            target=self._read_address, args=(self._process,), daemon=True, name="router-stdout"
+        )
+        self._reader.start()
+
+    def _read_address(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                address = json.loads(line).get("address", "")
+                if address:
+                    self._port = int(address.rpartition(":")[2])
+                    self.address = address
+
+    def poll(self) -> None:
+        """Look once; start the router again when it has ended and its pause is over."""
+        if self._process is None:
+            if self._next_start_s and time.monotonic() >= self._next_start_s:
+                self.restarts += 1
+                self.start()
+            return
+        code = self._process.poll()
+        if code is not None:
+            self.phase = "restarting"
+            self.reason = (
+                f"exit code {code}: {self.last_words()}"
+                if code >= 0
+                else f"ended by {signal.Signals(-code).name}"
+            )
+            self._process = None
+            self._disconnect()
+            self._crashes.died(time.monotonic() - self._began_s)
+            self._next_start_s = time.monotonic() + self._crashes.backoff_s
+        elif self.phase != "serving" and self.is_ready():
+            self.phase, self.reason = "serving", ""
+
+    def is_ready(self) -> bool:
+        """Return whether the router says that it serves.
+
+        The first time it must have reached every shard; after a restart it is enough that it
+        answers, because a shard may be lost for longer.
+        """
+        if not self.address:
+            return False
+        if self._stub is None:
+            self._channel = grpc.insecure_channel(self.address)
+            self._stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            answer = self._stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=1.0)
+        except grpc.RpcError:
+            return False
+        reached_all = bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return reached_all or self.restarts > 0
+
+    def last_words(self) -> str:
+        """Return what the router wrote last, or that it wrote nothing."""
+        try:
+            lines = self._state.router_log.read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        last = next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
+        try:
+            document = json.loads(last)
+        except ValueError:
+            return last
+        said = document if isinstance(document, dict) else {}
+        return str(said.get("message") or said.get("error") or last)
+
+    @property
+    def has_failed(self) -> bool:
+        """Return whether the process has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    def stop(self) -> None:
+        """End the process in order: requests in flight are finished, within the time to drain."""
+        self._disconnect()
+        if self._process is None:
+            return
+        self._next_start_s = 0.0
+        self._process.terminate()
+        try:
+            self._process.wait(self._config.runtime.drain_s + 2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._reader is not None:
+            self._reader.join(1.0)
+        self._process = None
+
+    def _disconnect(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._stub = None

@@ -1,0 +1,128 @@
+"""One shard, watched: where it is, what has become of it, and when to give it up.
+
+Ray starts its actor again when the process ends, and says how often, also while it loads. The watch
+reads no clock but the one it is given, so that a test can be quicker than time.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from silvershard.cluster.shard_map import ShardEntry
+from silvershard.deploy.config import RuntimeSection
+from silvershard.deploy.crash_loop import CrashLoop
+from silvershard.deploy.processes import Process, identify, is_alive
+from silvershard.deploy.state import ShardPhase, ShardRecord
+
+
+class ShardDead(Exception):
+    """A shard that will not come back by itself; the text is the reason."""
+
+
+class ShardHandle(Protocol):
+    """What the watch needs of a shard; ``ray_shard.RayShard`` is one."""
+
+    def restarts(self) -> int:
+        """Return how often it was started again."""
+        ...
+
+    def entry(self) -> ShardEntry | None:
+        """Return where it serves, None while it loads; raise ``ShardDead`` if it never will."""
+        ...
+
+    def ask_again(self) -> None:
+        """Forget what it said."""
+        ...
+
+    def end(self) -> None:
+        """End it for good."""
+        ...
+
+
+class ShardWatch:
+    """The state of one shard; ``poll`` moves it on."""
+
+    def __init__(
+        self,
+        shard: int,
+        handle: ShardHandle,
+        runtime: RuntimeSection,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.shard = shard
+        self.state: ShardPhase = "starting"
+        self.reason = ""
+        self.restarts = 0
+        self.documents = 0
+        self.entry: ShardEntry | None = None
+        """Where it serves; None while it does not."""
+        self._handle = handle
+        self._clock = clock
+        self._process: Process | None = None
+        self._crashes = CrashLoop(runtime.crash_limit, runtime.crash_window_s)
+        self._window_s = runtime.crash_window_s
+        self._began_s = clock()
+
+    @property
+    def record(self) -> ShardRecord:
+        """Return the shard as status shows it."""
+        return ShardRecord(
+            shard=self.shard,
+            state=self.state,
+            pid=self.entry.pid if self.entry else 0,
+            epoch=self.entry.epoch if self.entry else 0,
+            address=self.entry.address if self.entry else "",
+            documents=self.documents,
+            restarts=self.restarts,
+            reason=self.reason,
+        )
+
+    def poll(self) -> None:
+        """Look once, without waiting."""
+        if self.state == "failed":
+            return
+        if self.entry is not None and (self._process is None or not is_alive(self._process)):
+            self._lost(f"process {self.entry.pid} ended")
+        self._count_restarts()
+        if self.state in ("starting", "restarting"):
+            self._look_for_entry()
+
+    def _lost(self, reason: str) -> None:
+        self.state, self.reason = "restarting", reason
+        self.entry = self._process = None
+        self._handle.ask_again()
+
+    def _count_restarts(self) -> None:
+        restarts = self._handle.restarts()
+        while self.restarts < restarts and self.state != "failed":
+            now_s = self._clock()
+            self.restarts += 1
+            if self.entry is not None:
+                self._lost(f"process {self.entry.pid} ended")
+            if self._crashes.died(now_s - self._began_s):
+                self._give_up(
+                    f"gave up after {self._crashes.quick_deaths} deaths in a row, each within "
+                    f"{self._window_s:g} s of its start"
+                )
+            self._began_s = now_s
+
+    def _look_for_entry(self) -> None:
+        try:
+            found = self._handle.entry()
+        except ShardDead as error:
+            self._give_up(str(error))
+            return
+        if found is not None:
+            self.entry, self._process = found, identify(found.pid)
+            self.documents = found.documents
+            self.state, self.reason = "serving", ""
+
+    def _give_up(self, reason: str) -> None:
+        self.end()
+        self.state, self.reason = "failed", reason
+        self.entry = self._process = None
+
+    def end(self) -> None:
+        """End the shard for good."""
+        self._handle.end()

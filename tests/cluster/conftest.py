@@ -1,0 +1,359 @@
+import asyncio
+import contextlib
+import selectors
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from silvershard.cluster.client import Client, Query
+from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+from silvershard.cluster.router import Router
+from silvershard.cluster.shard_link import LinkState
+from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.shard_server import ShardServer
+from silvershard.model.answer import Answer
+from silvershard.model.merge import Merge
+from silvershard.model.request import Request, compile_request
+from silvershard.model.retriever import Retriever, assemble
+from silvershard.shard.errors import DeadlineExceeded
+from silvershard.shard.executor import FieldStore, ShardExecutor
+from silvershard.shard.load import load_retriever
+
+T = TypeVar("T")
+Work = Coroutine[Any, Any, T]
+
+HANG = "hang"
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Instead of waiting for a timer, moves the clock of its loop to it."""
+
+    loop: "VirtualLoop"
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        events = super().select(0)
+        if not events and timeout is None:
+            # A computation on another thread is the one thing that takes real time.
+            events = super().select(10)
+            assert events, "every task waits for ever"
+        elif not events:
+            self.loop.now_s += timeout
+        return events
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only while everybody waits."""
+
+    def __init__(self) -> None:
+        selector = _JumpingSelector()
+        selector.loop = self
+        self.now_s = 1000.0
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now_s
+
+
+class FakeLink:
+    """A link to an executor in this process, with faults on demand.
+
+    ``faults[op]`` is what happens at the next calls of ``op``, one after the other: an error,
+    ``HANG``, seconds of delay, or None for nothing; a callable is called first.
+    """
+
+    def __init__(self, executor: ShardExecutor, replica: int = 0) -> None:
+        self.executor = executor
+        self.shard = executor.shard
+        self.replica = replica
+        self.state = LinkState.UP
+        self.faults: dict[str, list[Any]] = {}
+        self.calls: list[str] = []
+        self.sizes: list[int] = []
+        self.released: list[str] = []
+        self.opened: list[str] = []
+
+    async def _call(self, op: str, remaining_s: float, work: Callable[[], T]) -> T:
+        self.calls.append(op)
+        faults = self.faults.get(op, [])
+        fault = faults.pop(0) if faults else None
+        if callable(fault):
+            fault = fault()
+        if isinstance(fault, Exception):
+            raise fault
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(remaining_s):
+                if fault == HANG:
+                    await asyncio.Event().wait()
+                elif fault is not None:
+                    await asyncio.sleep(fault)
+        except TimeoutError:
+            raise DeadlineExceeded(f"shard {self.shard} did not answer") from None
+        return work()
+
+    async def encode(self, users: Any, remaining_s: float) -> Any:
+        return await self._call("encode", remaining_s, lambda: self.executor.encode(users))
+
+    async def count(self, scan: Any, remaining_s: float) -> Any:
+        return await self._call("count", remaining_s, lambda: self.executor.count(scan))
+
+    async def open(self, key: str, work: Any, remaining_s: float) -> Any:
+        self.sizes.append(len(work.k))
+        self.opened.append(key)
+        expires_at_s = asyncio.get_running_loop().time() + remaining_s
+        return await self._call(
+            "open", remaining_s, lambda: self.executor.open(key, work, expires_at_s)
+        )
+
+    async def close(self, key: str, cutoffs: Any, remaining_s: float) -> Any:
+        return await self._call("close", remaining_s, lambda: self.executor.close(key, cutoffs))
+
+    async def open_and_close(self, key: str, work: Any, cutoffs: Any, remaining_s: float) -> Any:
+        self.opened.append(key)
+        expires_at_s = asyncio.get_running_loop().time() + remaining_s
+        return await self._call(
+            "open_and_close",
+            remaining_s,
+            lambda: self.executor.open_and_close(key, work, cutoffs, expires_at_s),
+        )
+
+    async def fields(self, item_ids: Any, names: Any, remaining_s: float) -> Any:
+        return await self._call(
+            "fields", remaining_s, lambda: self.executor.fields(item_ids, names)
+        )
+
+    def release(self, key: str) -> None:
+        self.released.append(key)
+        self.executor.release(key)
+
+
+class LoopThread:
+    """An event loop that runs on a thread of its own, for servers beside blocking clients."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work[T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def call(self, work: Work[T], timeout_s: float = 60) -> T:
+        return self.submit(work).result(timeout_s)
+
+    def close(self) -> None:
+        async def finish() -> None:
+            own = asyncio.current_task()
+            left = [task for task in asyncio.all_tasks() if task is not own]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+        self.call(finish())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+
+class LocalCluster:
+    """Shard servers and a router in this process, on free loopback ports."""
+
+    def __init__(self, thread: LoopThread, directory: Path) -> None:
+        self.thread = thread
+        self.map_path = directory / "map.json"
+        self.servers: list[ShardServer] = []
+        self.router: Router | None = None
+
+    def start(
+        self, executors: Sequence[ShardExecutor], snapshot: Path, *, ping: Any = None, **query: Any
+    ) -> "LocalCluster":
+        self.servers = [ShardServer(executor, epoch=7) for executor in executors]
+        for server in self.servers:
+            self.thread.call(server.start())
+        self.publish_map(snapshot)
+        self.router = Router(
+            RouterConfig(
+                map_path=str(self.map_path),
+                poll_ms=5,
+                drain_s=1.0,
+                listen=ListenSection(port=0),
+                query=QuerySection(**{"default_deadline_ms": 10_000, **query}),
+                ping=ping or PingSection(every_ms=20, suspect_after=20, eject_after=50),
+            )
+        )
+        self.thread.call(self.router.start())
+        return self
+
+    def publish_map(
+        self, snapshot: Path, *, version: int = 1, leave_out: Sequence[int] = ()
+    ) -> None:
+        entries = tuple(
+            entry_of(server) for server in self.servers if server.executor.shard not in leave_out
+        )
+        ShardMap(
+            version=version,
+            generation=self.servers[0].generation,
+            snapshot=str(snapshot),
+            num_shards=self.servers[0].executor.num_shards,
+            entries=entries,
+        ).write_atomic(self.map_path)
+
+    def client(self, **options: Any) -> Client:
+        assert self.router is not None
+        return Client(self.router.address, **options)
+
+    def close(self) -> None:
+        if self.router is not None:
+            self.thread.call(self.router.stop())
+        for server in self.servers:
+            self.thread.call(server.stop(0))
+
+
+def entry_of(server: ShardServer) -> ShardEntry:
+    return ShardEntry(
+        shard=server.executor.shard,
+        replica=server.replica,
+        address=server.address,
+        epoch=server.epoch,
+        documents=server.executor.documents,
+        pid=1,
+    )
+
+
+def two_rounds(
+    executors: Sequence[ShardExecutor], request: Request
+) -> tuple[list[int], list[float]]:
+    """Ids and scores that these shards give together, whatever other shards there are."""
+    spec, merge = executors[0].spec, Merge()
+    compiled = compile_request(request, spec)
+    count = sum(int(one.count(compiled.scan[None])) for one in executors)
+    plan = compiled.plan(spec, count if compiled.needs_count else None)
+    encoded = executors[0].encode([compiled.features])
+    work = assemble([compiled], [plan], encoded.embedding, encoded.user_state)
+    firsts = [one.open("expected", work, float("inf")) for one in executors]
+    cutoffs = merge.cutoffs(firsts, work.ann_k)
+    best = merge([one.close("expected", cutoffs) for one in executors], request.k)
+    for one in executors:
+        one.release("expected")
+    found = best.item_ids[0] >= 0
+    return best.item_ids[0][found].tolist(), best.values[0][found].tolist()
+
+
+def query_of(request: Request, **more: Any) -> Query:
+    names = Request.__dataclass_fields__
+    return Query(**{**{name: getattr(request, name) for name in names}, **more})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def whole(generation: Any) -> Retriever:
+    """The generation in one process: what every cluster must answer."""
+    return load_retriever(generation.path)[0]
+
+
+@pytest.fixture(scope="session")
+def ask_whole(whole: Retriever) -> Callable[[Request], Answer]:
+    return lambda request: whole([request])[0]
+
+
+@pytest.fixture(scope="session")
+def _parts(generation: Any) -> Callable[[int, int], tuple[Retriever, FieldStore]]:
+    loaded: dict[tuple[int, int], tuple[Retriever, FieldStore]] = {}
+
+    def part(shard: int, num_shards: int) -> tuple[Retriever, FieldStore]:
+        key = (shard, num_shards)
+        if key not in loaded:
+            loaded[key] = load_retriever(generation.path, shard=shard, num_shards=num_shards)
+        return loaded[key]
+
+    return part
+
+
+@pytest.fixture
+def make_executors(_parts: Any) -> Callable[..., list[ShardExecutor]]:
+    """``make_executors(num_shards, clock=...)`` gives fresh executors of all shards."""
+
+    def make(num_shards: int, **options: Any) -> list[ShardExecutor]:
+        return [
+            ShardExecutor(*_parts(shard, num_shards), shard=shard, num_shards=num_shards, **options)
+            for shard in range(num_shards)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def virtual() -> Iterator[VirtualLoop]:
+    """A loop whose clock jumps over waits; ``virtual.run_until_complete(...)`` takes no time."""
+    loop = VirtualLoop()
+    yield loop
+    with contextlib.suppress(RuntimeError):
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+@pytest.fixture
+def run() -> Callable[[Awaitable[T]], T]:
+    """Runs a coroutine on a real event loop, for at most ten seconds."""
+
+    def run_now(work: Awaitable[T]) -> T:
+        async def bounded() -> T:
+            async with asyncio.timeout(10):
+                return await work
+
+        return asyncio.run(bounded())
+
+    return run_now
+
+
+@pytest.fixture
+def loop_thread() -> Iterator[LoopThread]:
+    thread = LoopThread()
+    yield thread
+    thread.close()
+
+
+@pytest.fixture
+def make_cluster(
+    loop_thread: LoopThread, tmp_path: Path, generation: Any, make_executors: Any
+) -> Iterator[Callable[..., LocalCluster]]:
+    """``make_cluster(num_shards, **query)`` starts servers and a router; all end with the test."""
+    clusters: list[LocalCluster] = []
+
+    def make(num_shards: int, *, executors: Any = None, **options: Any) -> LocalCluster:
+        cluster = LocalCluster(loop_thread, tmp_path)
+        clusters.append(cluster)
+        return cluster.start(executors or make_executors(num_shards), generation.path, **options)
+
+    yield make
+    for cluster in clusters:
+        cluster.close()
+
+
+@pytest.fixture
+def fake_link() -> type[FakeLink]:
+    return FakeLink
+
+
+@pytest.fixture
+def expect() -> Callable[..., tuple[list[int], list[float]]]:
+    return two_rounds
+
+
+@pytest.fixture
+def as_query() -> Callable[..., Query]:
+    return query_of
+
+
+@pytest.fixture
+def map_entry() -> Callable[[ShardServer], ShardEntry]:
+    return entry_of

@@ -1,0 +1,229 @@
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from silvershard.cluster.batcher import Batcher
+from silvershard.cluster.coordinator import Query
+from silvershard.model.request import Request
+from silvershard.shard.errors import Overloaded
+
+
+class Runner:
+    """Answers a query with its k, when it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.cancelled = 0
+        self.error: Exception | None = None
+
+    async def run(self, queries: Sequence[Query]) -> list[Any]:
+        self.batches.append([query.request.k for query in queries])
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        return [query.request.k for query in queries]
+
+
+@pytest.fixture
+def runner() -> Runner:
+    return Runner()
+
+
+def make(virtual: Any, **options: Any) -> Batcher:
+    settings = {"max_batch": 4, "max_delay_s": 0.5, "max_running": 2, "queue": 6}
+    return Batcher(**{**settings, **options}, clock=virtual.time)
+
+
+def query(virtual: Any, k: int, remaining_s: float = 2.0) -> Query:
+    return Query(Request(k=k), 0.9, virtual.time() + remaining_s, virtual.time())
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_requests_of_one_call_are_answered_in_order(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual)
+    queries = [query(virtual, k) for k in range(3)]
+    assert virtual.run_until_complete(batcher.submit(queries, runner.run)) == [0, 1, 2]
+    assert runner.batches == [[0, 1, 2]]
+
+
+def test_while_nothing_runs_nothing_waits(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual)
+    before_s = virtual.time()
+    virtual.run_until_complete(batcher.submit([query(virtual, 1)], runner.run))
+    assert virtual.time() == before_s
+
+
+def test_requests_wait_for_neighbours_while_others_run(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        first = asyncio.ensure_future(batcher.submit([query(virtual, 1)], runner.run))
+        await settle()
+        others = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in (2, 3)
+        ]
+        await settle()
+        assert runner.batches == [[1]]
+        await asyncio.sleep(0.49)
+        assert runner.batches == [[1]]
+        await asyncio.sleep(0.02)
+        assert runner.batches == [[1], [2, 3]]
+        runner.gate.set()
+        assert await asyncio.gather(first, *others) == [[1], [2], [3]]
+
+    virtual.run_until_complete(scene())
+
+
+def test_a_full_batch_starts_at_once_and_none_is_larger(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        first = asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))
+        await settle()
+        rest = asyncio.ensure_future(
+            batcher.submit([query(virtual, k) for k in range(1, 7)], runner.run)
+        )
+        await settle()
+        assert runner.batches == [[0], [1, 2, 3, 4]]
+        runner.gate.set()
+        await asyncio.gather(first, rest)
+        assert runner.batches[2] == [5, 6]
+
+    virtual.run_until_complete(scene())
+
+
+def test_a_full_queue_refuses_with_a_delay_and_runs_nothing(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=1, queue=2)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))
+        await settle()
+        waiting = asyncio.ensure_future(
+            batcher.submit([query(virtual, 1), query(virtual, 2)], runner.run)
+        )
+        await settle()
+        assert batcher.depth == 2
+        with pytest.raises(Overloaded) as raised:
+            await batcher.submit([query(virtual, 3)], runner.run)
+        assert 0.01 <= raised.value.retry_after_s <= 1.0
+        runner.gate.set()
+        await asyncio.gather(running, waiting)
+        assert await batcher.submit([query(virtual, 4)], runner.run) == [4]
+        assert runner.batches == [[0], [1, 2], [4]]
+
+    virtual.run_until_complete(scene())
+
+
+def test_requests_with_little_time_do_not_hurry_their_neighbours(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual)
+    queries = [query(virtual, k, remaining_s) for k, remaining_s in enumerate((8, 1, 9, 1.5, 0))]
+    fates = virtual.run_until_complete(batcher.submit(queries, runner.run))
+    assert fates == [0, 1, 2, 3, 4]
+    assert runner.batches == [[0, 2], [1, 3], [4]]
+
+
+def test_batches_are_of_one_generation(virtual: Any, runner: Runner) -> None:
+    other = Runner()
+    batcher = make(virtual, max_running=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], one.run))
+            for k, one in enumerate((runner, runner, other, runner))
+        ]
+        await settle()
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[0], [1, 3]]
+    assert other.batches == [[2]]
+
+
+def test_a_cancelled_request_leaves_the_queue(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))
+        await settle()
+        waiting = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in (1, 2)
+        ]
+        await settle()
+        waiting[0].cancel()
+        await settle()
+        runner.gate.set()
+        assert await running == [0]
+        assert await waiting[1] == [2]
+        assert runner.batches == [[0], [2]]
+
+    virtual.run_until_complete(scene())
+
+
+def test_a_batch_is_cancelled_when_nobody_waits_for_it_any_more(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        both = [query(virtual, 0), query(virtual, 1)]
+        alone = asyncio.ensure_future(batcher.submit(both, runner.run))
+        await settle()
+        alone.cancel()
+        await settle()
+        assert runner.cancelled == 1
+        tasks = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in (2, 3)
+        ]
+        await asyncio.sleep(1)
+        tasks[0].cancel()
+        await settle()
+        runner.gate.set()
+        assert await tasks[1] == [3]
+        await batcher.drain()
+
+    virtual.run_until_complete(scene())
+
+
+def test_an_error_of_the_run_is_the_fate_of_each(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual)
+    runner.error = ZeroDivisionError()
+    fates = virtual.run_until_complete(
+        batcher.submit([query(virtual, 0), query(virtual, 1)], runner.run)
+    )
+    assert fates == [runner.error, runner.error]
+
+
+def test_draining_waits_for_what_runs_and_what_waits(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=1)
+
+    async def scene() -> None:
+        tasks = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in (0, 1)
+        ]
+        await asyncio.sleep(0)
+        await batcher.drain()
+        assert batcher.depth == 0
+        assert await asyncio.gather(*tasks) == [[0], [1]]
+
+    virtual.run_until_complete(scene())

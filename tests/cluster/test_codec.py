@@ -1,0 +1,308 @@
+import math
+import pickle
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.rpc import code_pb2, error_details_pb2
+
+from silvershard.cluster import codec, retrieval_pb2
+from silvershard.cluster.outcome import (
+    Coverage,
+    CoverageLost,
+    CoverageTimedOut,
+    DegradeReason,
+    Served,
+    ShardOutcome,
+)
+from silvershard.model.answer import Answer, Counts
+from silvershard.model.filter import FilterMode
+from silvershard.model.plan import Plan
+from silvershard.model.request import Request, RequestError
+from silvershard.shard import errors
+from silvershard.shard.errors import (
+    CandidatesExpired,
+    ConfigError,
+    CoverageError,
+    DeadlineExceeded,
+    GenerationError,
+    Overloaded,
+    RemoteError,
+    RetrievalError,
+    ShardUnavailable,
+    SnapshotError,
+    StateError,
+)
+
+PARTIAL = Coverage(
+    documents=1 / 3,
+    shards_total=3,
+    shards_full=1,
+    shards_failed=2,
+    reasons=("SHARD_TIMEOUT", "VERSION_MISMATCH_DROPPED"),
+    shards=(
+        ShardOutcome(1, "0", "DEADLINE_EXCEEDED", ("SHARD_TIMEOUT",), 75, 1000, 1),
+        ShardOutcome(2, "", "FAILED_PRECONDITION", ("VERSION_MISMATCH_DROPPED",), 80, 5, 2),
+    ),
+)
+
+EXAMPLES: list[tuple[Exception, str, str]] = [
+    (RequestError("k", "must be in 1..9, got 0"), "INVALID_ARGUMENT", "INVALID_REQUEST"),
+    (SnapshotError("/s", "damaged"), "DATA_LOSS", "SNAPSHOT_DAMAGED"),
+    (GenerationError(1, 2), "FAILED_PRECONDITION", "VERSION_MISMATCH"),
+    (CandidatesExpired("key"), "ABORTED", "CANDIDATES_EXPIRED"),
+    (ShardUnavailable(1, "gone"), "UNAVAILABLE", "SHARD_UNAVAILABLE"),
+    (DeadlineExceeded("late"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+    (CoverageTimedOut(PARTIAL, 0.9), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+    (CoverageError(0.5, 0.9), "UNAVAILABLE", "COVERAGE_TOO_LOW"),
+    (CoverageLost(PARTIAL, 0.9), "UNAVAILABLE", "COVERAGE_TOO_LOW"),
+    (Overloaded("full", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
+    (ConfigError("bad"), "FAILED_PRECONDITION", "CONFIG_REFUSED"),
+    (StateError("in use"), "FAILED_PRECONDITION", "STATE_REFUSED"),
+    (codec.Refusal("NOT_FOUND", "no model", "MODEL_NOT_FOUND"), "NOT_FOUND", "MODEL_NOT_FOUND"),
+    (RemoteError("ABORTED", "no"), "ABORTED", "REFUSED"),
+]
+
+
+def crossed(request: Request) -> Request:
+    data = codec.request_to(request).SerializeToString()
+    return codec.request_from(retrieval_pb2.RetrieveRequest.FromString(data))
+
+
+def test_every_error_class_has_a_row_of_the_table() -> None:
+    classes = {
+        one
+        for one in vars(errors).values()
+        if isinstance(one, type) and issubclass(one, RetrievalError)
+    }
+    assert len(classes) >= 11
+    assert classes <= set(codec.STATUSES)
+    assert classes - {RetrievalError} <= {type(error) for error, _, _ in EXAMPLES}
+
+
+def test_every_code_of_the_table_exists() -> None:
+    for row in codec.STATUSES.values():
+        assert codec.code_name(codec.code_number(row.code)) == row.code
+    assert codec.code_name(77) == "UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"), EXAMPLES, ids=[type(one[0]).__name__ for one in EXAMPLES]
+)
+def test_an_error_crosses_as_its_status(error: Exception, code: str, reason: str) -> None:
+    status = codec.status_of(error)
+    assert code_pb2.Code.Name(status.code) == code
+    refused = codec.refused(code, status.message, status.details)
+    assert isinstance(refused, RemoteError)
+    assert refused.code == code
+    assert refused.reason == reason
+    expected = error.message if isinstance(error, RemoteError) else str(error)
+    assert refused.message == expected
+    assert refused.coverage == getattr(error, "coverage", None)
+    assert refused.retry_after_s == getattr(error, "retry_after_s", None)
+    violations = ()
+    if isinstance(error, RequestError):
+        violations = ((error.field, error.message),)
+    assert refused.violations == violations
+
+
+def test_the_domain_of_an_error_is_named() -> None:
+    info = error_details_pb2.ErrorInfo()
+    assert codec.status_of(StateError("x")).details[0].Unpack(info)
+    assert info.domain == "silvershard"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("secret"), RetrievalError("secret")])
+def test_what_only_a_bug_causes_is_internal_and_tells_nothing_but_its_id(error: Exception) -> None:
+    status = codec.status_of(error, "abc123")
+    assert code_pb2.Code.Name(status.code) == "INTERNAL"
+    assert status.message == "internal error abc123"
+    assert len(status.details) == 0
+
+
+def test_a_status_stays_small_whatever_the_request_held() -> None:
+    error = RequestError("features." + "x" * 100_000, "must not be " + "y" * 100_000)
+    status = codec.status_of(error)
+    assert len(status.SerializeToString()) < 4000
+    assert status.message.startswith("features.xxx")
+    assert status.message.endswith("...")
+
+
+def test_a_refusal_survives_pickling() -> None:
+    refused = codec.RequestRefused(
+        "UNAVAILABLE", "gone", reason="R", coverage=PARTIAL, retry_after_s=0.5
+    )
+    again = pickle.loads(pickle.dumps(refused))
+    assert (again.code, again.reason, again.coverage, again.retry_after_s) == (
+        *("UNAVAILABLE", "R", PARTIAL, 0.5),
+    )
+
+
+def test_a_coverage_crosses_whole() -> None:
+    data = codec.coverage_to(PARTIAL).SerializeToString()
+    assert codec.coverage_from(retrieval_pb2.Coverage.FromString(data)) == PARTIAL
+    assert retrieval_pb2.Coverage.FromString(data).degraded
+
+
+def test_every_reason_has_a_number_on_the_wire() -> None:
+    for reason in DegradeReason:
+        coverage = Coverage(0.5, 2, 1, 1, (reason.value,))
+        assert codec.coverage_from(codec.coverage_to(coverage)) == coverage
+
+
+def test_every_filter_mode_has_its_number_on_the_wire() -> None:
+    assert sorted(retrieval_pb2.FilterMode.values()) == sorted(mode.value for mode in FilterMode)
+    for mode in FilterMode:
+        assert crossed(Request(filter_mode=mode)).filter_mode is mode
+
+
+def test_a_request_crosses_whole() -> None:
+    request = Request(
+        features={"history": (1, -(2**63), 2**63 - 1), "words": ("a", "é"), "none": ()},
+        k=17,
+        filter="year > $y",
+        params={"y": (0.1,), "list": (1, 2), "name": ("x",), "empty": ()},
+        exclude_ids=(0, 2**63 - 1, 2**64 - 1),
+        nprobe=3,
+        ann_k=400,
+        plan="probe(probes=3,ann_k=400)",
+        exact=True,
+        filter_mode=FilterMode.BLOOM,
+        task_weights={"like": 0.5},
+        return_fields=("title",),
+    )
+    assert crossed(request) == request
+
+
+def test_the_default_request_crosses_whole() -> None:
+    assert crossed(Request()) == Request()
+
+
+def test_one_value_arrives_as_a_list_of_one() -> None:
+    got = crossed(Request(params={"a": 3, "b": 0.1, "c": "x", "d": np.int64(4)}))
+    assert got.params == {"a": (3,), "b": (0.1,), "c": ("x",), "d": (4,)}
+
+
+def test_arrays_and_numpy_values_cross_as_numbers() -> None:
+    got = crossed(Request(features={"a": np.array([1, 2])}, params={"b": np.array([0.5, 1.5])}))
+    assert got.features == {"a": (1, 2)}
+    assert got.params == {"b": (0.5, 1.5)}
+    assert all(type(one) is int for one in got.features["a"])
+
+
+def test_ints_among_floats_are_floats() -> None:
+    assert crossed(Request(params={"a": [1, 0.5]})).params == {"a": (1.0, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        (Request(features={"a": [1, "x"]}), "features.a: must be ints, floats or strings of one"),
+        (Request(features={"a": [True]}), "got bool"),
+        (Request(params={"p": object()}), "params.p: must be ints"),
+        (Request(features={"a": [2**63]}), "features.a: must be 64-bit signed ints"),
+        (Request(k=-1), "k: must be in 0..4294967295, got -1"),
+        (Request(nprobe=2**32), "nprobe: must be in"),
+        (Request(ann_k=-5), "ann_k: must be in"),
+        (Request(exclude_ids=[-1]), "exclude_ids: must be in 0..18446744073709551615, got -1"),
+    ],
+)
+def test_a_request_without_a_form_is_refused_before_it_is_sent(
+    request_: Request, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match="must be") as raised:
+        codec.request_to(request_)
+    assert complaint in str(raised.value)
+
+
+def test_values_of_mixed_kinds_are_refused_naming_the_field() -> None:
+    message = retrieval_pb2.RetrieveRequest(k=1)
+    message.params["p"].CopyFrom(retrieval_pb2.Values(ints=[1], doubles=[0.5]))
+    with pytest.raises(RequestError) as raised:
+        codec.request_from(message)
+    assert raised.value.field == "params.p"
+    assert raised.value.message == "must be values of one kind, got ints and doubles"
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_number_is_refused(weight: float) -> None:
+    message = retrieval_pb2.RetrieveRequest(k=1, task_weights={"like": weight})
+    with pytest.raises(RequestError) as raised:
+        codec.request_from(message)
+    assert raised.value.field == "task_weights.like"
+
+
+def test_an_unknown_filter_mode_is_refused() -> None:
+    message = retrieval_pb2.RetrieveRequest.FromString(bytes([0xCA, 0x01, 2, 0x28, 9]))
+    with pytest.raises(RequestError) as raised:
+        codec.request_from(message)
+    assert raised.value.field == "search.filter_mode"
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1, None, -(2**62), 0], "int"),
+        ([0.1, None, -1e300], "float"),
+        (["a", "", None, "é"], "string"),
+        ([None] * 9, "int"),
+        ([None, None], "string"),
+        ([], "float"),
+        ([1] * 17, "int"),
+    ],
+)
+def test_a_column_crosses_with_its_missing_values(values: list[Any], dtype: Any) -> None:
+    data = codec.column_to(values, dtype).SerializeToString()
+    column = retrieval_pb2.Column.FromString(data)
+    assert codec.column_from(column) == values
+    assert (
+        column.WhichOneof("kind") == {"int": "ints", "float": "doubles", "string": "strings"}[dtype]
+    )
+    assert bool(column.null_bitmap) == (None in values)
+
+
+def test_a_bitmap_of_another_length_is_refused() -> None:
+    column = codec.column_to([1, 2, 3], "int")
+    column.null_bitmap = b"\1\0"
+    with pytest.raises(ValueError, match="must have 1 bytes, got 2"):
+        codec.column_from(column)
+
+
+def test_an_answer_becomes_a_response_bit_for_bit(whole: Any) -> None:
+    scores = torch.tensor([1 / 3, -0.0, -3.4028234e38])
+    answer = Answer(
+        item_ids=torch.tensor([2**62, 0, 7]),
+        scores=scores,
+        refined=scores,
+        task_scores={"rated": torch.tensor([0.1, 0.2, 0.3]), "liked": torch.tensor([0.0] * 3)},
+        plan=Plan("probe", 4, 40),
+        exhausted=True,
+        counts=Counts(600, 500, 0, 40, 39),
+        warnings=("said",),
+        times={"total": 2**40, "ann": 3},
+    )
+    served = Served(answer, PARTIAL, {"title": ["a", None, "c"], "year": [1, 2, None]})
+    message = codec.response_of(served, whole.spec.item_schema, task_scores=True)
+    message = retrieval_pb2.RetrieveResponse.FromString(message.SerializeToString())
+    assert list(message.item_ids) == [2**62, 0, 7]
+    got = np.array(message.scores, dtype=np.float32)
+    assert got.tobytes() == scores.numpy().tobytes()
+    rated = np.array(message.task_scores["rated"].values, dtype=np.float32)
+    assert rated.tobytes() == answer.task_scores["rated"].numpy().tobytes()
+    assert list(message.task_scores["liked"].values) == [0.0] * 3
+    assert codec.column_from(message.fields["title"]) == ["a", None, "c"]
+    assert codec.column_from(message.fields["year"]) == [1, 2, None]
+    assert message.exhausted
+    assert message.plan == "probe(probes=4,ann_k=40)"
+    assert message.counts.HasField("eligible")
+    assert dict(message.timings_us) == {"total": 2**32 - 1, "ann": 3}
+    assert codec.coverage_from(message.coverage) == PARTIAL
+    bare = codec.response_of(served, whole.spec.item_schema, task_scores=False)
+    assert len(bare.task_scores) == 0
+
+
+def test_every_grpc_status_is_known_by_name() -> None:
+    for code in grpc.StatusCode:
+        assert codec.code_number(code.name) == code.value[0]

@@ -1,0 +1,44 @@
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+
+SECTIONS = (ListenSection, PingSection, QuerySection, RouterConfig)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_is_described(section: type[BaseModel]) -> None:
+    assert [name for name, one in section.model_fields.items() if not one.description] == []
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_unknown_settings_are_refused(section: type[BaseModel]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        section.model_validate({"map_path": "m", "surprise": 1})
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (QuerySection, {"min_coverage": 1.01}),
+        (QuerySection, {"min_coverage": float("nan")}),
+        (QuerySection, {"default_deadline_ms": 0}),
+        (QuerySection, {"queue": 0}),
+        (ListenSection, {"port": 65536}),
+        (ListenSection, {"host": ""}),
+        (PingSection, {"every_ms": 0}),
+        (PingSection, {"suspect_after": 6, "eject_after": 5}),
+        (QuerySection, {"default_deadline_ms": 11_000}),
+        (RouterConfig, {"map_path": ""}),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    section: type[BaseModel], values: dict[str, object]
+) -> None:
+    with pytest.raises(ValidationError):
+        section.model_validate(values)
+
+
+def test_a_router_config_survives_its_file() -> None:
+    config = RouterConfig(map_path="/state/map.json", query=QuerySection(queue=3))
+    assert RouterConfig.model_validate_json(config.model_dump_json()) == config

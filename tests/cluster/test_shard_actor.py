@@ -1,0 +1,104 @@
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silvershard.cluster.client import Client
+from silvershard.cluster.config import ListenSection, RouterConfig
+from silvershard.cluster.router import Router
+from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.model.request import Request
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """A Ray of this test alone, whatever else runs on the machine."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as home:
+        token = Path(home) / "token"
+        token.write_text(secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray = pytest.importorskip("ray")
+        ray.init(
+            # Without it Ray would join any other Ray that it finds here.
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100_000_000,
+            _temp_dir=home,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        yield ray
+        ray.shutdown()
+
+
+def entry_of(described: dict[str, Any]) -> ShardEntry:
+    return ShardEntry(**{name: described[name] for name in ShardEntry.model_fields})
+
+
+def test_actors_serve_their_shards_and_come_back_as_another_incarnation(
+    ray: Any, generation: Any, tmp_path: Any, loop_thread: Any, ask_whole: Any
+) -> None:
+    from silvershard.cluster.shard_actor import ShardActor
+
+    actors = [ShardActor.remote(str(generation.path), shard, 2) for shard in range(2)]
+    described = ray.get([actor.describe.remote() for actor in actors], timeout=60)
+    assert [one["shard"] for one in described] == [0, 1]
+    assert sum(one["documents"] for one in described) == 600
+    assert {one["generation"] for one in described} == {1}
+    assert len({one["pid"] for one in described} | {os.getpid()}) == 3
+
+    def write(version: int, *entries: dict[str, Any]) -> None:
+        ShardMap(
+            version=version,
+            generation=1,
+            snapshot=str(generation.path),
+            num_shards=2,
+            entries=tuple(entry_of(one) for one in entries),
+        ).write_atomic(tmp_path / "map.json")
+
+    write(1, *described)
+    config = RouterConfig(
+        map_path=str(tmp_path / "map.json"), poll_ms=5, listen=ListenSection(port=0)
+    )
+    router = Router(config)
+    loop_thread.call(router.start())
+    expected = ask_whole(Request(k=20)).item_ids.tolist()
+    try:
+        with Client(router.address, timeout_s=20) as client:
+            client.wait_until_ready(20)
+            assert client.retrieve(k=20).item_ids.tolist() == expected
+            os.kill(described[0]["pid"], signal.SIGKILL)
+            while not (partial := client.retrieve(k=20, min_coverage=0.0)).is_partial:
+                time.sleep(0.005)
+            assert partial.coverage.documents == described[1]["documents"] / 600
+            again = None
+            while again is None:
+                try:
+                    again = ray.get(actors[0].describe.remote(), timeout=60)
+                except ray.exceptions.ActorUnavailableError:
+                    time.sleep(0.01)
+            assert again["epoch"] > described[0]["epoch"]
+            assert again["pid"] != described[0]["pid"]
+            write(2, again, described[1])
+            while client.retrieve(k=20, min_coverage=0.0).is_partial:
+                time.sleep(0.005)
+            assert client.retrieve(k=20).item_ids.tolist() == expected
+            ray.get(actors[1].stop.remote(0.1), timeout=30)
+            while not client.retrieve(k=20, min_coverage=0.0).is_partial:
+                time.sleep(0.005)
+    finally:
+        loop_thread.call(router.stop())
+        for actor in actors:
+            ray.kill(actor)

@@ -1,0 +1,366 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
+from silvershard.cluster.codec import code_name
+from silvershard.cluster.shard_server import ShardServer
+from silvershard.model.request import Request, compile_request
+from silvershard.model.retriever import assemble
+from silvershard.model.types import Cutoffs, Work
+from silvershard.shard.errors import ConfigError, StateError
+
+EPOCH = 7
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Caller:
+    """A raw stream to a shard server."""
+
+    def __init__(self, server: ShardServer, stub: Any) -> None:
+        self.server = server
+        self.stub = stub
+        self.stream = stub.Execute()
+        self.last = 0
+
+    def call(self, **fields: Any) -> shard_pb2.ShardCall:
+        self.last += 1
+        defaults = {"call_id": self.last, "generation": 1, "epoch": EPOCH, "remaining_us": 10**7}
+        return shard_pb2.ShardCall(**{**defaults, **fields})
+
+    async def send(self, **fields: Any) -> int:
+        await self.stream.write(self.call(**fields))
+        return self.last
+
+    async def receive(self) -> Any:
+        async with asyncio.timeout(5):
+            return await self.stream.read()
+
+    async def ask(self, **fields: Any) -> Any:
+        await self.send(**fields)
+        return await self.receive()
+
+
+@asynccontextmanager
+async def serving(executor: Any, **options: Any) -> AsyncIterator[Caller]:
+    server = ShardServer(executor, epoch=EPOCH, **options)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            yield Caller(server, shard_pb2_grpc.ShardStub(channel))
+    finally:
+        await server.stop(0)
+
+
+@pytest.fixture
+def executor(make_executors: Any) -> Any:
+    return make_executors(2)[0]
+
+
+@pytest.fixture
+def work(whole: Any) -> Work:
+    compiled = compile_request(Request(features={"history": [1]}, k=3), whole.spec)
+    encoded = whole.encode([compiled.features])
+    plan = compiled.plan(whole.spec, None)
+    return assemble([compiled], [plan], encoded.embedding, encoded.user_state)
+
+
+def block(executor: Any, name: str) -> tuple[threading.Event, threading.Event]:
+    """Make a method of an executor say that it was reached, and wait until it is let go."""
+    reached, let_go = threading.Event(), threading.Event()
+    method = getattr(executor, name)
+
+    def blocked(*arguments: Any) -> Any:
+        reached.set()
+        assert let_go.wait(10)
+        return method(*arguments)
+
+    setattr(executor, name, blocked)
+    return reached, let_go
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def scan_of(count: int = 1) -> shard_pb2.TensorMap:
+    return tensors.to_map({"scan": torch.zeros(count, 0, 4, dtype=torch.int64)})
+
+
+EVERYTHING = Cutoffs(torch.full((1, 2), float("-inf")), torch.full((1, 2), 2**63 - 1))
+
+
+def test_replies_name_their_call_and_the_incarnation(run: Any, executor: Any) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            ids = [await caller.send(count=scan_of()) for _ in range(5)]
+            replies = [await caller.receive() for _ in range(5)]
+            assert sorted(reply.call_id for reply in replies) == ids
+            assert {(one.epoch, one.generation, one.code) for one in replies} == {(EPOCH, 1, 0)}
+            count = tensors.from_map(replies[0].tensors, tensors.COUNT)["count"]
+            assert count.tolist() == [executor.documents]
+
+    run(scene())
+
+
+def test_the_rounds_give_what_the_executor_gives(run: Any, executor: Any, work: Work) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            opened = await caller.ask(key="a", open=tensors.work_to_map(work))
+            first = tensors.round_one_from_map(opened.tensors, dict(opened.times_us))
+            assert set(first.times) == {"probe", "ann"}
+            closed = await caller.ask(key="a", close=tensors.cutoffs_to_map(EVERYTHING))
+            both = await caller.ask(
+                key="b",
+                open_and_close=shard_pb2.OpenAndClose(
+                    work=tensors.work_to_map(work), cutoffs=tensors.cutoffs_to_map(EVERYTHING)
+                ),
+            )
+            assert closed.tensors == both.tensors
+            assert set(closed.times_us) == {"refine", "rerank", "value"}
+            await until(lambda: executor.num_open == 2)
+            await caller.send(key="a", release=shard_pb2.Release())
+            await until(lambda: executor.num_open == 1)
+
+    run(scene())
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "reason"),
+    [
+        ({"generation": 2}, "FAILED_PRECONDITION", "VERSION_MISMATCH"),
+        ({"epoch": 6}, "FAILED_PRECONDITION", "STALE_EPOCH"),
+        ({"remaining_us": 0}, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+        (
+            {"close": tensors.cutoffs_to_map(EVERYTHING), "key": "never opened"},
+            *("ABORTED", "CANDIDATES_EXPIRED"),
+        ),
+        ({"count": shard_pb2.TensorMap()}, "INVALID_ARGUMENT", "MALFORMED_TENSOR"),
+        ({"count": None}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
+        (
+            {"fields": shard_pb2.Fields(item_ids=[1], names=["nothing"])},
+            *("INVALID_ARGUMENT", "INVALID_REQUEST"),
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_the_stream_goes_on(
+    run: Any, executor: Any, fields: dict[str, Any], code: str, reason: str
+) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            op = {} if {"close", "fields"} & set(fields) else {"count": scan_of()}
+            reply = await caller.ask(**{**op, **fields})
+            assert (code_name(reply.code), reply.reason) == (code, reason)
+            assert reply.message
+            assert (reply.epoch, reply.generation) == (EPOCH, 1)
+            assert (await caller.ask(count=scan_of())).code == 0
+
+    run(scene())
+
+
+def test_any_epoch_is_served_when_none_is_named(run: Any, executor: Any) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            assert (await caller.ask(epoch=0, count=scan_of())).code == 0
+
+    run(scene())
+
+
+def test_a_bug_is_internal_and_logged_under_its_id(
+    run: Any, executor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count(_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    executor.count = count
+
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            reply = await caller.ask(count=scan_of())
+            assert code_name(reply.code) == "INTERNAL"
+            assert "secret" not in reply.message
+            error_id = reply.message.removeprefix("internal error ")
+            assert len(error_id) == 12
+            assert error_id in caplog.text
+            assert "ZeroDivisionError" in caplog.text
+
+    run(scene())
+
+
+def test_work_whose_time_ran_out_in_the_queue_is_not_done(run: Any, make_executors: Any) -> None:
+    clock = Clock()
+    executor = make_executors(2, clock=clock)[0]
+    reached, let_go = block(executor, "encode")
+    counted: list[object] = []
+    executor.count = counted.append
+
+    async def scene() -> None:
+        async with serving(executor, clock=clock) as caller:
+            await caller.send(encode=shard_pb2.Encode(users=[{}]))
+            await asyncio.to_thread(reached.wait, 5)
+            late = await caller.send(count=scan_of(), remaining_us=50_000)
+            await until(lambda: caller.server._pending == 2)
+            clock.now_s += 0.05
+            let_go.set()
+            replies = {reply.call_id: reply for reply in [await caller.receive() for _ in "ab"]}
+            assert code_name(replies[late].code) == "DEADLINE_EXCEEDED"
+            assert counted == []
+
+    run(scene())
+
+
+def test_candidates_expire_with_the_time_of_their_query(
+    run: Any, make_executors: Any, work: Work
+) -> None:
+    clock = Clock()
+    executor = make_executors(2, clock=clock)[0]
+
+    async def scene() -> None:
+        async with serving(executor, clock=clock) as caller:
+            await caller.ask(key="a", open=tensors.work_to_map(work), remaining_us=2_000_000)
+            clock.now_s += 1.99
+            closing = {"key": "a", "close": tensors.cutoffs_to_map(EVERYTHING)}
+            assert (await caller.ask(**closing)).code == 0
+            clock.now_s += 0.02
+            assert (await caller.ask(**closing)).reason == "CANDIDATES_EXPIRED"
+            assert executor.num_open == 0
+
+    run(scene())
+
+
+def test_a_release_drops_what_has_not_started(run: Any, executor: Any, work: Work) -> None:
+    reached, let_go = block(executor, "encode")
+    opened: list[str] = []
+    real_open = executor.open
+    executor.open = lambda key, *rest: (opened.append(key), real_open(key, *rest))[1]
+
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            await caller.send(encode=shard_pb2.Encode(users=[{}]))
+            await asyncio.to_thread(reached.wait, 5)
+            await caller.send(key="a", open=tensors.work_to_map(work))
+            await caller.send(key="b", open=tensors.work_to_map(work))
+            await caller.send(key="a", release=shard_pb2.Release())
+            last = await caller.send(count=scan_of())
+            await until(lambda: caller.server._pending == 4)
+            await asyncio.sleep(0.01)
+            let_go.set()
+            while (await caller.receive()).call_id != last:
+                pass
+            assert opened == ["b"]
+
+    run(scene())
+
+
+def test_a_router_that_goes_away_leaves_nothing_open(run: Any, executor: Any, work: Work) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            await caller.ask(key="a", open=tensors.work_to_map(work))
+            assert executor.num_open == 1
+            caller.stream.cancel()
+            await until(lambda: executor.num_open == 0)
+
+    run(scene())
+
+
+def test_a_router_that_says_goodbye_gets_its_answers_first(run: Any, executor: Any) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            await caller.send(count=scan_of())
+            await caller.stream.done_writing()
+            assert (await caller.receive()).code == 0
+            assert await caller.receive() is grpc.aio.EOF
+            assert await caller.stream.code() == grpc.StatusCode.OK
+
+    run(scene())
+
+
+def test_a_full_queue_refuses(run: Any, executor: Any) -> None:
+    reached, let_go = block(executor, "encode")
+
+    async def scene() -> None:
+        async with serving(executor, max_queue=2) as caller:
+            await caller.send(encode=shard_pb2.Encode(users=[{}]))
+            await asyncio.to_thread(reached.wait, 5)
+            await caller.send(count=scan_of())
+            refused = await caller.ask(count=scan_of())
+            assert code_name(refused.code) == "RESOURCE_EXHAUSTED"
+            assert refused.call_id == 3
+            let_go.set()
+            assert {(await caller.receive()).code for _ in "ab"} == {0}
+            assert (await caller.ask(count=scan_of())).code == 0
+
+    run(scene())
+
+
+def test_health_and_pings_answer_while_the_model_works(run: Any, executor: Any) -> None:
+    reached, let_go = block(executor, "encode")
+
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            await caller.send(encode=shard_pb2.Encode(users=[{}]))
+            await asyncio.to_thread(reached.wait, 5)
+            pings = caller.stub.Ping()
+            for sequence in (1, 2):
+                await pings.write(shard_pb2.Beat(sequence=sequence))
+                assert await pings.read() == shard_pb2.Beat(
+                    sequence=sequence, epoch=EPOCH, generation=1
+                )
+            async with grpc.aio.insecure_channel(caller.server.address) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                for name in ("", "shard/0"):
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    assert (await health.Check(request)).status == 1
+            pings.cancel()
+            let_go.set()
+            assert (await caller.receive()).code == 0
+
+    run(scene())
+
+
+def test_stopping_frees_the_port_and_fails_the_streams(run: Any, executor: Any) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            assert (await caller.ask(count=scan_of())).code == 0
+            port = int(caller.server.address.split(":")[1])
+            await caller.server.stop(0)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await caller.stream.read()
+            again = ShardServer(executor, port=port)
+            await again.start()
+            await again.stop(0)
+
+    run(scene())
+
+
+def test_a_port_in_use_and_a_foreign_address_are_refused(run: Any, executor: Any) -> None:
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            port = int(caller.server.address.split(":")[1])
+            with pytest.raises(StateError, match="cannot listen on"):
+                await ShardServer(executor, port=port).start()
+            with pytest.raises(ConfigError, match="must be a loopback address"):
+                await ShardServer(executor, host="0.0.0.0").start()
+
+    run(scene())
+
+
+def test_epochs_grow_with_every_incarnation(executor: Any) -> None:
+    first = ShardServer(executor).epoch
+    assert ShardServer(executor).epoch > first

@@ -1,0 +1,133 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from silvershard.cluster import Coverage, Result
+from silvershard.deploy import ask
+from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.state import StateDir
+from silvershard.model.answer import Counts
+
+
+@pytest.fixture
+def result() -> Result:
+    return Result(
+        item_ids=np.array([7, 3], dtype=np.int64),
+        scores=np.array([1.5, 0.25], dtype=np.float32),
+        task_scores={
+            "rated": np.array([0.75, 0.5], dtype=np.float32),
+            "liked": np.array([0.5, 0.25], dtype=np.float32),
+        },
+        fields={
+            "year": [1995, None],
+            "title": ["Heat", "Untitled"],
+            "genres": ["Action|Crime", ""],
+        },
+        coverage=Coverage(
+            documents=0.5,
+            shards_total=2,
+            shards_full=1,
+            shards_failed=1,
+            reasons=("SHARD_UNAVAILABLE",),
+            shards=(),
+        ),
+        model="movielens",
+        generation=4,
+        shard_map_version=1,
+        plan="probe(probes=32,ann_k=600)",
+        exhausted=False,
+        counts=Counts(addressed=9742, probed=2252, eligible=1234, ann_kept=1200, reranked=618),
+        timings_us={"total": 15000, "ann": 4360, "extra": 5},
+        warnings=("from the model",),
+    )
+
+
+def test_parameters_are_json_or_text() -> None:
+    texts = ["y=1990", "r=0.5", "g=Comedy", 'q="5"', 'l=["a", "b"]', "e=a=b", "n="]
+    assert ask.parse_params(texts) == {
+        "y": 1990,
+        "r": 0.5,
+        "g": "Comedy",
+        "q": "5",
+        "l": ["a", "b"],
+        "e": "a=b",
+        "n": "",
+    }
+
+
+@pytest.mark.parametrize("text", ["x", "=1", "x=true", "x=null", 'x={"a": 1}'])
+def test_a_bad_parameter_is_wrong_usage(text: str) -> None:
+    with pytest.raises(CommandError, match="--param") as caught:
+        ask.parse_params([text])
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_an_answer_is_described_in_full(result: Result) -> None:
+    document = ask.described(result, ask.Asker([1], [1], ["a note"]))
+    assert document["items"][0] == {
+        "item_id": 7,
+        "score": 1.5,
+        "tasks": {"liked": 0.5, "rated": 0.75},
+        "fields": {"year": 1995, "title": "Heat", "genres": "Action|Crime"},
+    }
+    assert document["coverage"] == 0.5
+    assert document["warnings"] == ["a note", "from the model"]
+    assert document["counts"]["eligible"] == 1234
+    assert list(document["timings_us"]) == [*ask.STAGES, "extra", "total"]
+    assert document["timings_us"]["filter"] == 0
+
+
+def test_an_answer_is_shown_with_everything_a_person_wants(result: Result) -> None:
+    shown = ask.render(ask.described(result, ask.Asker([], [], [])))
+    for text in (
+        "Heat",
+        "1995",
+        "Action, Crime",
+        "1.5000",
+        "0.7500",
+        "0.5000, 1 of 2 shards failed (SHARD_UNAVAILABLE)",
+        "4 of movielens",
+        "probe(probes=32,ann_k=600)",
+        "9,742 documents, 1,234 eligible, 2,252 probed, 1,200 kept, 618 reranked",
+        "from the model",
+        "4.36 ms",
+        "15.0 ms",
+    ):
+        assert text in shown
+    assert "exhausted" not in shown
+    header = shown.splitlines()[0].split()
+    assert header == ["#", "title", "year", "genres", "value", "liked", "rated", "id"]
+
+
+def test_an_empty_answer_says_so(result: Result) -> None:
+    document: dict[str, Any] = ask.described(result, ask.Asker([], [], []))
+    shown = ask.render({**document, "items": [], "exhausted": True})
+    assert "no item matches" in shown
+    assert "fewer items match than were asked for" in shown
+
+
+def test_an_unknown_user_is_answered_from_defaults_and_told(tmp_path: Path) -> None:
+    from silvershard.deploy.dataset import MovieLens
+    from silvershard.deploy.recipe import write_users
+    from silvershard.deploy.synthetic import generate
+
+    films: MovieLens = generate(200, 5, 20)
+    state = StateDir(tmp_path)
+    write_users(state.users_file, films)
+    unknown = ask.asker_of(state, user=999, history=None, include_seen=False)
+    assert (unknown.history, unknown.exclude) == ([], [])
+    assert unknown.notes == ["user 999 is not in the data set: answered from the model's defaults"]
+    known = ask.asker_of(state, user=1, history=None, include_seen=False)
+    assert known.history == known.exclude
+    assert len(known.history) >= 20
+    assert known.notes == []
+    assert ask.asker_of(state, user=1, history=None, include_seen=True).exclude == []
+    assert ask.asker_of(state, user=None, history=[5, 6], include_seen=False).exclude == [5, 6]
+
+
+def test_the_address_given_is_asked(tmp_path: Path) -> None:
+    assert ask.address_of(StateDir(tmp_path), "a:1") == "a:1"
+    with pytest.raises(CommandError, match="start one with `silvershard up`"):
+        ask.address_of(StateDir(tmp_path), "")

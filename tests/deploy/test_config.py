@@ -1,0 +1,169 @@
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silvershard.cluster.config import QuerySection
+from silvershard.deploy.config import (
+    Config,
+    keys_table,
+    load,
+    load_with_sources,
+    settings,
+    to_yaml,
+)
+from silvershard.shard.errors import ConfigError
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def written(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return written
+
+
+def test_without_a_file_everything_has_its_default() -> None:
+    assert load(None, environ={}) == Config()
+
+
+def test_an_empty_file_changes_nothing(write: Write) -> None:
+    assert load(write("# nothing\n"), environ={}) == Config()
+
+
+def test_a_file_sets_what_it_names(write: Write) -> None:
+    path = write("sharding: {shards: 3, devices: [cpu, cpu]}\nquery:\n  min_coverage: 1\n")
+    config = load(path, environ={})
+    assert config.sharding.shards == 3
+    assert config.sharding.devices == ("cpu", "cpu")
+    assert config.query == QuerySection(min_coverage=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            "query:\n  min_coverag: 0.5\n",
+            2,
+            "query.min_coverag: unknown key; did you mean min_coverage?",
+        ),
+        ("shrding:\n  a: 3\n", 1, "shrding: unknown key; did you mean sharding?"),
+        ("a: 1\n", 1, "a: unknown key; known are paths, model"),
+        (
+            "\nsharding:\n\n  shards: '3'\n",
+            4,
+            'sharding.shards: input should be a valid integer, got "3"',
+        ),
+        ("sharding:\n  shards: 0\n", 2, "sharding.shards: input should be greater than or equal"),
+        (
+            "sharding:\n  devices:\n   - cpu\n   - 3\n",
+            4,
+            "sharding.devices.1: input should be a valid string, got 3",
+        ),
+        ("sharding: 3\n", 1, "sharding: input should be"),
+        ("sharding:\n  shards: 3\n  shards: 4\n", 3, "sharding.shards: given twice"),
+        ("sharding:\n  - a: [\n", 3, "not valid YAML"),
+        ("sharding:\n\tshards: 1\n", 2, "not valid YAML"),
+        ("- a\n", 1, "must be a mapping of keys"),
+        ("1: 2\n", 1, "a key must be plain text"),
+    ],
+)
+def test_a_bad_key_is_named_with_its_path_and_line(
+    write: Write, text: str, line: int, message: str
+) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, environ={})
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_counted(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"\(and 2 more\)$"):
+        load(write("a: 1\nb: 2\nc: 3\n"), environ={})
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml: No such file"):
+        load(tmp_path / "missing.yaml", environ={})
+    (tmp_path / "binary.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(ConfigError, match="must be UTF-8"):
+        load(tmp_path / "binary.yaml", environ={})
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"SILVERSHARD__QUERY__MIN_COVERAGE": "0.95"}, {"query": {"min_coverage": 0.95}}),
+        ({"SILVERSHARD__SHARDING__DEVICES": "[cpu, cpu]"}, {"sharding": {"devices": ["cpu"] * 2}}),
+        ({"SILVERSHARD__PATHS__DATA": "25"}, {"paths": {"data": "25"}}),
+        ({"SILVERSHARD__LISTEN__INSECURE": "true"}, {"listen": {"insecure": True}}),
+        ({"SILVERSHARD_STATE": "x", "OTHER__A": "1"}, {}),
+    ],
+)
+def test_the_environment_overrides(environ: Mapping[str, str], expected: Any) -> None:
+    assert load(None, environ=environ) == Config.model_validate(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("QUERY__MIN_COVERAG", "1", "query.min_coverag: unknown key; did you mean min_coverage?"),
+        ("QUERY__MIN_COVERAGE", "high", "query.min_coverage: input should be a valid number"),
+        ("QUERY", "1", "query: input should be"),
+    ],
+)
+def test_a_bad_variable_is_named(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, environ={f"SILVERSHARD__{name}": value})
+    assert str(caught.value).startswith(f"$SILVERSHARD__{name}: {message}")
+
+
+def test_options_beat_the_environment_which_beats_the_file(write: Write) -> None:
+    path = write("sharding: {shards: 3, threads: 3}\nlisten: {port: 3}\n")
+    environ = {"SILVERSHARD__SHARDING__SHARDS": "5", "SILVERSHARD__SHARDING__THREADS": "5"}
+    loaded = load_with_sources(path, environ=environ, options={"sharding.shards": 7})
+    assert (loaded.config.sharding.shards, loaded.config.sharding.threads) == (7, 5)
+    assert loaded.sources == {
+        "sharding.shards": "option for sharding.shards",
+        "sharding.threads": "$SILVERSHARD__SHARDING__THREADS",
+        "listen.port": f"{path}, line 2",
+    }
+
+
+def test_a_bad_option_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^option for sharding\.shards: sharding\.shards: "):
+        load(None, environ={}, options={"sharding.shards": 0})
+
+
+def test_what_is_shown_loads_to_itself(write: Write) -> None:
+    environ = {"SILVERSHARD__SHARDING__SHARDS": "5", "SILVERSHARD__PATHS__DATA": "a: b #c"}
+    loaded = load_with_sources(None, environ=environ)
+    assert load(write(to_yaml(loaded)), environ={}) == loaded.config
+
+
+def test_what_is_shown_says_where_a_value_came_from() -> None:
+    loaded = load_with_sources(None, environ={"SILVERSHARD__LISTEN__PORT": "9"})
+    assert re.search(r"# gRPC port.*\[\$SILVERSHARD__LISTEN__PORT\]\n  port: 9", to_yaml(loaded))
+
+
+def test_every_key_is_described_and_in_the_schema() -> None:
+    schema = Config.model_json_schema()
+    json.dumps(schema)
+    for setting in settings():
+        section, key = setting.key.split(".")
+        assert setting.description, setting.key
+        definition = schema["properties"][section].get("$ref", "").rpartition("/")[2]
+        assert key in schema["$defs"][definition]["properties"]
+
+
+def test_the_operations_page_has_the_table_of_all_keys() -> None:
+    page = Path(__file__).parents[2] / "docs" / "operations.md"
+    assert keys_table() in page.read_text(encoding="utf-8")

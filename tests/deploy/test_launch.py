@@ -1,0 +1,272 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silvershard.cluster import Client
+from silvershard.cluster.config import ListenSection
+from silvershard.deploy import launch, operate
+from silvershard.deploy.config import Config, load
+from silvershard.deploy.errors import CommandError, ExitCode, Refused
+from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
+from silvershard.deploy.state import ClusterRecord, StateDir
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.snapshot import open_snapshot
+
+WAIT_S = 60.0
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    give_up_s = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < give_up_s, what
+        time.sleep(0.01)
+
+
+def processes_of(record: ClusterRecord) -> list[Process]:
+    return [record.guard, record.driver, *record.processes]
+
+
+def published(root: Path, generation: Any) -> StateDir:
+    """Return a state directory with the generation of the fixture as its first."""
+    state = StateDir(root)
+    state.create()
+    state.generations.mkdir()
+    state.generation_dir(1).symlink_to(generation.path)
+    return state
+
+
+def latest(state: StateDir) -> ClusterRecord:
+    record = state.read_record()
+    assert record is not None
+    return record
+
+
+@contextmanager
+def started(state: StateDir, *, shards: int = 1) -> Iterator[ClusterRecord]:
+    """Run a cluster that ends with the test, and with the test process."""
+    options = {"listen.port": 0, "model.name": "films", "sharding.shards": shards}
+    config = load(None, environ={}, options=options)
+    record = launch.start(state, config, detached=False)
+    try:
+        yield record
+    finally:
+        launch.stop(state, timeout_s=20.0)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory, generation: Any) -> Iterator[StateDir]:
+    directory = published(tmp_path_factory.mktemp("state") / "s", generation)
+    with started(directory, shards=2):
+        yield directory
+
+
+def test_a_free_port_is_accepted_and_one_in_use_is_not() -> None:
+    launch.check_listen(ListenSection(port=0))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(CommandError, match=f"cannot listen on 127.0.0.1:{port}"):
+            launch.check_listen(ListenSection(port=port))
+    launch.check_listen(ListenSection(port=port))
+
+
+def test_the_newest_generation_is_chosen(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    for number in (1, 2, 10):
+        state.generation_dir(number).mkdir(parents=True)
+    assert launch.choose_generation(state, None) == (10, state.generation_dir(10))
+    assert launch.choose_generation(state, 2) == (2, state.generation_dir(2))
+
+
+def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path) -> None:
+    for directory in (tmp_path / "none", tmp_path):
+        stopped = launch.stop(StateDir(directory), timeout_s=1.0)
+        assert stopped == launch.Stopped(was_running=False, leftovers=0, killed=0)
+
+
+@pytest.mark.ray
+def test_the_cluster_serves_every_document(state: StateDir, generation: Any) -> None:
+    record = latest(state)
+    assert [shard.state for shard in record.shards] == ["serving", "serving"]
+    assert record.documents == len(generation.catalogue) == 600
+    assert record.coverage == 1.0
+    assert len({shard.pid for shard in record.shards}) == 2
+    with Client(record.address) as client:
+        result = client.retrieve(k=5, return_fields=["title"])
+    assert len(result.item_ids) == 5
+    assert result.coverage.documents == 1.0
+    assert result.generation == 1
+
+
+@pytest.mark.ray
+def test_status_says_what_runs(state: StateDir) -> None:
+    until(lambda: operate.status(state)[1] == ExitCode.OK, "the cluster is not whole")
+    document, _ = operate.status(state)
+    assert document["state"] == "up"
+    assert document["coverage"] == 1.0
+    shown = operate.render_cluster(document)
+    for shard in latest(state).shards:
+        assert str(shard.pid) in shown
+        assert shard.address in shown
+
+
+@pytest.mark.ray
+def test_a_second_start_on_the_directory_is_refused(state: StateDir) -> None:
+    config = load(None, environ={}, options={"listen.port": 0})
+    record = latest(state)
+    with pytest.raises(Refused, match=rf"pid {record.guard.pid} at {record.address}"):
+        launch.start(state, config)
+    assert is_alive(record.guard)
+
+
+@pytest.mark.ray
+def test_a_killed_shard_comes_back_in_a_new_place(state: StateDir) -> None:
+    before = latest(state).shards[1]
+    version = latest(state).map_version
+    os.kill(before.pid, signal.SIGKILL)
+    until(lambda: latest(state).coverage < 1.0, "the loss was not noticed")
+    document, code = operate.status(state)
+    assert (document["state"], code) == ("degraded", ExitCode.DEGRADED)
+    assert document["coverage"] == latest(state).shards[0].documents / 600
+    until(lambda: latest(state).is_whole, "the shard did not come back")
+    after = latest(state).shards[1]
+    assert after.pid != before.pid
+    assert after.epoch > before.epoch
+    assert after.restarts == before.restarts + 1
+    assert latest(state).map_version > version
+    with Client(latest(state).address) as client:
+        until(
+            lambda: client.retrieve(k=1, min_coverage=0.0).coverage.documents == 1.0,
+            "the router did not find the shard again",
+        )
+
+
+@pytest.mark.ray
+def test_a_killed_router_comes_back_at_its_address(state: StateDir) -> None:
+    before = latest(state)
+    os.kill(before.router.pid, signal.SIGKILL)
+    until(lambda: latest(state).router.restarts == before.router.restarts + 1, "no restart")
+    until(lambda: latest(state).is_whole, "the router did not come back")
+    assert latest(state).address == before.address
+    assert latest(state).router.pid != before.router.pid
+    with Client(before.address) as client:
+        client.wait_until_ready(WAIT_S)
+        assert client.retrieve(k=1).coverage.documents == 1.0
+
+
+@pytest.mark.ray
+def test_what_is_left_of_a_crashed_cluster_is_ended_by_down(
+    tmp_path: Path, generation: Any
+) -> None:
+    state = published(tmp_path / "s", generation)
+    with started(state) as record:
+        # The record lists all processes within a second of being ready.
+        until(lambda: len(latest(state).processes) >= 5, "no census")
+        family = processes_of(latest(state))
+        for process in (record.guard, record.driver):
+            send_signal(process, signal.SIGSTOP)
+        for process in (record.guard, record.driver):
+            send_signal(process, signal.SIGKILL)
+        assert wait_gone([record.guard, record.driver], 5.0) == []
+        stopped = launch.stop(state, timeout_s=20.0)
+        assert not stopped.was_running
+        assert wait_gone(family, 5.0) == []
+        assert state.read_record() is None
+        assert not Path(record.ray_dir).exists()
+
+
+@pytest.mark.ray
+def test_a_cluster_ends_when_its_guard_is_killed(tmp_path: Path, generation: Any) -> None:
+    state = published(tmp_path / "s", generation)
+    with started(state) as record:
+        until(lambda: len(latest(state).processes) >= 5, "no census")
+        family = processes_of(latest(state))
+        send_signal(record.guard, signal.SIGKILL)
+        assert wait_gone(family, 30.0) == []
+        assert not state.is_locked()
+        assert not Path(record.ray_dir).exists()
+        assert state.read_record() is None
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
+def test_a_broken_snapshot_is_named_and_nothing_is_left(
+    tmp_path: Path, generation: Any, damage: Callable[[Path], None]
+) -> None:
+    state = StateDir(tmp_path / "s")
+    state.create()
+    snapshot = state.generation_dir(1)
+    shutil.copytree(generation.path, snapshot)
+    name = max(open_snapshot(snapshot).manifest.files)
+    assert name.startswith("tables/")
+    damage(snapshot / name)
+    config = load(None, environ={}, options={"listen.port": 0})
+    with pytest.raises(SnapshotError, match=f"{name} is (missing|damaged)"):
+        launch.start(state, config, verify=operate.verify_snapshot)
+    assert not state.is_locked()
+    assert state.read_record() is None
+
+
+@pytest.mark.ray
+def test_a_snapshot_that_only_a_shard_finds_broken_is_named_too(
+    tmp_path: Path, generation: Any
+) -> None:
+    state = StateDir(tmp_path / "s")
+    state.create()
+    shutil.copytree(generation.path, state.generation_dir(1))
+    flip(state.generation_dir(1) / "dense.safetensors")
+    config = load(None, environ={}, options={"listen.port": 0, "sharding.shards": 1})
+    with pytest.raises(CommandError, match=r"shard \d could not start.*dense.safetensors is dama"):
+        launch.start(state, config)
+    assert not state.is_locked()
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from silvershard.deploy import launch
+from silvershard.deploy.config import load
+from silvershard.deploy.state import StateDir
+config = load(None, environ={}, options={"listen.port": 0, "sharding.shards": 1})
+record = launch.start(StateDir(Path(sys.argv[1])), config, detached=False)
+print(record.model_dump_json(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_not_detached_ends_with_its_parent(
+    tmp_path: Path, generation: Any
+) -> None:
+    state = published(tmp_path / "s", generation)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", PARENT, str(state.root)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        record = ClusterRecord.model_validate(json.loads(parent.stdout.readline()))
+        parent.kill()
+    assert wait_gone(processes_of(record), 30.0) == []
+    until(lambda: not state.is_locked(), "the lock is still held")
+
+
+def test_what_is_launched_is_stated_in_full() -> None:
+    launched = launch.Launch(config=Config(), generation=1, snapshot="x")
+    assert launch.Launch.model_validate_json(launched.model_dump_json()) == launched

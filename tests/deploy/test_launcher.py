@@ -1,0 +1,222 @@
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.deploy import launcher
+from silvershard.deploy.config import Config, load
+from silvershard.deploy.errors import CommandError, TimedOut
+from silvershard.deploy.launcher import LocalCluster
+from silvershard.deploy.processes import is_alive
+from silvershard.deploy.shard_watch import ShardDead
+from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+
+
+class FakeRouter:
+    """A router that does what the test says."""
+
+    def __init__(self, state: StateDir, config: Config) -> None:
+        self.phase: RouterPhase = "serving"
+        self.address = "127.0.0.1:8001"
+        self.has_failed = False
+        self.stopped = 0
+        self.polled = 0
+
+    @property
+    def record(self) -> RouterRecord:
+        return RouterRecord(state=self.phase)
+
+    def start(self) -> None:
+        pass
+
+    def poll(self) -> None:
+        self.polled += 1
+
+    def last_words(self) -> str:
+        return "port in use"
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+class FakeShard:
+    def __init__(self, shard: int) -> None:
+        self.shard = shard
+        self.count = 0
+        self.said: ShardEntry | ShardDead | None = None
+        self.ended = False
+
+    def serve(self, epoch: int = 1) -> None:
+        self.said = ShardEntry(
+            shard=self.shard,
+            replica=0,
+            address=f"127.0.0.1:{9000 + self.shard}",
+            epoch=epoch,
+            documents=10 + self.shard,
+            pid=os.getpid(),
+        )
+
+    def restarts(self) -> int:
+        return self.count
+
+    def entry(self) -> ShardEntry | None:
+        if isinstance(self.said, ShardDead):
+            raise self.said
+        return self.said
+
+    def ask_again(self) -> None:
+        self.said = None
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Setup:
+    def __init__(self, root: Path) -> None:
+        self.state = StateDir(root)
+        self.state.create()
+        self.shards = [FakeShard(0), FakeShard(1)]
+        self.phases: list[str] = []
+        self.asked: list[str] = []
+        self.cluster = LocalCluster(
+            self.state,
+            load(None, environ={}),
+            generation=3,
+            snapshot=root / "gen-000003",
+            start_shard=lambda shard: self.shards[shard],
+            canary=self.asked.append,
+            report=self.phases.append,
+        )
+        router = self.cluster._router
+        assert isinstance(router, FakeRouter)
+        self.router = router
+
+    @property
+    def map(self) -> ShardMap:
+        return ShardMap.read(self.state.shard_map_file)
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    made = Setup(tmp_path)
+    yield made
+    made.cluster.stop()
+
+
+def test_the_first_map_is_whole(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    setup.shards[0].serve()
+    setup.cluster.poll()
+    assert not setup.state.shard_map_file.exists()
+    setup.shards[1].serve()
+    setup.cluster.poll()
+    assert (setup.map.version, setup.map.generation, setup.map.num_shards) == (1, 3, 2)
+    assert setup.map.missing == []
+    assert setup.map.snapshot == str(setup.state.root / "gen-000003")
+
+
+def test_a_lost_shard_leaves_the_map_and_returns_to_it(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    setup.cluster.poll()
+    setup.shards[1].count = 1
+    setup.cluster.poll()
+    assert (setup.map.version, setup.map.missing) == (2, [1])
+    record = setup.state.read_record()
+    assert record is not None
+    assert (record.coverage, record.map_version) == (10 / 21, 2)
+    setup.shards[1].serve(epoch=2)
+    setup.cluster.poll()
+    assert (setup.map.version, setup.map.missing) == (3, [])
+    assert setup.map.replicas(1)[0].epoch == 2
+
+
+def test_nothing_is_written_while_nothing_changes(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    setup.cluster.poll()
+    written = setup.state.shard_map_file.stat().st_mtime_ns
+    for _ in range(5):
+        setup.cluster.poll()
+    assert setup.state.shard_map_file.stat().st_mtime_ns == written
+    assert setup.router.polled == 6
+
+
+def test_ready_means_all_shards_and_the_router(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    setup.shards[0].serve()
+    with pytest.raises(TimedOut, match="1 of 2 shards serve, the router is serving"):
+        setup.cluster.wait_until_ready(0.0)
+    setup.shards[1].serve()
+    setup.router.phase = "starting"
+    with pytest.raises(TimedOut, match="2 of 2 shards serve, the router is starting"):
+        setup.cluster.wait_until_ready(0.0)
+    setup.router.phase = "serving"
+    assert setup.asked == []
+    setup.cluster.wait_until_ready(0.0)
+    assert setup.asked == ["127.0.0.1:8001"]
+
+
+def test_a_cluster_whose_first_question_is_not_answered_is_not_ready() -> None:
+    with pytest.raises(CommandError, match="the first question was not answered: UNAVAILABLE"):
+        launcher.ask_canary("127.0.0.1:1")
+
+
+def test_a_shard_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    setup.shards[1].said = ShardDead("snapshot x: tables/a is missing")
+    with pytest.raises(CommandError, match="shard 1 could not start: snapshot x: tables/a is"):
+        setup.cluster.wait_until_ready(10.0)
+
+
+def test_a_router_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -> None:
+    setup.router.has_failed = True
+    with pytest.raises(CommandError, match="the router could not start: port in use"):
+        setup.cluster.wait_until_ready(10.0)
+
+
+def test_a_failed_start_ends_everything(setup: Setup) -> None:
+    setup.shards[0].said = ShardDead("broken")
+    with pytest.raises(CommandError), setup.cluster:
+        pass
+    assert setup.router.stopped == 1
+    assert all(shard.ended for shard in setup.shards)
+
+
+def test_the_context_ends_everything(setup: Setup) -> None:
+    for shard in setup.shards:
+        shard.serve()
+    with setup.cluster as cluster:
+        assert [shard.state for shard in cluster.shards] == ["serving", "serving"]
+        assert setup.phases[0] == "router"
+    assert setup.router.stopped == 1
+    assert all(shard.ended for shard in setup.shards)
+
+
+def test_the_record_names_all_processes_below(setup: Setup) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as child:
+        setup.cluster.announce()
+        record = setup.state.read_record()
+        assert record is not None
+        (own,) = [process for process in record.processes if process.pid == child.pid]
+        assert record.driver.pid == os.getpid()
+        setup.cluster.kill_leftovers()
+        child.wait()
+        assert not is_alive(own)
+
+
+def test_watching_ends_when_told(setup: Setup) -> None:
+    stop = threading.Event()
+    stop.set()
+    setup.cluster.run(stop)
+    assert setup.router.polled == 0

@@ -1,0 +1,150 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silvershard.deploy import operate
+from silvershard.deploy.errors import ExitCode
+from silvershard.deploy.processes import myself
+from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
+from silvershard.shard.errors import SnapshotError
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateDir:
+    directory = StateDir(tmp_path)
+    directory.create()
+    return directory
+
+
+def record(**changes: Any) -> ClusterRecord:
+    shards = (
+        ShardRecord(shard=0, state="serving", documents=6, pid=11, address="127.0.0.1:1"),
+        ShardRecord(shard=1, state="failed", documents=4, reason="gave up after 5 deaths"),
+    )
+    fields: dict[str, Any] = {
+        "guard": myself(),
+        "driver": myself(),
+        "address": "127.0.0.1:8001",
+        "model": "films",
+        "generation": 3,
+        "documents": 10,
+        "map_version": 2,
+        "router": RouterRecord(state="serving", pid=9),
+        "shards": shards,
+        "ray_dir": "",
+        "since_unix_s": 0.0,
+    }
+    return ClusterRecord(**{**fields, **changes})
+
+
+def test_a_lost_shard_is_degraded_with_its_reason(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    state.write_record(record())
+    document, code = operate.status(state)
+    assert (document["state"], document["coverage"], code) == ("degraded", 0.6, ExitCode.DEGRADED)
+    shown = operate.render_cluster(document)
+    for text in ("degraded", "0.6000", "gave up after 5 deaths", "films, generation 3"):
+        assert text in shown
+
+
+def test_health_is_asked_for_by_name(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(operate, "_health", lambda *names: bool(asked.append(names)) or True)
+    state.write_record(record())
+    operate.status(state)
+    assert asked == [("127.0.0.1:8001", "model/films"), ("127.0.0.1:1", "shard/0")]
+
+
+def test_a_shard_that_does_not_answer_counts_as_lost(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = record().shards[0]
+    state.write_record(record(shards=(whole, whole.model_copy(update={"shard": 1}))))
+    monkeypatch.setattr(operate, "_health", lambda address, service: service != "shard/1")
+    document, code = operate.status(state)
+    assert code == ExitCode.DEGRADED
+    assert [shard["state"] for shard in document["shards"]] == ["serving", "not answering"]
+    monkeypatch.setattr(operate, "_health", lambda address, service: service != "model/films")
+    document, code = operate.status(state)
+    assert (document["router"]["state"], code) == ("not serving", ExitCode.DEGRADED)
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    assert operate.status(state)[1] == ExitCode.OK
+
+
+def test_a_daemon_that_is_gone_is_degraded(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    gone = myself().model_copy(update={"boot": "another"})
+    state.write_record(record(driver=gone, shards=record().shards[:1]))
+    document, code = operate.status(state)
+    assert (document["daemon"]["state"], code) == ("gone", ExitCode.DEGRADED)
+
+
+def test_a_cluster_without_a_map_is_starting(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service: False)
+    state.write_record(record(map_version=0))
+    document, code = operate.status(state)
+    assert (document["state"], code) == ("starting", ExitCode.FAILED)
+
+
+def test_nobody_at_the_address_is_not_healthy() -> None:
+    assert not operate._health("", "x")
+    assert not operate._health("127.0.0.1:1", "x")
+
+
+@pytest.mark.parametrize(
+    ("was_running", "leftovers", "killed", "said"),
+    [
+        (True, 0, 0, "stopped the cluster on {root} in 1.5 s"),
+        (True, 0, 2, "stopped the cluster on {root} in 1.5 s; 2 processes had to be killed"),
+        (False, 0, 0, "nothing is running on {root}"),
+        (False, 3, 0, "nothing is running on {root}; ended 3 processes that a crashed cluster"),
+    ],
+)
+def test_down_says_what_it_did(
+    state: StateDir, was_running: bool, leftovers: int, killed: int, said: str
+) -> None:
+    document = {
+        "was_running": was_running,
+        "leftovers": leftovers,
+        "killed": killed,
+        "seconds": 1.5,
+    }
+    shown = operate.render_down(document, state)
+    assert shown.startswith(said.format(root=state.root))
+
+
+def test_a_broken_snapshot_is_found_before_it_is_served(tmp_path: Path, generation: Any) -> None:
+    operate.verify_snapshot(generation.path)
+    with pytest.raises(SnapshotError, match=r"manifest\.json is missing"):
+        operate.verify_snapshot(tmp_path)
+
+
+def test_a_short_wait_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = operate.PhaseBar("starting")
+    for phase in ("a", "b"):
+        bar.phase(phase)
+    bar.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_wait_says_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm
+
+    written = io.StringIO()
+
+    def shown(**options: Any) -> Any:
+        return tqdm.tqdm(**{**options, "delay": 0, "mininterval": 0, "file": written})
+
+    monkeypatch.setattr(operate, "tqdm", shown)
+    bar = operate.PhaseBar("starting")
+    bar.phase("shards 1/2")
+    bar.close()
+    assert "starting: shards 1/2 00:0" in written.getvalue()

@@ -1,0 +1,139 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from silvershard.deploy import recipe
+from silvershard.deploy.config import Config, load
+from silvershard.deploy.csv_files import DataError
+from silvershard.deploy.errors import CommandError
+from silvershard.deploy.state import StateDir
+from silvershard.model.request import Request
+from silvershard.shard.load import load_retriever
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    options = {"model.steps": 8, "model.ranker_steps": 4, "model.dim": 16, "index.clusters": 16}
+    return load(None, environ={}, options=options)
+
+
+@pytest.fixture(scope="module")
+def prepared(config: Config, films_folder: Path) -> recipe.Prepared:
+    return recipe.prepare(config, data=films_folder, environ={}, report=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def state(
+    config: Config, prepared: recipe.Prepared, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StateDir]:
+    """A state directory with a trained model and one generation."""
+    directory = StateDir(tmp_path_factory.mktemp("state"))
+    directory.create()
+    recipe.train_model(directory, config, prepared, progress=False)
+    recipe.publish(directory, config, prepared, recipe.load_model(directory.model_dir))
+    return directory
+
+
+def test_the_data_that_were_named_come_before_all_others(
+    films_folder: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    named = load(None, environ={}, options={"paths.data": str(films_folder)})
+    by_setting = recipe.prepare(
+        named, environ={"SILVERSHARD_DATA": str(tmp_path)}, report=said.append
+    )
+    assert by_setting.source.path == str(films_folder)
+    by_variable = recipe.prepare(
+        load(None, environ={}),
+        environ={"SILVERSHARD_DATA": str(films_folder)},
+        report=said.append,
+    )
+    assert by_variable.source == by_setting.source
+    assert said[0].startswith(f"data: {films_folder}: 400 movies")
+    with pytest.raises(DataError, match="does not exist"):
+        recipe.prepare(named, data=tmp_path / "none", environ={}, report=said.append)
+
+
+def test_the_trained_model_is_loaded_as_it_was_saved(
+    state: StateDir, config: Config, prepared: recipe.Prepared
+) -> None:
+    loaded = recipe.load_model(state.model_dir)
+    assert loaded.description.builder == "two_tower"
+    assert loaded.description.training.steps == 8
+    assert loaded.description.data == prepared.source
+    assert not loaded.model.training
+    again = recipe.load_model(state.model_dir)
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_a_model_that_is_missing_or_damaged_is_named(state: StateDir, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="run `silvershard train`"):
+        recipe.load_model(tmp_path)
+    for name in (recipe.DESCRIPTION, recipe.WEIGHTS):
+        (tmp_path / name).write_bytes((state.model_dir / name).read_bytes())
+    (tmp_path / recipe.WEIGHTS).write_bytes(b"x" * 100)
+    with pytest.raises(CommandError, match=r"model\.safetensors cannot be used"):
+        recipe.load_model(tmp_path)
+    (tmp_path / recipe.DESCRIPTION).write_text("{}")
+    with pytest.raises(CommandError, match=r"model\.json: builder: field required; train again"):
+        recipe.load_model(tmp_path)
+
+
+def test_training_again_replaces_the_model(state: StateDir, tmp_path: Path) -> None:
+    loaded = recipe.load_model(state.model_dir)
+    target = tmp_path / "model"
+    for seed in (1, 2):
+        description = loaded.description.model_copy(update={"seed": seed})
+        recipe.save_model(target, loaded.model, description)
+    assert recipe.load_model(target).description.seed == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_generation_answers(state: StateDir, prepared: recipe.Prepared) -> None:
+    retriever, _ = load_retriever(state.generation_dir(1))
+    assert retriever.documents == len(prepared.catalogue)
+    assert retriever.spec.model == "movielens"
+    assert (retriever.spec.num_clusters, retriever.spec.defaults.probes) == (16, 2)
+    history = recipe.user_history(state.users_file, 1)
+    assert history
+    (answer,) = retriever([Request(features={"history": history}, exclude_ids=history, k=5)])
+    assert len(answer.item_ids) == 5
+
+
+def test_publishing_again_makes_the_next_generation(
+    state: StateDir, config: Config, prepared: recipe.Prepared
+) -> None:
+    before = state.list_generations()
+    published = recipe.publish(state, config, prepared, recipe.load_model(state.model_dir))
+    assert state.list_generations() == [*before, before[-1] + 1]
+    described = recipe.describe_published(published)
+    assert described["documents"] == 400
+    assert described["longest_list"] >= described["mean_list"]
+
+
+def test_histories_are_those_of_the_data_oldest_first(
+    state: StateDir, prepared: recipe.Prepared
+) -> None:
+    data: Any = prepared.data
+    for user in np.unique(data.user_ids).tolist():
+        expected = data.rated_movie_ids[data.user_ids == user].tolist()
+        assert recipe.user_history(state.users_file, user) == expected
+    assert recipe.user_history(state.users_file, 0) is None
+    assert recipe.user_history(state.users_file, 1 << 40) is None
+
+
+def test_a_missing_users_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="run `silvershard publish`, or use --history"):
+        recipe.user_history(tmp_path / "users.safetensors", 1)
+
+
+@pytest.mark.parametrize(
+    ("documents", "clusters"), [(0, 2), (1, 2), (2000, 128), (9742, 256), (62_000, 512)]
+)
+def test_clusters_grow_with_the_root_of_the_items(documents: int, clusters: int) -> None:
+    assert recipe.num_clusters(Config(), documents) == clusters

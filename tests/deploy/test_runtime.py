@@ -1,0 +1,31 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from silvershard.deploy.config import ShardingSection
+from silvershard.deploy.runtime import prepare_ray, threads_per_shard
+
+
+def test_shards_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    shards = (1, 2, 3, 8, 9)
+    assert [threads_per_shard(ShardingSection(shards=one)) for one in shards] == [8, 4, 2, 1, 1]
+    assert threads_per_shard(ShardingSection(shards=2, threads=7)) == 7
+
+
+def test_the_secret_of_ray_is_new_and_for_its_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    secrets = []
+    for _ in range(2):
+        prepare_ray(tmp_path / "token", threads=3)
+        assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+        secrets.append((tmp_path / "token").read_text())
+    assert secrets[0] != secrets[1]
+    assert min(map(len, secrets)) >= 64
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
+    assert os.environ["OMP_NUM_THREADS"] == "3"

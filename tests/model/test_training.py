@@ -1,0 +1,285 @@
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from silvershard.model import training
+from silvershard.model.catalogue import Ragged
+from silvershard.model.quality import hit_rate_at_k, ndcg_at_k, popularity_ranking
+from silvershard.model.schema import Schema, UserFeature
+from silvershard.model.training import (
+    Trained,
+    _ranker_loss,
+    _RankerTraining,
+    _sampled_softmax,
+    train,
+)
+from silvershard.model.training_data import Interactions, TrainingConfig
+
+NUM_FILMS, NUM_USERS, LENGTH, GROUPS = 120, 90, 14, 6
+
+SCHEMA = Schema(
+    user_features=(UserFeature(name="history", max_length=10),),
+    item_features=(
+        UserFeature(name="film", max_length=1),
+        UserFeature(name="genres", dtype="string"),
+    ),
+    signals=("popularity",),
+    heads=("rated", "liked"),
+    tasks=("rated", "liked"),
+)
+FEATURES = {
+    "film": Ragged.from_rows([[film] for film in range(NUM_FILMS)]),
+    "genres": Ragged.from_rows([[f"genre {film % GROUPS}"] for film in range(NUM_FILMS)]),
+}
+SIGNALS = np.linspace(0, 1, NUM_FILMS, dtype=np.float32)[:, None]
+CONFIG = TrainingConfig(
+    item="film",
+    dim=16,
+    steps=60,
+    batch=128,
+    negatives=256,
+    clusters=8,
+    learning_rate=0.01,
+    ranker_steps=20,
+    ranker_batch=32,
+    ranker_hard=8,
+    ranker_depth=30,
+)
+
+
+class Parts(NamedTuple):
+    train: Interactions
+    valid: Interactions
+    test_items: np.ndarray[Any, Any]
+    histories: list[list[int]]
+
+
+def interactions() -> Parts:
+    """Users who watch the films of one group, in any order; the last two are held out."""
+    rng = np.random.default_rng(0)
+    per_group = NUM_FILMS // GROUPS
+    watched = np.stack(
+        [rng.permutation(per_group)[:LENGTH] * GROUPS + user % GROUPS for user in range(NUM_USERS)]
+    )
+    ratings = rng.integers(2, 6, watched.shape).astype(np.float32)
+    users = np.arange(NUM_USERS)
+    return Parts(
+        Interactions(
+            np.repeat(users, LENGTH - 2), watched[:, :-2].ravel(), ratings[:, :-2].ravel()
+        ),
+        Interactions(users, watched[:, -2], ratings[:, -2]),
+        watched[:, -1],
+        watched[:, :-1].tolist(),
+    )
+
+
+PARTS = interactions()
+
+
+def run(seed: int = 0, **changes: Any) -> Trained:
+    return train(
+        SCHEMA,
+        FEATURES,
+        SIGNALS,
+        PARTS.train,
+        CONFIG.model_copy(update=changes),
+        validation=PARTS.valid,
+        seed=seed,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return run()
+
+
+def test_the_retriever_finds_planted_tastes_that_popularity_misses(trained: Trained) -> None:
+    items = trained.model.embed_items(FEATURES)
+    encoded = trained.model.encode([{"history": history} for history in PARTS.histories])
+    scores = encoded.embedding[:, 0] @ items.T
+    counts = np.bincount(PARTS.train.item_ids, minlength=NUM_FILMS)
+    popular = popularity_ranking(counts, np.arange(NUM_FILMS))
+    by_popularity = []
+    for user, history in enumerate(PARTS.histories):
+        scores[user, history] = -2.0
+        by_popularity.append(popular[~np.isin(popular, history)][:10])
+    found = scores.topk(10, 1).indices
+    mine = hit_rate_at_k(found, PARTS.test_items, 10).mean()
+    theirs = hit_rate_at_k(np.stack(by_popularity), PARTS.test_items, 10).mean()
+    assert mine > 0.9
+    assert mine > 2 * theirs
+
+
+def test_losses_fall_and_validation_is_reported(trained: Trained) -> None:
+    assert len(trained.tower_losses) == len(trained.ranker_losses) == 10
+    assert trained.tower_losses[-1] < trained.tower_losses[0]
+    assert 0.2 < trained.tower_ndcg <= 1
+    assert trained.ranker_ndcg >= 0.9 * trained.tower_ndcg
+    assert trained.seconds > 0
+
+
+def test_the_kept_reranker_is_the_best_on_validation(trained: Trained) -> None:
+    untrained = run(ranker_steps=0)
+    assert untrained.ranker_step == 0
+    assert untrained.tower_ndcg == trained.tower_ndcg
+    assert trained.ranker_ndcg >= untrained.ranker_ndcg
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(trained: Trained) -> None:
+    torch.manual_seed(99)
+    again, other = run(), run(seed=1)
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    weight = trained.model.item_tables.weight("film")
+    assert not torch.equal(other.model.item_tables.weight("film"), weight)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    run(steps=2, ranker_steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_pull_brings_items_closer_to_their_centres() -> None:
+    spread = []
+    for pull in (0.0, 30.0):
+        items = run(cluster_pull=pull, ranker_steps=0).model.embed_items(FEATURES)
+        similarity = (items @ items.T).fill_diagonal_(-1.0)
+        spread.append(similarity.topk(5, 1).values.mean().item())
+    assert spread[1] > spread[0] + 0.02
+
+
+def test_training_goes_without_validation() -> None:
+    trained = train(SCHEMA, FEATURES, SIGNALS, PARTS.train, CONFIG, progress=False)
+    assert math.isnan(trained.tower_ndcg)
+    assert math.isnan(trained.ranker_ndcg)
+    assert trained.ranker_step == CONFIG.ranker_steps
+
+
+def test_a_model_without_tasks_trains_no_reranker() -> None:
+    schema = SCHEMA.model_copy(update={"tasks": ()})
+    trained = train(schema, FEATURES, SIGNALS, PARTS.train, CONFIG, progress=False)
+    assert trained.ranker_losses == ()
+    assert trained.model.config.tasks == ()
+
+
+def test_a_trained_model_has_no_gradients_and_serves(trained: Trained) -> None:
+    assert not trained.model.training
+    assert not any(parameter.requires_grad for parameter in trained.model.parameters())
+    assert torch.isfinite(trained.model.encode([{}]).embedding).all()
+
+
+def test_sampled_softmax_estimates_the_loss_over_the_whole_catalogue() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50)
+    targets = torch.tensor([3, 17])
+    odds = torch.rand(50).square() + 0.01
+    odds /= odds.sum()
+    negatives = torch.multinomial(odds, 200_000, replacement=True)
+    sampled = torch.cat([logits[targets, None], logits[negatives].expand(2, -1)], 1)[:, None]
+    found = _sampled_softmax(sampled, targets, negatives, odds[negatives].log())
+    exact = torch.nn.functional.cross_entropy(logits.expand(2, -1), targets, reduction="none")
+    assert torch.allclose(found[:, 0], exact, atol=0.02)
+
+
+@pytest.mark.parametrize(("reached", "kept"), [((0.5, 0.4, 0.7, 0.6), 10), ((0.9, 0.1), 0)])
+def test_the_reranker_is_restored_to_the_step_that_validates_best(
+    monkeypatch: pytest.MonkeyPatch, reached: tuple[float, ...], kept: int
+) -> None:
+    states: list[torch.Tensor] = []
+    # One value for the towers, one for the untrained reranker, then one for each checkpoint.
+    values = iter((0.0, *reached, *(0.0 for _ in range(9))))
+
+    def ndcg(self: _RankerTraining, *, rerank: bool) -> float:
+        if rerank:
+            states.append(self._model.ranker.out.weight.clone())
+        return next(values)
+
+    monkeypatch.setattr(_RankerTraining, "_ndcg", ndcg)
+    trained = run(steps=2, ranker_steps=25)
+    assert trained.ranker_step == kept
+    assert trained.ranker_ndcg == max(reached)
+    assert torch.equal(trained.model.ranker.out.weight, states[reached.index(max(reached))])
+    assert not torch.equal(states[0], states[1])
+
+
+def test_the_ranker_loss_ignores_what_the_towers_did_not_find() -> None:
+    torch.manual_seed(0)
+    logits, positive = torch.randn(4, 5, 2), torch.ones(4, 2, dtype=torch.bool)
+    repeated = torch.zeros(4, 5, dtype=torch.bool)
+    found = torch.tensor([True, True, False, False])
+    loss = _ranker_loss(logits, positive, repeated, found)
+    changed = logits.clone()
+    changed[2:] += 9.0
+    assert torch.equal(_ranker_loss(changed, positive, repeated, found), loss)
+    only = _ranker_loss(logits[:2], positive[:2], repeated[:2], found[:2])
+    assert loss.item() == pytest.approx(only.item())
+    nothing = _ranker_loss(logits, positive, repeated, torch.zeros(4, dtype=torch.bool))
+    assert nothing.item() == 0.0
+
+
+def test_the_ranker_loss_leaves_out_repeated_candidates() -> None:
+    torch.manual_seed(0)
+    logits, positive = torch.randn(3, 4, 1), torch.ones(3, 1, dtype=torch.bool)
+    repeated = torch.zeros(3, 4, dtype=torch.bool)
+    repeated[:, 3] = True
+    found = torch.ones(3, dtype=torch.bool)
+    short = _ranker_loss(logits[:, :3], positive, repeated[:, :3], found)
+    assert _ranker_loss(logits, positive, repeated, found).item() == pytest.approx(short.item())
+
+
+def test_held_out_ranks_are_as_good_as_ndcg_says(trained: Trained) -> None:
+    items = trained.model.embed_items(FEATURES)
+    histories = [history[:-1] for history in PARTS.histories]
+    query = trained.model.encode([{"history": history} for history in histories]).embedding
+    reached = []
+    for head in range(2):
+        scores = query[:, head] @ items.T
+        for user, history in enumerate(histories):
+            scores[user, history] = -2.0
+        found = scores.topk(10, 1).indices
+        reached.append(ndcg_at_k(found, PARTS.valid.item_ids, 10).mean())
+    assert trained.tower_ndcg == pytest.approx(max(reached), abs=1e-3)
+
+
+@pytest.mark.parametrize("depth", [20, NUM_FILMS])
+def test_the_reranked_ndcg_is_that_of_the_summed_probabilities(
+    monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setattr(training, "_SELECTION_DEPTH", depth)
+    trained = run(steps=20)
+    model, items = trained.model, trained.model.embed_items(FEATURES)
+    histories = [history[:-1] for history in PARTS.histories]
+    encoded = model.encode([{"history": history} for history in histories])
+    found = []
+    for user, history in enumerate(histories):
+        refined = items @ encoded.embedding[user].T  # (N, H)
+        refined[history] = -2.0
+        union = refined.topk(depth, 0).indices.flatten().unique()
+        union = union[~torch.isin(union, torch.tensor(history))]
+        logits = model.rank(
+            encoded.embedding[user : user + 1],
+            encoded.user_state[user : user + 1],
+            torch.zeros(len(union), dtype=torch.int64),
+            items[union],
+            refined[union],
+            torch.from_numpy(SIGNALS)[union],
+        )
+        found.append(union[torch.sigmoid(logits).sum(1).topk(10).indices].tolist())
+    reached = ndcg_at_k(found, PARTS.valid.item_ids, 10).mean()
+    assert trained.ranker_ndcg == pytest.approx(reached, abs=1e-3)

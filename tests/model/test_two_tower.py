@@ -1,0 +1,295 @@
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from silvershard.kernels import fixed_dot
+from silvershard.model.catalogue import Ragged
+from silvershard.model.registry import build
+from silvershard.model.two_tower import TwoTower, TwoTowerConfig, recency_weights, unit_rows
+
+NUM_FILMS = 120
+GENRES = ("Comedy", "Drama", "Horror", "Noir")
+
+
+def config(**changes: Any) -> TwoTowerConfig:
+    settings: dict[str, Any] = {
+        "dim": 24,
+        "heads": ("rated", "liked"),
+        "tasks": ("rated", "liked"),
+        "signals": ("popularity", "recency", "length"),
+        "history": "history",
+        "item": "film",
+        "tables": (
+            {"name": "film", "dtype": "int", "size": NUM_FILMS},
+            {"name": "genres", "dtype": "string", "size": len(GENRES)},
+            {"name": "year", "dtype": "int", "size": 10},
+        ),
+        "pooled": ({"feature": "genres", "width": 3},),
+        "max_history": 20,
+        "bands": 5,
+    }
+    return TwoTowerConfig.model_validate({**settings, **changes})
+
+
+def film_features() -> dict[str, Ragged]:
+    rng = np.random.default_rng(4)
+    genres = [
+        rng.choice(GENRES, rng.integers(0, 4), replace=False).tolist() for _ in range(NUM_FILMS)
+    ]
+    return {
+        "film": Ragged.from_rows([[1000 + 3 * film] for film in range(NUM_FILMS)]),
+        "genres": Ragged.from_rows(genres, dtype="string"),
+        "year": Ragged.from_rows([[1990 + film % 10] for film in range(NUM_FILMS)]),
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTower:
+    torch.manual_seed(6)
+    made = TwoTower(config())
+    made.vocabulary("film").fill(range(1000, 1000 + 3 * NUM_FILMS, 3))
+    made.vocabulary("genres").fill(GENRES)
+    made.vocabulary("year").fill(range(1990, 2000))
+    made.bands.copy_(torch.randint(5, made.bands.shape))
+    links = made.links("genres")
+    links[1:, 1] = torch.randint(-1, 5, (NUM_FILMS,))
+    links[1:, 2] = torch.where(links[1:, 1] >= 0, torch.randint(-1, 5, (NUM_FILMS,)), -1)
+    made.requires_grad_(requires_grad=False)
+    for tables in (made.user_tables, made.item_tables):
+        for name in tables.features:
+            tables.weight(name).normal_()
+    made.ranker.out.weight[:32, :2].normal_()
+    return made.eval()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def users(count: int) -> list[Mapping[str, Sequence[Any]]]:
+    rng = np.random.default_rng(9)
+    histories = [rng.integers(990, 1400, rng.integers(0, 30)).tolist() for _ in range(count - 2)]
+    return [{}, {"history": []}, *({"history": history} for history in histories)]
+
+
+def known(films: Sequence[int]) -> list[int]:
+    return [1000 + 3 * film for film in films]
+
+
+def test_embeddings_have_unit_length_and_the_declared_shapes(model: TwoTower) -> None:
+    encoded = model.encode(users(7))
+    assert encoded.embedding.shape == (7, 2, 24)
+    assert encoded.user_state.shape == (7, model.config.state_dim)
+    items = model.embed_items(film_features())
+    assert items.shape == (NUM_FILMS, 24)
+    for rows in (encoded.embedding, items):
+        assert rows.dtype == torch.float32
+        assert torch.allclose(fixed_dot(rows, rows), torch.ones(1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 64])
+def test_a_user_has_the_same_bits_alone_and_in_any_batch(
+    model: TwoTower, threads: int, size: int
+) -> None:
+    batch = users(size) if size >= 2 else users(5)[4:]
+    together = model.encode(batch)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    permuted = model.encode([batch[at] for at in order.tolist()])
+    assert torch.equal(permuted.embedding, together.embedding[order])
+    assert torch.equal(permuted.user_state, together.user_state[order])
+    for at, user in enumerate(batch):
+        alone = model.encode([user])
+        assert torch.equal(alone.embedding[0], together.embedding[at])
+        assert torch.equal(alone.user_state[0], together.user_state[at])
+        assert alone.warnings[0] == together.warnings[at]
+
+
+def test_an_item_has_the_same_bits_alone_and_in_any_batch(model: TwoTower, threads: int) -> None:
+    features = film_features()
+    together = model.embed_items(features)
+    shuffled = np.random.default_rng(3).permutation(NUM_FILMS)
+    for rows in (*np.arange(0, NUM_FILMS, 7)[:, None], shuffled, np.arange(7, 40)):
+        taken = {name: column.take(rows) for name, column in features.items()}
+        assert torch.equal(model.embed_items(taken), together[torch.from_numpy(rows)])
+
+
+def test_items_beyond_one_chunk_have_the_same_bits(model: TwoTower) -> None:
+    rows = np.arange(4096 + 50) % NUM_FILMS
+    many = {name: column.take(rows) for name, column in film_features().items()}
+    expected = model.embed_items(film_features())[torch.from_numpy(rows)]
+    assert torch.equal(model.embed_items(many), expected)
+
+
+def test_a_pair_has_the_same_logits_whatever_pairs_surround_it(
+    model: TwoTower, threads: int
+) -> None:
+    encoded = model.encode(users(9))
+    items = model.embed_items(film_features())
+    request = torch.arange(9).repeat_interleave(NUM_FILMS)
+    pairs = items.repeat(9, 1)
+    refined = fixed_dot(encoded.embedding[request], pairs[:, None])
+    signals = torch.rand(len(pairs), 3, generator=torch.Generator().manual_seed(1))
+    together = model.rank(encoded.embedding, encoded.user_state, request, pairs, refined, signals)
+    assert together.shape == (9 * NUM_FILMS, 2)
+    for user in range(9):
+        mine = torch.arange(user * NUM_FILMS, (user + 1) * NUM_FILMS, 7)
+        alone = model.rank(
+            encoded.embedding[user : user + 1],
+            encoded.user_state[user : user + 1],
+            torch.zeros(len(mine), dtype=torch.int64),
+            pairs[mine],
+            refined[mine],
+            signals[mine],
+        )
+        assert torch.equal(alone, together[mine])
+
+
+def test_a_history_without_known_ids_gets_the_default_embedding(model: TwoTower) -> None:
+    encoded = model.encode([{}, {"history": []}, {"history": [5, 6]}, {"history": known([3])}])
+    assert torch.equal(encoded.embedding[0], encoded.embedding[1])
+    assert torch.equal(encoded.embedding[0], encoded.embedding[2])
+    assert not torch.equal(encoded.embedding[0], encoded.embedding[3])
+
+
+def test_unknown_ids_are_left_out_and_reported(model: TwoTower) -> None:
+    encoded = model.encode([{"history": [1, *known([3]), 2]}, {"history": known([3])}])
+    assert torch.equal(encoded.embedding[0], encoded.embedding[1])
+    assert encoded.warnings == (("feature history: 2 of 3 values unknown",), ())
+
+
+def test_only_the_last_known_ids_count_and_their_order_matters(model: TwoTower) -> None:
+    films = known(range(40))
+    long, last, other = (
+        model.encode([{"history": history}]).embedding
+        for history in (films, films[-20:], films[-20:][::-1])
+    )
+    assert torch.equal(long, last)
+    assert not torch.allclose(last, other, atol=1e-3)
+
+
+def test_the_user_state_is_what_the_tables_pool(model: TwoTower) -> None:
+    films = [5, 9, 2, 7]
+    state = model.encode([{"history": known(films)}]).user_state[0].view(3, 24)
+    rows = torch.tensor(films) + 1
+    weights = torch.tensor([0.5 ** ((3 - place) / 10.0) for place in range(4)])
+    weights /= weights.sum()
+    history = (model.user_tables.weight("history")[rows] * weights[:, None]).sum(0)
+    recent = model.user_tables.weight("recent")[rows[1:]].mean(0)
+    table = model.user_tables.weight("history_genres")
+    genres = torch.zeros(24)
+    for row, weight in zip(rows, weights, strict=True):
+        links = model.links("genres")[row]
+        genres += weight * table[links[links >= 0]].mean(0)
+    assert torch.allclose(state[0], history, atol=1e-6)
+    assert torch.allclose(state[1], recent, atol=1e-6)
+    assert torch.allclose(state[2], genres, atol=1e-6)
+
+
+def test_an_item_is_the_sum_of_what_its_features_pool(model: TwoTower) -> None:
+    features = {
+        "film": Ragged.from_rows([known([4])]),
+        "genres": Ragged.from_rows([["Noir", "unheard of", "Comedy"]]),
+        "year": Ragged.from_rows([[]]),
+    }
+    tables = model.item_tables
+    genres = model.vocabulary("genres").rows(["Noir", "Comedy"])
+    expected = (
+        tables.weight("film")[5]
+        + tables.weight("genres")[genres].mean(0)
+        + tables.weight("year")[0]
+        + tables.weight("popularity_band")[model.bands[5]]
+    )
+    found = model.embed_items(features)[0]
+    assert torch.allclose(found, expected / expected.norm(), atol=1e-6)
+
+
+def test_features_that_are_not_given_are_absent(model: TwoTower) -> None:
+    film = {"film": Ragged.from_rows([known([4]), known([8])])}
+    empty = Ragged.from_rows([[], []])
+    words = Ragged.from_rows([[], []], dtype="string")
+    whole = model.embed_items({**film, "genres": words, "year": empty})
+    assert torch.equal(model.embed_items(film), whole)
+
+
+def test_empty_batches_give_empty_results(model: TwoTower) -> None:
+    encoded = model.encode([])
+    assert encoded.embedding.shape == (0, 2, 24)
+    assert encoded.warnings == ()
+    none = {name: column.take(np.array([], np.int64)) for name, column in film_features().items()}
+    assert model.embed_items(none).shape == (0, 24)
+
+
+def test_item_features_of_other_lengths_are_refused(model: TwoTower) -> None:
+    with pytest.raises(ValueError, match="feature year must have 2 rows, got 1"):
+        model.embed_items(
+            {"film": Ragged.from_rows([[1], [2]]), "year": Ragged.from_rows([[1990]])}
+        )
+
+
+def test_config_and_tensors_rebuild_the_model(model: TwoTower) -> None:
+    again = build("two_tower", model.config.model_dump(mode="json"))
+    again.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert isinstance(again, TwoTower)
+    before, after = model.encode(users(6)), again.encode(users(6))
+    assert torch.equal(before.embedding, after.embedding)
+    assert torch.equal(model.embed_items(film_features()), again.embed_items(film_features()))
+
+
+def test_gradients_reach_every_table() -> None:
+    torch.manual_seed(0)
+    made = TwoTower(config())
+    made.vocabulary("film").fill(range(1000, 1000 + 3 * NUM_FILMS, 3))
+    encoded = made.encode([{"history": known([1, 2])}, {}])
+    items = made.embed_items(film_features())
+    weights = torch.randn(2, NUM_FILMS)
+    (encoded.embedding[:, 0] @ items.T * weights).sum().backward()
+    tables: list[Tensor] = [
+        *made.user_tables.parameters(),
+        *made.item_tables.parameters(),
+        made.user_head.weight,
+    ]
+    for parameter in tables:
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+        assert parameter.grad.any()
+
+
+def test_unit_rows_leave_zeros_and_have_finite_gradients() -> None:
+    x = torch.zeros(2, 4, requires_grad=True)
+    unit_rows(x).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert not unit_rows(torch.zeros(2, 4)).any()
+    rows = torch.randn(50, 24)
+    assert torch.equal(unit_rows(rows.clone().requires_grad_()), unit_rows(rows))
+
+
+def test_recency_weights_halve_and_sum_to_one() -> None:
+    weights = recency_weights(6, 2.0)
+    assert weights.shape == (7, 6)
+    assert weights[1].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert torch.allclose(weights[1:].sum(1), torch.ones(6))
+    assert weights[5, 2] / weights[5, 0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"item": "series"}, "item must be one of the tables"),
+        ({"pooled": ({"feature": "actors", "width": 1},)}, "pooled must be one of the tables"),
+        ({"tables": ({"name": "popularity_band", "dtype": "int", "size": 1},)}, "distinct names"),
+        ({"heads": ()}, "heads"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
