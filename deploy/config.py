@@ -54,8 +54,8 @@ class ModelSection(BaseModel):
         default="movielens", min_length=1, description="logical model name that requests can give"
     )
     dim: int = Field(default=64, ge=8, le=1024, description="embedding dimension")
-    steps: int = Field(default=600, ge=1, description="batches that train the towers")
-    ranker_steps: int = Field(default=200, ge=0, description="batches that train the reranker")
+    steps: int = Field(default=450, ge=1, description="batches that train the towers")
+    ranker_steps: int = Field(default=150, ge=0, description="batches that train the reranker")
     seed: int = Field(default=17, ge=0, description="seed of training, clustering and hashing")
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from silvershard.cluster.config import ListenSection
 from silvershard.cluster.listen import is_loopback
+from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
@@ -117,9 +118,15 @@ def start(
     number, snapshot = choose_generation(state, generation)
     state.create()
     lock = state.lock()
+    launched = Launch(config=config, generation=number, snapshot=str(snapshot))
+    ray_dir = ""
     try:
         state.clean_leftovers()
-        guard, progress = _spawn(state, config, number, snapshot, lock, detached=detached)
+        ray_dir = _make_ray_dir()
+        guard, progress = _spawn(state, launched, ray_dir, lock, detached=detached)
+    except BaseException:
+        remove_ray_dir(ray_dir)
+        raise
     finally:
         # From here on the guard holds the lock.
         os.close(lock)
@@ -131,21 +138,26 @@ def start(
             raise CommandError(f"the cluster ended as soon as it was ready; see {state.daemon_log}")
     except BaseException:
         _end(guard, config.runtime.stop_timeout_s)
+        # A guard that ended before it had begun has not removed it.
+        remove_ray_dir(ray_dir)
         raise
     # Somebody must wait for the guard, lest it stay as a zombie while this process lives.
     threading.Thread(target=guard.wait, daemon=True, name="guard").start()
     return record
 
 
-def _spawn(
-    state: StateDir, config: Config, generation: int, snapshot: Path, lock: int, *, detached: bool
-) -> tuple["subprocess.Popen[bytes]", int]:
-    """Start the guard; return it and the descriptor that its driver reports on."""
+def _make_ray_dir() -> str:
+    """Return a new directory whose path leaves room for the names of Ray's sockets."""
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) > _MAX_TMP_BYTES:
         parent = _SHORT_TMP
-    ray_dir = tempfile.mkdtemp(prefix=RAY_DIR_PREFIX, dir=parent)
-    launch = Launch(config=config, generation=generation, snapshot=str(snapshot))
+    return tempfile.mkdtemp(prefix=RAY_DIR_PREFIX, dir=parent)
+
+
+def _spawn(
+    state: StateDir, launched: Launch, ray_dir: str, lock: int, *, detached: bool
+) -> tuple["subprocess.Popen[bytes]", int]:
+    """Start the guard; return it and the descriptor that its driver reports on."""
     readable, writable = os.pipe()
     try:
         with state.daemon_log.open("ab") as log:
@@ -154,7 +166,7 @@ def _spawn(
                     *(sys.executable, "-P", "-m", "silvershard.deploy.guard"),
                     *("--state", str(state.root), "--lock-fd", str(lock)),
                     *("--status-fd", str(writable), "--ray-dir", ray_dir),
-                    *("--stop-timeout-s", str(config.runtime.stop_timeout_s)),
+                    *("--stop-timeout-s", str(launched.config.runtime.stop_timeout_s)),
                     *("--parent", "0" if detached else str(os.getpid())),
                 ],
                 stdin=subprocess.PIPE,
@@ -162,13 +174,13 @@ def _spawn(
                 stderr=log,
                 pass_fds=(lock, writable),
                 start_new_session=True,
+                env={**ENVIRONMENT, **os.environ},
             )
         assert guard.stdin is not None
         with contextlib.suppress(BrokenPipeError), guard.stdin:
-            guard.stdin.write(launch.model_dump_json().encode())
+            guard.stdin.write(launched.model_dump_json().encode())
     except BaseException:
         os.close(readable)
-        remove_ray_dir(ray_dir)
         raise
     finally:
         os.close(writable)

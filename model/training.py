@@ -17,6 +17,7 @@ section 4 (log-Q correction).
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,8 +88,8 @@ def train(
 ) -> Trained:
     """Train towers and reranker.
 
-    The result depends only on the arguments, the number of threads and the instruction set. The
-    global random state is left as it was.
+    The result depends only on the arguments and the instruction set. The global random state and
+    the number of threads are left as they were.
 
     Args:
         schema: declares the features, heads, tasks and signals.
@@ -105,7 +106,7 @@ def train(
         ValueError: if an interaction names an item without features, or no user has two of them.
     """
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
+    with _threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, data = prepare(schema, features, signals, interactions, config)
         held = None if validation is None else held_out(model, data, interactions, validation)
@@ -124,6 +125,16 @@ def train(
         ranker_step=ranking.kept_step,
         seconds=time.perf_counter() - began,
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_towers(

@@ -46,6 +46,12 @@ class TrainingConfig(BaseModel):
         default={"liked": 4.0},
         description="least rating of a positive, by head or task; every interaction where none",
     )
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description="threads of torch; on busy cores one is several times faster than two, which "
+        "wait for each other",
+    )
     dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension")
     recent: int = Field(default=3, ge=1, description="last ids that are also pooled by themselves")
     half_life: float = Field(default=10.0, gt=0, description="ids after which a weight has halved")

@@ -206,10 +206,24 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture
+def ray_dirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The directories made for Ray during the test."""
+    made: list[str] = []
+    make = launch._make_ray_dir
+
+    def noted() -> str:
+        made.append(make())
+        return made[-1]
+
+    monkeypatch.setattr(launch, "_make_ray_dir", noted)
+    return made
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
 def test_a_broken_snapshot_is_named_and_nothing_is_left(
-    tmp_path: Path, generation: Any, damage: Callable[[Path], None]
+    tmp_path: Path, generation: Any, damage: Callable[[Path], None], ray_dirs: list[str]
 ) -> None:
     state = StateDir(tmp_path / "s")
     state.create()
@@ -223,6 +237,8 @@ def test_a_broken_snapshot_is_named_and_nothing_is_left(
         launch.start(state, config, verify=operate.verify_snapshot)
     assert not state.is_locked()
     assert state.read_record() is None
+    assert len(ray_dirs) == 1
+    assert not Path(ray_dirs[0]).exists()
 
 
 @pytest.mark.ray

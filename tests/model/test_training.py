@@ -155,6 +155,15 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_thread_count_of_the_caller_changes_nothing_and_stays(trained: Trained) -> None:
+    torch.set_num_threads(2)
+    again = run()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
 def test_the_pull_brings_items_closer_to_their_centres() -> None:
     spread = []
     for pull in (0.0, 30.0):
