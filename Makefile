@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
-DEMO_ARGS = $(if $(DATA),--data $(DATA))
+DEMO_ARGS = $(if $(DATA),--data '$(DATA)')
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 # fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
 TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 	$(BIN)/silvershard demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed ## run every test that this machine can run
-	$(if $(DATA),SILVERSHARD_DATA=$(DATA)) $(BIN)/pytest
+	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
 
 test-gpu: $(VENV)/.installed ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

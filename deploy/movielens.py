@@ -304,8 +304,8 @@ def catalogue(
 
     Tags are of all users at all times, so a tag that a user gave a held-out movie is seen as a
     property of the movie (not of the user). Filters know the first ``FILTER_TAGS`` of a movie, the
-    tower the first ``MAX_TAGS`` of those that many movies have. A movie without a year has no year and decade ids, null
-    in the year attribute and field, and the median ``recency``.
+    tower the first ``MAX_TAGS`` of those that many movies have. A movie without a year has no year
+    and decade ids, null in the year attribute and field, and the median ``recency``.
 
     Args:
         movielens: the data set.

@@ -127,6 +127,12 @@ def _query_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fields", default="title,year,genres", metavar="A,B", help="item columns to show"
     )
+    parser.add_argument(
+        "--min-coverage",
+        type=float,
+        metavar="SHARE",
+        help="share of the documents that must answer, 0 to 1 (default: the router's)",
+    )
     parser.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")
 
 
@@ -312,6 +318,7 @@ def _query(options: argparse.Namespace) -> int:
             nprobe=options.nprobe,
             exact=options.exact,
             plan=options.plan,
+            min_coverage=options.min_coverage,
             return_fields=[name for name in options.fields.split(",") if name],
         ),
         timeout_s=options.timeout or 10.0,

@@ -20,6 +20,9 @@ from silvershard.shard.publish import publish_generation
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Threads that share a core with another test process spin at every barrier: 44 s of work took 240.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def device() -> torch.device:

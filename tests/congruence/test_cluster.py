@@ -27,7 +27,7 @@ RequestMaker = Callable[..., list[Request]]
 def cluster(
     path: Path, num_shards: int, folder: Path, devices: Sequence[str] = ("cpu",)
 ) -> Iterator[Client]:
-    """Shard servers and a router with real executors and real sockets, in threads of this process."""
+    """Shard servers and a router with real executors and sockets, in threads of this process."""
     servers = [
         ShardServer(load_executor(path, shard, num_shards, devices=devices))
         for shard in range(num_shards)

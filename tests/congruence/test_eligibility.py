@@ -1,4 +1,4 @@
-"""Nothing ineligible is returned and nothing eligible is lost, against sets made in plain Python."""
+"""Nothing ineligible is returned, nothing eligible is lost, against sets of plain Python."""
 
 import math
 from collections.abc import Callable

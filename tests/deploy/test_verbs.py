@@ -12,7 +12,7 @@ import pytest
 
 from silvershard.deploy import verbs
 from silvershard.deploy.config import Config
-from silvershard.deploy.errors import TimedOut
+from silvershard.deploy.errors import ExitCode, TimedOut
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import DeadlineExceeded, RemoteError, SnapshotError
 
@@ -268,6 +268,20 @@ def test_every_error_has_its_exit_code(
 
     monkeypatch.setattr(verbs, "_version", fail)
     assert "x" in failed(command("version"), code)
+
+
+def test_the_operations_page_has_every_verb_option_and_exit_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    parser = verbs._arguments()
+    (commands,) = [one for one in parser._actions if isinstance(one.choices, dict)]
+    assert isinstance(commands.choices, dict)
+    for name, verb in commands.choices.items():
+        assert f"`{name}" in page
+        for action in verb._actions:
+            if action.option_strings and action.dest not in ("help", "address", "devices"):
+                assert action.option_strings[-1] in page, (name, action.dest)
+    for code in ExitCode:
+        assert f"| {int(code)} | " in page
 
 
 def test_a_reader_that_leaves_is_no_stack_trace() -> None:
