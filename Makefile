@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 # Keeps the checkout's root off sys.path, where `import model` would find a second identity of a folder.
 export PYTHONSAFEPATH = 1
+# Threads of torch that wait for each other must not spin on cores that others use.
+export OMP_WAIT_POLICY = PASSIVE
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -83,9 +83,13 @@ def ask(address: str, query: Query, *, timeout_s: float) -> Result:
 
     Raises:
         RequestRefused: with the status of the cluster.
+        CommandError: if the request has no form on the wire, such as a negative k.
     """
     with Client(address, timeout_s=timeout_s) as client:
-        return client.retrieve(query)
+        try:
+            return client.retrieve(query)
+        except ValueError as error:
+            raise CommandError(str(error), ExitCode.USAGE) from None
 
 
 def address_of(state: StateDir, given: str) -> str:

@@ -15,7 +15,6 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -62,9 +61,6 @@ The full text is README.txt in {path}"""
 
 HISTORY_LENGTH = 50
 MAX_GENRES = 16
-MAX_TAGS = 32
-NUM_TAGS = 1000
-"""Tags that the item tower reads: those that the most movies have."""
 FILTER_TAGS = 32
 """Tags of a movie that filters know: those that most people gave it. One movie of ml-latest-small
 has 173 and would widen the term slots of every item to that."""
@@ -275,7 +271,6 @@ def schema() -> Schema:
         item_features=(
             UserFeature(name="movie_id", dtype="int", max_length=1),
             UserFeature(name="genres", dtype="string", max_length=MAX_GENRES),
-            UserFeature(name="tags", dtype="string", max_length=MAX_TAGS),
             UserFeature(name="year", dtype="int", max_length=1),
             UserFeature(name="decade", dtype="int", max_length=1),
         ),
@@ -302,10 +297,10 @@ def catalogue(
 ) -> Catalogue:
     """The movies as ``schema()`` declares them.
 
-    Tags are of all users at all times, so a tag that a user gave a held-out movie is seen as a
-    property of the movie (not of the user). Filters know the first ``FILTER_TAGS`` of a movie, the
-    tower the first ``MAX_TAGS`` of those that many movies have. A movie without a year has no year
-    and decade ids, null in the year attribute and field, and the median ``recency``.
+    The tower reads no tags: they are of all users at all times, so a tag that a user gave a
+    held-out movie would tell of the user's next interaction. Filters know the first ``FILTER_TAGS``
+    of a movie. A movie without a year has no year and decade ids, null in the year attribute and
+    field, and the median ``recency``.
 
     Args:
         movielens: the data set.
@@ -338,7 +333,6 @@ def catalogue(
         features={
             "movie_id": _grouped(movielens.movie_ids, np.ones(num_movies, dtype=np.int64)),
             "genres": movielens.genres,
-            "tags": _frequent(movielens.tags),
             "year": _grouped(years, dated.astype(np.int64)),
             "decade": _grouped(years // 10 * 10, dated.astype(np.int64)),
         },
@@ -357,16 +351,6 @@ def _first(rows: Ragged, most: int) -> Ragged:
     starts = np.repeat(rows.offsets[:-1] - (np.cumsum(lengths) - lengths), lengths)
     kept = rows.values[starts + np.arange(int(lengths.sum()))]
     return _grouped(kept, lengths)
-
-
-def _frequent(tags: Ragged) -> Ragged:
-    """The tags among the ``NUM_TAGS`` that most movies have (ties alphabetical), the first few."""
-    counts = Counter(tags.values.tolist())
-    kept = set(sorted(counts, key=lambda tag: (-counts[tag], tag))[:NUM_TAGS])
-    return Ragged.from_rows(
-        [[tag for tag in tags.row(row) if tag in kept][:MAX_TAGS] for row in range(len(tags))],
-        dtype="string",
-    )
 
 
 def _md5(path: Path) -> str:

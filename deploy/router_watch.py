@@ -1,6 +1,7 @@
 """The router process, watched: started, and started again after a pause when it ends."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ class RouterWatch:
         listen = self._config.listen.model_copy(update={"port": self._port})
         settings = RouterConfig(
             map_path=str(self._state.shard_map_file),
+            parent_pid=os.getpid(),
             drain_s=self._config.runtime.drain_s,
             listen=listen,
             query=self._config.query,

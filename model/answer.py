@@ -41,7 +41,7 @@ class Answer:
     """``(K,)`` float32 probability per task."""
     plan: Plan
     exhausted: bool
-    """True when fewer than k eligible items exist: every cluster was scanned."""
+    """True when fewer than k eligible items exist: every cluster was scanned, nothing was cut."""
     counts: Counts
     warnings: tuple[str, ...] = ()
     times: StageTimes = field(default_factory=dict)
@@ -75,8 +75,15 @@ def split_answers(
         size = min(request.k, found[at])
         short = size < request.k
         whole = plan.probes == spec.num_clusters
+        # A head that kept fewer than R kept all that is eligible; as many as R may be a cut.
+        uncut = found[at] < plan.ann_k
         said = list(warnings[at])
-        if short and not whole:
+        if short and not uncut:
+            said.append(
+                f"only {size} of {request.k} results were kept by the scan: raise search.ann_k, "
+                f"now {plan.ann_k}"
+            )
+        elif short and not whole:
             said.append(
                 f"only {size} of {request.k} results lie in the {plan.probes} probed clusters "
                 f"of {spec.num_clusters}: raise search.nprobe"
@@ -91,7 +98,7 @@ def split_answers(
                     for column, name in enumerate(spec.item_schema.tasks)
                 },
                 plan=plan,
-                exhausted=short and whole,
+                exhausted=short and whole and uncut,
                 counts=Counts(
                     addressed=spec.documents,
                     probed=int(first.probed[at]),

@@ -20,6 +20,9 @@ from silvershard.shard.publish import publish_generation
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Ray reads this once too; whichever test imports it first must not settle it for the others.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 # Threads that share a core with another test process spin at every barrier: 44 s of work took 240.
 torch.set_num_threads(1)
 

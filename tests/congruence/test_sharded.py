@@ -76,10 +76,8 @@ def test_the_requests_cover_what_matters(requests: list[Request], expected: list
         len(answer.item_ids) == request.k
         for answer, request in zip(expected, requests, strict=True)
     )
-    ties = sum(int((answer.scores[1:] == answer.scores[:-1]).sum()) for answer in expected)
     refined_ties = sum(len(answer.refined) - len(answer.refined.unique()) for answer in expected)
     assert refined_ties > 100
-    assert ties >= 0
     assert any(request.exclude_ids for request in requests)
     assert any(request.filter and "NOT" in request.filter for request in requests)
 

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silvershard.cluster import Coverage, Result
+from silvershard.cluster import Coverage, Query, Result
 from silvershard.deploy import ask
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import StateDir
@@ -131,3 +131,10 @@ def test_the_address_given_is_asked(tmp_path: Path) -> None:
     assert ask.address_of(StateDir(tmp_path), "a:1") == "a:1"
     with pytest.raises(CommandError, match="start one with `silvershard up`"):
         ask.address_of(StateDir(tmp_path), "")
+
+
+@pytest.mark.parametrize("query", [Query(k=-1), Query(k=2**32), Query(nprobe=-3)])
+def test_a_number_that_no_message_can_hold_is_wrong_usage(query: Query) -> None:
+    with pytest.raises(CommandError, match="must be in 0") as caught:
+        ask.ask("127.0.0.1:1", query, timeout_s=1.0)
+    assert caught.value.exit_code == ExitCode.USAGE

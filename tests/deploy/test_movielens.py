@@ -430,19 +430,9 @@ def test_the_catalogue_is_what_the_schema_declares() -> None:
     assert np.allclose(built.signals, expected, rtol=1e-6)
 
 
-def test_the_item_tower_reads_only_frequent_tags(monkeypatch: pytest.MonkeyPatch) -> None:
-    movielens = _rated({1: [(10, 1)]}, [10, 20, 30])
-    statistics = popularity(movielens, split(movielens))
-    monkeypatch.setattr(recipe, "NUM_TAGS", 2)
-    built = catalogue(movielens, *statistics)
-    assert built.categories["tag"].lengths.tolist() == [2, 2, 2]
-    assert [built.features["tags"].row(row).tolist() for row in range(3)] == [
-        ["t10", "all"],
-        ["all"],
-        ["all"],
-    ]
-    monkeypatch.setattr(recipe, "MAX_TAGS", 1)
-    assert catalogue(movielens, *statistics).features["tags"].row(0).tolist() == ["t10"]
+def test_the_item_tower_reads_no_tags() -> None:
+    names = {feature.name for feature in schema().item_features}
+    assert names == {"movie_id", "genres", "year", "decade"}
 
 
 def test_a_catalogue_without_ratings_or_years_is_finite() -> None:

@@ -47,6 +47,12 @@ def test_a_short_answer_is_exhausted_only_when_every_cluster_was_scanned(generat
     assert "only 5 of 7 results lie in the 4 probed clusters of 16" in part.warnings[1]
 
 
+def test_a_short_answer_that_the_scan_cut_is_not_exhausted(generation) -> None:
+    cut = answer(generation, Request(k=7), Plan("all_pages", 16, 5), found=5)
+    assert not cut.exhausted
+    assert cut.warnings == ("only 5 of 7 results were kept by the scan: raise search.ann_k, now 5",)
+
+
 def test_exactly_k_found_is_not_exhausted(generation) -> None:
     assert not answer(generation, Request(k=5), Plan("all_pages", 16, 10), found=5).exhausted
 
