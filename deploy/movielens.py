@@ -61,9 +61,10 @@ The full text is README.txt in {path}"""
 
 HISTORY_LENGTH = 50
 MAX_GENRES = 16
-FILTER_TAGS = 32
-"""Tags of a movie that filters know: those that most people gave it. One movie of ml-latest-small
-has 173 and would widen the term slots of every item to that."""
+FILTER_TAGS = 256
+"""Tags of a movie that filters know: those that most people gave it. The movie with the most tags
+sets the width of every item's term slots; in ml-latest-small it has 173, so filters know them all,
+in ml-32m one has thousands."""
 
 TRY_TIMEOUT_S = 5.0
 """Limit of one connection attempt and of one read."""

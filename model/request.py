@@ -147,6 +147,8 @@ def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
         value = compile_value(schema.value, schema.value_columns, weights)
     except ValueFormulaError as error:
         raise RequestError("task_weights", str(error)) from None
+    if request.plan and (request.exact or request.nprobe or request.ann_k):
+        raise RequestError("search.plan", "a pinned plan excludes exact, nprobe and ann_k")
     try:
         pinned = parse_plan(request.plan, spec) if request.plan else None
     except PlanError as error:

@@ -36,6 +36,7 @@ def spec(generation) -> ServingSpec:
         ),
         ({"task_weights": {"liked": float("nan")}}, "task_weights", "finite"),
         ({"plan": "everything"}, "search.plan", "expected kind"),
+        ({"plan": "probe(probes=3,ann_k=9)", "nprobe": 3}, "search.plan", "excludes exact, nprobe"),
         ({"return_fields": ["director"]}, "return_fields", "unknown field 'director'.*title, year"),
     ],
 )
