@@ -16,7 +16,7 @@ TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gp
 PROTOS := retrieval shard
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench check fmt setup proto proto-check wheel clean
+.PHONY: help demo test bench check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,9 +26,6 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 
 test: $(VENV)/.installed ## run every test that this machine can run
 	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
-
-test-gpu: $(VENV)/.installed ## run the tests that need a CUDA device
-	$(BIN)/pytest -m gpu
 
 bench: $(VENV)/.installed ## measure the pipeline beside exact search, gate first
 	$(BIN)/python -P benchmarks/run.py
@@ -65,6 +62,7 @@ proto-check: $(VENV)/.installed ## fail when the committed protobuf code is not 
 	done
 
 wheel: $(VENV)/.installed ## build the wheel into dist/
+	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## remove build outputs, keep .venv

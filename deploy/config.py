@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection
 from silvershard.shard.errors import ConfigError
@@ -96,6 +96,14 @@ class ShardingSection(BaseModel):
     threads: int = Field(
         default=0, ge=0, description="threads of each shard; 0: cores divided by shards"
     )
+
+    @field_validator("devices")
+    @classmethod
+    def _check_devices(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        for device in devices:
+            if device != "cpu":
+                raise ValueError(f"this version serves on cpu only, got {device!r}")
+        return devices
 
 
 class RuntimeSection(BaseModel):

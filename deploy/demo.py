@@ -259,7 +259,8 @@ def render_quality(evaluation: evaluate.Evaluation) -> str:
         (
             "probing",
             f"top 10 overlaps brute force by {index.overlap:.4f} "
-            f"with {index.probes} of {index.clusters} clusters probed",
+            f"with {index.probes} of {index.clusters} clusters per head, by "
+            f"{index.shared_overlap:.4f} with {index.shared_probes} (all heads within an eighth)",
         ),
         ("plan", evaluation.served.plan),
     ]

@@ -69,9 +69,13 @@ class IndexQuality(NamedTuple):
     """The same at 100."""
     overlap: float
     """Share of the brute-force top 10 that scan + refine has in its own, per head."""
+    shared_overlap: float
+    """The same where all heads together probe at most an eighth of the clusters."""
     depth: int
     """1000, or the number of items where there are fewer."""
     probes: int
+    """Clusters per head."""
+    shared_probes: int
     clusters: int
 
 
@@ -246,16 +250,18 @@ def audit(retriever: Retriever, prepared: Prepared, items: Tensor, queries: Tens
     probes, ann_k = spec.defaults.probes, spec.defaults.ann_k
     depth = min(DEEP, spec.documents)
     checker = IndexAudit(retriever, torch.from_numpy(prepared.catalogue.item_ids), items)
+    shared_probes = max(spec.num_clusters // (8 * queries.shape[1]), 1)
     overlaps: list[NDArray[np.float64]] = []
+    shared: list[NDArray[np.float64]] = []
     deep: list[NDArray[np.float64]] = []
     long: list[NDArray[np.float64]] = []
     audited = _spread(len(queries), _AUDITED_USERS)
     with _bar(len(queries) + len(audited), "comparing the index with exact search") as bar:
         for rows in _slices(range(len(queries)), _BATCH):
             some = queries[rows]
-            overlaps.append(
-                _overlap(checker.indexed(some, probes, ann_k, SHORT), checker.exact(some, SHORT))
-            )
+            exact = checker.exact(some, SHORT)
+            overlaps.append(_overlap(checker.indexed(some, probes, ann_k, SHORT), exact))
+            shared.append(_overlap(checker.indexed(some, shared_probes, ann_k, SHORT), exact))
             bar.update(len(rows))
         for rows in _slices(audited, 10):
             some = queries[rows]
@@ -268,8 +274,10 @@ def audit(retriever: Retriever, prepared: Prepared, items: Tensor, queries: Tens
         recall_deep=float(np.concatenate(deep).mean()),
         recall_long=float(np.concatenate(long).mean()),
         overlap=float(np.concatenate(overlaps).mean()),
+        shared_overlap=float(np.concatenate(shared).mean()),
         depth=depth,
         probes=probes,
+        shared_probes=shared_probes,
         clusters=spec.num_clusters,
     )
 
@@ -316,7 +324,9 @@ def quality_document(evaluation: Evaluation) -> dict[str, Any]:
             f"at_{min(LONG, index.depth)}": round(index.recall_long, 6),
         },
         "ann_overlap_at_10": round(index.overlap, 6),
-        "probes": index.probes,
+        "probes_per_head": index.probes,
+        "ann_overlap_at_10_within_an_eighth": round(index.shared_overlap, 6),
+        "probes_per_head_within_an_eighth": index.shared_probes,
         "clusters": index.clusters,
     }
 

@@ -60,6 +60,7 @@ class LocalCluster:
         *,
         generation: int,
         snapshot: Path,
+        model: str = "",
         guard: Process | None = None,
         ray_dir: str = "",
         start_shard: StartShard | None = None,
@@ -73,6 +74,7 @@ class LocalCluster:
             config: settings.
             generation: number of the generation.
             snapshot: its directory.
+            model: logical name of the model in it; by default that of the settings.
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
@@ -83,6 +85,7 @@ class LocalCluster:
         self._config = config
         self._generation = generation
         self._snapshot = snapshot
+        self._model = model or config.model.name
         self._driver = myself()
         self._guard = guard or self._driver
         self._ray_dir = ray_dir
@@ -200,7 +203,7 @@ class LocalCluster:
             guard=self._guard,
             driver=self._driver,
             address=self._router.address,
-            model=self._config.model.name,
+            model=self._model,
             generation=self._generation,
             documents=sum(one.documents for one in self._shards),
             map_version=self._map.version if self._map else 0,

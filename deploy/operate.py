@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from silvershard.deploy import launch
 from silvershard.deploy.config import Config
-from silvershard.deploy.errors import ExitCode
+from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.tables import pairs, table
@@ -36,15 +36,24 @@ class PhaseBar:
         self._bar.close()
 
 
-def verify_snapshot(path: Path) -> None:
-    """Check every byte of a snapshot.
+def verify_snapshot(path: Path, num_shards: int) -> None:
+    """Check every byte of a snapshot, and that it can be cut into that many shards.
 
     Raises:
         SnapshotError: naming the file that is missing or damaged.
+        CommandError: if there are fewer partitions than shards.
     """
     from silvershard.shard.snapshot import open_snapshot
 
-    open_snapshot(path).verify()
+    snapshot = open_snapshot(path)
+    most = snapshot.spec.num_partitions
+    if num_shards > most:
+        raise CommandError(
+            f"shards: must be at most {most}, the partitions of {path.name}, got {num_shards}; "
+            "publish with a larger index.planned_shards",
+            ExitCode.USAGE,
+        )
+    snapshot.verify()
 
 
 def start(
@@ -59,7 +68,7 @@ def start(
             config,
             generation=generation,
             detached=detached,
-            verify=verify_snapshot,
+            verify=lambda path: verify_snapshot(path, config.sharding.shards),
             report=bar.phase,
         )
     finally:

@@ -5,7 +5,6 @@
 Shapes: N movies, U users, R ratings.
 """
 
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from tqdm import tqdm
 
 from silvershard.deploy import movielens
 from silvershard.deploy.config import Config
@@ -33,7 +33,7 @@ from silvershard.model.schema import Schema
 from silvershard.model.spec import SearchDefaults
 from silvershard.model.training import Trained, train
 from silvershard.model.training_data import Interactions, TrainingConfig
-from silvershard.shard.publish import Published, publish_generation
+from silvershard.shard.publish import PHASES, Published, publish_generation
 
 BUILDER = "two_tower"
 WEIGHTS = "model.safetensors"
@@ -232,6 +232,12 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
     """Write the next generation, and the histories of the users beside it."""
     items = len(prepared.catalogue)
     clusters = num_clusters(config, items)
+    bar = tqdm(total=len(PHASES), desc="publishing", delay=2, leave=False)
+
+    def on_phase(phase: str) -> None:
+        bar.set_description(phase)
+        bar.update()
+
     published = publish_generation(
         state.generations,
         name=loaded.description.name,
@@ -248,7 +254,9 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
         page_slots=config.index.page_slots,
         false_positive_rate=config.index.false_positive_rate,
         seed=config.model.seed,
+        on_phase=on_phase,
     )
+    bar.close()
     write_users(state.users_file, prepared.data)
     return published
 
@@ -301,8 +309,3 @@ def describe_published(published: Published) -> dict[str, Any]:
         "bloom_planes": report.num_bloom_planes,
         "false_positive_rate": report.false_positive_rate,
     }
-
-
-def to_json(document: Mapping[str, Any]) -> str:
-    """Return a document as one line of JSON without NaN."""
-    return json.dumps(document, allow_nan=False, ensure_ascii=False)

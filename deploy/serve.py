@@ -19,7 +19,7 @@ from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import die_with_parent, identify
 from silvershard.deploy.runtime import prepare_ray, ray_runtime, threads_per_shard
 from silvershard.deploy.state import StateDir, remove_ray_dir
-from silvershard.shard.errors import RetrievalError
+from silvershard.shard.errors import RetrievalError, SnapshotError
 
 
 class Launch(BaseModel):
@@ -123,6 +123,15 @@ def _exit_now(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
+def _model_of(snapshot: Path) -> str:
+    """Return the model name that a snapshot was published under; `up` verifies the rest of it."""
+    try:
+        document = json.loads((snapshot / "manifest.json").read_bytes())
+        return str(document["spec"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(str(snapshot), f"manifest.json cannot be read: {error}") from None
+
+
 def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller: _Teller) -> None:
     config = launch.config
     teller.tell(Progress(phase="starting Ray"))
@@ -135,6 +144,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         config,
         generation=launch.generation,
         snapshot=Path(launch.snapshot),
+        model=_model_of(Path(launch.snapshot)),
         guard=identify(guard_pid),
         ray_dir=ray_dir,
         report=lambda phase: teller.tell(Progress(phase=phase)),

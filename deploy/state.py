@@ -17,7 +17,6 @@ Layout::
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -303,11 +302,6 @@ def write_atomic(path: Path, content: bytes) -> None:
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
     partial.replace(path)
-
-
-def write_json(path: Path, document: object) -> None:
-    """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(document, indent=1).encode() + b"\n")
 
 
 def remove_ray_dir(path: str) -> None:

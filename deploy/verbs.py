@@ -37,23 +37,23 @@ class _Terminated(BaseException):
 
 
 def _arguments() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    state, config, output, timeout = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    state.add_argument(
         "--state",
         type=Path,
         metavar="DIR",
         help=f"state directory (default ${STATE_VARIABLE}, else {DEFAULT_STATE})",
     )
-    common.add_argument(
+    config.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
         help="settings (default DIR/config.yaml if it exists)",
     )
-    common.add_argument(
+    output.add_argument(
         "--output", choices=("table", "json"), default="table", help="form of the answer"
     )
-    common.add_argument(
+    timeout.add_argument(
         "--timeout", type=_positive, metavar="S", help="longest time to wait, in seconds"
     )
     parser = argparse.ArgumentParser(
@@ -63,8 +63,14 @@ def _arguments() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> Any:
-        added = verbs.add_parser(name, help=text, description=text, parents=[common])
+    def verb(
+        name: str,
+        text: str,
+        run: Callable[[argparse.Namespace], int],
+        *options: argparse.ArgumentParser,
+    ) -> Any:
+        parents = [*options, output]
+        added = verbs.add_parser(name, help=text, description=text, parents=parents)
         added.set_defaults(run=run)
         return added
 
@@ -73,24 +79,35 @@ def _arguments() -> argparse.ArgumentParser:
         "metavar": "PATH",
         "help": "MovieLens folder or zip (default: $SILVERSHARD_DATA, a download, or generated)",
     }
-    demo = verb("demo", "train, publish, serve on two shards, ask and measure", _demo)
+    demo = verb(
+        "demo",
+        "train, publish, serve on two shards, ask and measure",
+        _demo,
+        state,
+        config,
+        timeout,
+    )
     demo.add_argument("--data", **data)
     demo.add_argument("--user", type=int, metavar="ID", help="user to show")
     _serving_options(demo)
-    train = verb("train", "train a model on MovieLens", _train)
+    train = verb("train", "train a model on MovieLens", _train, state, config)
     train.add_argument("--data", **data)
-    publish = verb("publish", "write the trained model and its items as a new generation", _publish)
+    text = "write the trained model and its items as a new generation"
+    publish = verb("publish", text, _publish, state, config)
     publish.add_argument("--data", **data)
-    up = verb("up", "start a cluster on this machine and keep it running", _up)
+    text = "start a cluster on this machine and keep it running"
+    up = verb("up", text, _up, state, config, timeout)
     up.add_argument(
         "--generation", type=_generation, metavar="N|latest", help="what to serve (default latest)"
     )
     _serving_options(up)
-    verb("down", "stop the cluster and wait until its last process is gone", _down)
-    verb("status", "say what runs; exit code 3 if it is degraded", _status)
-    _query_options(verb("query", "ask a running cluster", _query))
-    config = verb("config", "show the settings in force, or their JSON schema", _config)
-    config.add_argument("what", choices=("show", "schema"))
+    text = "stop the cluster and wait until its last process is gone"
+    verb("down", text, _down, state, config, timeout)
+    verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
+    _query_options(verb("query", "ask a running cluster", _query, state, timeout))
+    text = "show the settings in force, or their JSON schema"
+    settings = verb("config", text, _config, state, config)
+    settings.add_argument("what", choices=("show", "schema"))
     verb("version", "print the version", _version)
     return parser
 

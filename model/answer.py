@@ -75,8 +75,10 @@ def split_answers(
         size = min(request.k, found[at])
         short = size < request.k
         whole = plan.probes == spec.num_clusters
-        # A head that kept fewer than R kept all that is eligible; as many as R may be a cut.
-        uncut = found[at] < plan.ann_k
+        # A head that kept fewer than R kept all that is eligible; as many as R may be a cut, unless
+        # no more can be eligible.
+        count = eligible[at]
+        uncut = found[at] < plan.ann_k or plan.ann_k >= (spec.documents if count is None else count)
         said = list(warnings[at])
         if short and not uncut:
             said.append(

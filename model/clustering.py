@@ -34,9 +34,8 @@ def _balanced(scores: Tensor, choices: Tensor, num_clusters: int, capacity: int)
     """Return assignments that fill no cluster beyond ``capacity``.
 
     Items are placed in the order of how much they gain from their first choice, so that a full
-    cluster
-    turns away those that lose least. An item all of whose choices are full goes to the emptiest
-    cluster.
+    cluster turns away those that lose least. An item all of whose choices are full goes to the
+    emptiest cluster.
     """
     assignment = choices[:, 0].clone()
     sizes = torch.bincount(assignment, minlength=num_clusters)

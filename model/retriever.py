@@ -128,10 +128,8 @@ class Retriever(nn.Module):
     """One generation over some documents: all of them in one process, or those of one shard.
 
     The documents may be split over several parts (one per local device); the answer does not
-    depend on
-    how. Float stages run on padded shapes and fixed summation orders, so it does not depend on
-    batch
-    neighbours either.
+    depend on how. Float stages run on padded shapes and fixed summation orders, so it does not
+    depend on batch neighbours either.
     """
 
     centroids: Tensor

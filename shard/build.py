@@ -24,8 +24,7 @@ def build_index(partitions: Sequence[PartitionData], spec: ServingSpec) -> ItemI
     """Lay the items of some partitions into pages, cluster by cluster.
 
     Inside a cluster the items are ordered by a seeded hash of their ids, so that scores are
-    shuffled;
-    a cluster's pages lie side by side.
+    shuffled; a cluster's pages lie side by side.
 
     Args:
         partitions: any number of partitions, none included.

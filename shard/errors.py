@@ -9,9 +9,8 @@ RetrievalError
 ├── CoverageError                  too few documents answered, and no replica is left to ask
 ├── Overloaded                     refused before any work; carries the delay to wait
 ├── ConfigError (ValueError)       a configuration cannot be used as written
-├── StateError                     the state directory or a port is in use, or holds nothing to
-work on └── RemoteError                    the cluster refused a request of the client; carries the
-status
+├── StateError                     the state directory or a port is in use, or nothing is there
+└── RemoteError                    the cluster refused a request of a client; carries the status
 """
 
 from typing import Any

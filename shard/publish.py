@@ -5,6 +5,7 @@ Shapes: n items, C clusters, D embedding dimension.
 
 import importlib.metadata
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -16,7 +17,7 @@ from silvershard.kernels import quantize_rows
 from silvershard.model.catalogue import Catalogue, Ragged
 from silvershard.model.clustering import spherical_kmeans
 from silvershard.model.planes import ItemBits, PlaneReport, choose_planes, encode_items
-from silvershard.model.schema import Schema
+from silvershard.model.schema import Schema, SchemaError
 from silvershard.model.spec import SearchDefaults, ServingSpec
 from silvershard.shard.partition import choose_num_partitions, partition_of
 from silvershard.shard.snapshot import (
@@ -25,6 +26,8 @@ from silvershard.shard.snapshot import (
     list_generations,
     write_snapshot,
 )
+
+PHASES = ("embedding the items", "clustering", "encoding filters", "writing")
 
 
 class ItemTower(Protocol):
@@ -64,6 +67,7 @@ def publish_generation(
     max_exact_planes: int = 256,
     seed: int = 17,
     generation: int | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Published:
     """Embed, cluster, encode and write a catalogue as the next generation.
 
@@ -83,20 +87,28 @@ def publish_generation(
         max_exact_planes: most values with a plane of their own.
         seed: of clustering and hashing.
         generation: its number; by default one more than the newest.
+        on_phase: hears the name of each of the ``PHASES`` when it begins.
 
     Raises:
-        SchemaError: if the catalogue does not fit the schema.
+        SchemaError: if the catalogue or the model does not fit the schema.
         SnapshotError: if the generation exists already.
         ValueError: if a setting is out of range or the filter target cannot be reached.
     """
     catalogue.validate(schema)
+    for part in ("heads", "tasks", "signals"):
+        wanted, made = tuple(getattr(schema, part)), tuple(config.get(part, getattr(schema, part)))
+        if wanted != made:
+            raise SchemaError(part, f"the schema has {wanted}, the model was made for {made}")
     if generation is None:
         generation = max(list_generations(repository), default=0) + 1
+    on_phase(PHASES[0])
     with torch.inference_mode():
         embeddings = cast(ItemTower, model.eval()).embed_items(dict(catalogue.features)).clone()
     if not bool(torch.isfinite(embeddings).all()):
         raise ValueError("the item tower gave an embedding that is not finite")
+    on_phase(PHASES[1])
     clustering = spherical_kmeans(embeddings, num_clusters, seed=seed)
+    on_phase(PHASES[2])
     planes = choose_planes(
         schema,
         catalogue,
@@ -133,6 +145,7 @@ def publish_generation(
             cache=embeddings[rows].half(),
             bits=ItemBits(bits.exact[rows], bits.terms[rows], bits.columns[rows]),
         )
+    on_phase(PHASES[3])
     path = write_snapshot(
         repository,
         spec,

@@ -21,13 +21,13 @@ import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pydantic
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from silvershard.model.catalogue import Catalogue
@@ -40,6 +40,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
 _GENERATION_NAME = re.compile(r"gen-(\d{6,})")
+_FILE_NAME = re.compile(
+    r"dense\.safetensors|tables/[A-Za-z0-9_.]+\.safetensors|partitions/p-\d{5,9}\.safetensors"
+)
 _MAX_MANIFEST_BYTES = 256 << 20
 
 
@@ -73,6 +76,24 @@ class Manifest(BaseModel):
     spec: ServingSpec = Field(description="the generation as its clients see it")
     builder: Builder = Field(description="how the model is constructed")
     files: dict[str, FileEntry] = Field(description="every other file by relative path")
+
+    @field_validator("files")
+    @classmethod
+    def _check_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            # A manifest is data: it must not make a reader leave the snapshot.
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no file of a snapshot")
+        return files
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        for part in ("heads", "tasks", "signals"):
+            wanted = tuple(getattr(self.spec.item_schema, part))
+            made = tuple(self.builder.config.get(part, wanted))
+            if wanted != made:
+                raise ValueError(f"{part}: the schema has {wanted}, the model was made for {made}")
+        return self
 
 
 class PartitionData(NamedTuple):
@@ -282,7 +303,9 @@ class Snapshot:
     def load_dense(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the centroids ``(C, D)`` float32 and the model's state, tables included."""
         tensors = self._load(DENSE)
-        centroids = tensors.pop("centroids")
+        centroids = tensors.pop("centroids", None)
+        if centroids is None:
+            raise SnapshotError(str(self.path), f"{DENSE} has no centroids")
         for name in self.manifest.files:
             if name.startswith("tables/"):
                 tensors |= self._load(name)
@@ -311,7 +334,7 @@ class Snapshot:
                 cache=tensors["cache"],
                 bits=ItemBits(exact, tensors["terms"], tensors["columns"]),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, IndexError) as error:
             raise SnapshotError(
                 str(self.path), f"{name} has an unexpected column: {error}"
             ) from None

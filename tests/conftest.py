@@ -208,6 +208,14 @@ def _random_filter(generator: np.random.Generator, depth: int) -> str:
     return f"({parts[0]}) {operator} ({parts[1]})"
 
 
+def _random_weights(generator: np.random.Generator) -> dict[str, float]:
+    kind = generator.random()
+    if kind < 0.3:
+        # The value is then a tenth of the score, which many items share bit for bit.
+        return {"rated": 0.0, "liked": 0.0}
+    return {"liked": float(generator.uniform(-1, 3))} if kind < 0.6 else {}
+
+
 def make_requests(
     generation: Generation, count: int, seed: int, *, depth: int = 3
 ) -> list[Request]:
@@ -230,9 +238,7 @@ def make_requests(
                 nprobe=int(generator.choice([0, 0, 1, min(5, generation.num_clusters)])),
                 ann_k=int(generator.choice([0, 0, 7, 100])),
                 exact=bool(generator.random() < 0.1),
-                task_weights={"liked": float(generator.uniform(-1, 3))}
-                if generator.random() < 0.3
-                else {},
+                task_weights=_random_weights(generator),
             )
         )
     return requests

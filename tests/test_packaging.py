@@ -1,6 +1,7 @@
 import importlib
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -70,18 +71,25 @@ def test_what_breaks_between_versions_is_pinned() -> None:
 
 
 def test_the_wheel_holds_the_folders_and_no_tests(tmp_path: Path) -> None:
+    # Built from a copy: setuptools builds in the tree and would package what earlier builds left.
+    source, out = tmp_path / "source", tmp_path / "out"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for layer in LAYERS:
+        shutil.copytree(ROOT / layer, source / layer, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"),
             *("--no-build-isolation", "--disable-pip-version-check", "--wheel-dir"),
-            *(str(tmp_path), str(ROOT)),
+            *(str(out), str(source)),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = out.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for layer in LAYERS:
         assert f"silvershard/{layer}/__init__.py" in names
@@ -90,6 +98,12 @@ def test_the_wheel_holds_the_folders_and_no_tests(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"silvershard", f"silvershard-{PROJECT['project']['version']}.dist-info"}
     assert [name for name in names if "test" in name] == []
+    modules = {
+        f"silvershard/{layer}/{path.name}"
+        for layer in LAYERS
+        for path in (ROOT / layer).glob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == modules
 
 
 def test_no_data_set_is_committed() -> None:

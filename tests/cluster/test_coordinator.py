@@ -1,5 +1,6 @@
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -131,7 +132,7 @@ def test_without_a_lost_shard_the_answer_is_exactly_that_of_the_others(
     lost.faults[op] = [error] * 3
     fate = bench.ask(wanted)
     # The plan is an input of the answer: it was made while the shard was still counted.
-    pinned = replace(wanted, plan=str(fate.answer.plan))
+    pinned = replace(wanted, plan=str(fate.answer.plan), nprobe=0, ann_k=0, exact=False)
     assert_is(fate, expect([bench.executors[0], bench.executors[2]], pinned))
     coverage = fate.coverage
     assert coverage.documents == share(bench, [0, 2])
@@ -513,3 +514,25 @@ def test_the_times_of_the_stages_are_told(make_bench: Any, virtual: Any, generat
     }
     assert times["queue"] == 250_000
     assert times["total"] == 375_000
+
+
+@pytest.mark.parametrize(("size", "elsewhere"), [(10, False), (1000, True)])
+def test_a_large_filter_is_compiled_off_the_event_loop(
+    whole: Any, monkeypatch: pytest.MonkeyPatch, size: int, elsewhere: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(one: Request, spec: Any) -> Any:
+        threads.append(threading.current_thread())
+        return compile_request(one, spec)
+
+    monkeypatch.setattr("silvershard.cluster.coordinator.compile_request", watched)
+    text = " OR ".join(f"maker:{maker}" for maker in range(size))
+    coordinator = Coordinator(whole.spec, 1, lambda shard: [])
+
+    async def compile_one() -> Any:
+        now_s = asyncio.get_running_loop().time()
+        return await coordinator._compile(Query(Request(filter=text), 0.0, now_s + 60, now_s))
+
+    assert asyncio.run(compile_one()).filter_key
+    assert (threads[0] is not threading.main_thread()) == elsewhere

@@ -420,7 +420,7 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     executors = make_executors(2)
     victim = make_shard_process(0)
     write_map(victim.entry, map_entry(make_server(executors[1])))
-    ping = PingSection(every_ms=20, suspect_after=4, eject_after=25)
+    ping = PingSection(every_ms=50, suspect_after=10, eject_after=40)
     router = make_router(ping=ping)
     client = client_of(router.address)
     client.wait_until_ready(10)
@@ -428,8 +428,8 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     victim.signal(signal.SIGSTOP)
     started_s = time.monotonic()
     with pytest.raises(RequestRefused) as raised:
-        client.retrieve(k=3, min_coverage=0.99, timeout_s=2.0)
-    assert time.monotonic() - started_s < 2.5
+        client.retrieve(k=3, min_coverage=0.99, timeout_s=5.0)
+    assert time.monotonic() - started_s < 5.5
     assert raised.value.code in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
     assert raised.value.coverage is not None
     assert raised.value.coverage.documents == executors[1].documents / 600
@@ -437,7 +437,8 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     for _ in range(5):
         started_s = time.monotonic()
         result = client.retrieve(k=3, min_coverage=0.0, timeout_s=10.0)
-        assert time.monotonic() - started_s < 1.0
+        # Far from the time limit: the stopped shard is not waited for again.
+        assert time.monotonic() - started_s < 4.0
         assert result.coverage.documents == executors[1].documents / 600
     victim.signal(signal.SIGCONT)
     until(lambda: client.retrieve(k=3, min_coverage=0.0).coverage.documents == 1.0, 20)

@@ -123,7 +123,9 @@ def test_every_mode_but_bloom_returns_nothing_ineligible_whatever_the_plan(
         for plan in ({}, {"nprobe": 2}, {"ann_k": 5}):
             answer = whole([Request(filter=text, k=30, filter_mode=mode, **plan)])[0]
             assert set(answer.item_ids.tolist()) <= truth, text
-            if not answer.exhausted and answer.plan.kind == "all_pages" and "ann_k" not in plan:
+            if answer.exhausted:
+                assert len(answer.item_ids) == len(truth), text
+            elif answer.plan.kind == "all_pages" and "ann_k" not in plan:
                 assert len(answer.item_ids) == 30, text
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from silvershard.deploy import operate
-from silvershard.deploy.errors import ExitCode
+from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
 from silvershard.shard.errors import SnapshotError
@@ -122,9 +122,11 @@ def test_down_says_what_it_did(
 
 
 def test_a_broken_snapshot_is_found_before_it_is_served(tmp_path: Path, generation: Any) -> None:
-    operate.verify_snapshot(generation.path)
+    operate.verify_snapshot(generation.path, 64)
+    with pytest.raises(CommandError, match="at most 64, the partitions of gen-000001, got 65"):
+        operate.verify_snapshot(generation.path, 65)
     with pytest.raises(SnapshotError, match=r"manifest\.json is missing"):
-        operate.verify_snapshot(tmp_path)
+        operate.verify_snapshot(tmp_path, 2)
 
 
 def test_a_short_wait_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:

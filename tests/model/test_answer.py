@@ -21,11 +21,20 @@ def rounds(found: list[int], width: int) -> tuple[RoundOne, RoundTwo]:
     return first, RoundTwo(ids, values, values, tasks, counts * 2, counts, {})
 
 
-def answer(generation, request: Request, plan: Plan, found: int, warnings: tuple[str, ...] = ()):
+def answer(
+    generation,
+    request: Request,
+    plan: Plan,
+    found: int,
+    warnings: tuple[str, ...] = (),
+    eligible: int | None = 99,
+):
     spec = load_spec(generation.path)
     first, second = rounds([found], 8)
     compiled = compile_request(request, spec)
-    return split_answers([compiled], [plan], [warnings], first, second, spec, [3], {"ann": 5})[0]
+    return split_answers(
+        [compiled], [plan], [warnings], first, second, spec, [eligible], {"ann": 5}
+    )[0]
 
 
 def test_results_are_cut_to_k_and_never_padded(generation) -> None:
@@ -53,10 +62,17 @@ def test_a_short_answer_that_the_scan_cut_is_not_exhausted(generation) -> None:
     assert cut.warnings == ("only 5 of 7 results were kept by the scan: raise search.ann_k, now 5",)
 
 
+def test_a_scan_that_keeps_all_that_is_eligible_cuts_nothing(generation) -> None:
+    kept = answer(generation, Request(k=7), Plan("all_pages", 16, 5), found=5, eligible=5)
+    assert kept.exhausted
+    whole = answer(generation, Request(k=7), Plan("all_pages", 16, 600), found=5, eligible=None)
+    assert whole.exhausted
+
+
 def test_exactly_k_found_is_not_exhausted(generation) -> None:
     assert not answer(generation, Request(k=5), Plan("all_pages", 16, 10), found=5).exhausted
 
 
 def test_counts_are_those_of_the_request(generation) -> None:
     counts = answer(generation, Request(k=5), Plan("probe", 4, 10), found=5).counts
-    assert counts == type(counts)(addressed=600, probed=6, eligible=3, ann_kept=10, reranked=5)
+    assert counts == type(counts)(addressed=600, probed=6, eligible=99, ann_kept=10, reranked=5)

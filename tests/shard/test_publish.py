@@ -9,7 +9,7 @@ from silvershard.model.schema import SchemaError
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.load import load_retriever
-from silvershard.shard.publish import Published, publish_generation
+from silvershard.shard.publish import PHASES, Published, publish_generation
 from silvershard.shard.snapshot import list_generations, open_snapshot
 
 
@@ -83,6 +83,18 @@ def test_a_catalogue_that_does_not_fit_its_schema_is_refused(tmp_path: Path, gen
     assert list_generations(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("part", "names"), [("heads", ("rated",)), ("tasks", ("liked", "rated")), ("tasks", ("rated",))]
+)
+def test_a_model_that_was_made_for_another_schema_is_refused(
+    tmp_path: Path, generation, part: str, names: tuple[str, ...]
+) -> None:
+    schema = generation.schema.model_copy(update={part: names, "value": "score"})
+    with pytest.raises(SchemaError, match=f"{part}: the schema has"):
+        publish_again(tmp_path, generation, schema=schema)
+    assert list_generations(tmp_path) == []
+
+
 def test_embeddings_that_are_not_finite_are_refused(
     tmp_path: Path, generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,3 +103,9 @@ def test_embeddings_that_are_not_finite_are_refused(
     with pytest.raises(ValueError, match="not finite"):
         publish_again(tmp_path, generation)
     assert list_generations(tmp_path) == []
+
+
+def test_every_phase_is_announced_in_order(tmp_path: Path, generation) -> None:
+    heard: list[str] = []
+    publish_again(tmp_path, generation, on_phase=heard.append)
+    assert tuple(heard) == PHASES

@@ -119,6 +119,16 @@ def _rewrite(path: Path, document: dict[str, object]) -> None:
     (path / MANIFEST).write_bytes(canonical(document))
 
 
+@pytest.mark.parametrize("name", ["tables/../../../secret.safetensors", "/etc/passwd", "tables/x"])
+def test_a_manifest_cannot_name_files_outside_the_snapshot(copy: Path, name: str) -> None:
+    snapshot = open_snapshot(copy)
+    document = snapshot.manifest.model_dump(mode="json")
+    document["files"][name] = {"sha256": "0" * 64, "size": 0}
+    _rewrite(copy, document)
+    with pytest.raises(SnapshotError, match="is no file of a snapshot"):
+        open_snapshot(copy)
+
+
 def test_a_builder_that_is_not_registered_is_never_constructed(copy: Path) -> None:
     snapshot = open_snapshot(copy)
     builder = Builder(name="os.system", config={})
