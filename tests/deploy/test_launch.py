@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from silvershard.cluster import Client
+from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.config import ListenSection
 from silvershard.deploy import launch, operate
 from silvershard.deploy.config import Config, load
@@ -21,6 +21,7 @@ from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.shard.errors import SnapshotError
+from silvershard.shard.load import load_retriever
 from silvershard.shard.snapshot import open_snapshot
 
 WAIT_S = 60.0
@@ -67,7 +68,7 @@ def started(state: StateDir, *, shards: int = 1) -> Iterator[ClusterRecord]:
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory, generation: Any) -> Iterator[StateDir]:
     directory = published(tmp_path_factory.mktemp("state") / "s", generation)
-    with started(directory, shards=2):
+    with started(directory, shards=3):
         yield directory
 
 
@@ -99,15 +100,32 @@ def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_the_cluster_serves_every_document(state: StateDir, generation: Any) -> None:
     record = latest(state)
-    assert [shard.state for shard in record.shards] == ["serving", "serving"]
+    assert [shard.state for shard in record.shards] == ["serving"] * 3
     assert record.documents == len(generation.catalogue) == 600
     assert record.coverage == 1.0
-    assert len({shard.pid for shard in record.shards}) == 2
+    assert len({shard.pid for shard in record.shards}) == 3
     with Client(record.address) as client:
         result = client.retrieve(k=5, return_fields=["title"])
     assert len(result.item_ids) == 5
     assert result.coverage.documents == 1.0
     assert result.generation == 1
+
+
+@pytest.mark.ray
+def test_three_shard_processes_give_the_bytes_of_the_module(
+    state: StateDir, generation: Any, request_maker: Any
+) -> None:
+    whole = load_retriever(generation.path)[0]
+    requests = request_maker(generation, 60, seed=31)
+    with Client(latest(state).address, timeout_s=30.0) as client:
+        batch = client.retrieve_batch([Query(**one.__dict__) for one in requests])
+        alone = [client.retrieve(Query(**one.__dict__)) for one in requests[:20]]
+    for request, got in [*zip(requests, batch, strict=True), *zip(requests, alone, strict=False)]:
+        wanted = whole([request])[0]
+        assert isinstance(got, Result), got
+        assert got.coverage.documents == 1.0
+        assert got.item_ids.tolist() == wanted.item_ids.tolist()
+        assert got.scores.tobytes() == wanted.scores.numpy().tobytes()
 
 
 @pytest.mark.ray
@@ -139,7 +157,7 @@ def test_a_killed_shard_comes_back_in_a_new_place(state: StateDir) -> None:
     until(lambda: latest(state).coverage < 1.0, "the loss was not noticed")
     document, code = operate.status(state)
     assert (document["state"], code) == ("degraded", ExitCode.DEGRADED)
-    assert document["coverage"] == latest(state).shards[0].documents / 600
+    assert document["coverage"] == (600 - before.documents) / 600
     until(lambda: latest(state).is_whole, "the shard did not come back")
     after = latest(state).shards[1]
     assert after.pid != before.pid
