@@ -60,25 +60,25 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._batch_s = _SHORTEST_DELAY_S
 
-    @property
-    def depth(self) -> int:
-        """Return how many requests wait."""
-        return len(self._waiting)
-
     async def submit(self, queries: Sequence[Query], run: Run) -> list[Fate]:
         """Return the fates of requests that came in together, in order.
+
+        They are admitted together or not at all; more than the queue holds never are.
 
         Cancelling the caller takes them out of the queue, or cancels their batch if nobody else is
         in it.
 
         Raises:
-            Overloaded: if the queue is full; nothing was executed then.
+            Overloaded: if the queue has no room for all of them; nothing was executed then.
         """
-        if len(self._waiting) >= self._queue:
+        if len(self._waiting) + len(queries) > self._queue:
+            # Those whose callers have left hold no place.
+            self._waiting = deque(one for one in self._waiting if not one.fate.done())
+        if len(self._waiting) + len(queries) > self._queue:
             batches = math.ceil(len(self._waiting) / self._max_batch)
             delay_s = self._batch_s * batches / self._max_running
             raise Overloaded(
-                f"{len(self._waiting)} requests are waiting",
+                f"{len(self._waiting)} of at most {self._queue} requests are waiting",
                 min(max(delay_s, _SHORTEST_DELAY_S), _LONGEST_DELAY_S),
             )
         loop = asyncio.get_running_loop()
@@ -90,13 +90,6 @@ class Batcher:
         finally:
             for one in mine:
                 one.fate.cancel()
-
-    async def drain(self) -> None:
-        """Wait until nothing waits or runs."""
-        while self._waiting or self._running:
-            self._start()
-            if self._running:
-                await asyncio.wait(self._running)
 
     def _start_when_due(self) -> None:
         if len(self._waiting) >= self._max_batch or not self._running or not self._max_delay_s:

@@ -27,11 +27,10 @@ from silvershard.cluster.codec import (
 )
 from silvershard.cluster.config import MEBIBYTE
 from silvershard.cluster.outcome import Coverage
-from silvershard.model.answer import Counts
-from silvershard.model.filter import FilterMode
-from silvershard.model.request import FeatureValues, FilterParam, Request
+from silvershard.model.counts import Counts
+from silvershard.model.request import FeatureValues, FilterMode, FilterParam, Request
 from silvershard.shard.errors import DeadlineExceeded
-from silvershard.shard.executor import FieldValue
+from silvershard.shard.fields import FieldValue
 
 _MAX_REPLY_BYTES = 256 * MEBIBYTE
 _OPTIONS = [
@@ -91,6 +90,8 @@ class Result:
     coverage: Coverage
     model: str
     generation: int
+    content_hash: str
+    """SHA-256 of what the generation holds; generations of equal content have equal hashes."""
     shard_map_version: int
     plan: str
     """The text that a request may pin."""
@@ -278,6 +279,7 @@ def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
         coverage=coverage_from(reply.coverage),
         model=reply.version.model,
         generation=reply.version.generation,
+        content_hash=reply.version.content_hash,
         shard_map_version=reply.version.shard_map_version,
         plan=reply.plan,
         exhausted=reply.exhausted,

@@ -17,12 +17,16 @@ from silvershard.cluster.outcome import (
     Coverage,
     CoverageLost,
     CoverageTimedOut,
-    Served,
     ShardOutcome,
 )
-from silvershard.model.filter import FilterMode
-from silvershard.model.request import FeatureValues, FilterParam, Request, RequestError
-from silvershard.model.schema import INT64_MAX, INT64_MIN, Schema, ValueType
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN, ValueType
+from silvershard.model.request import (
+    FeatureValues,
+    FilterMode,
+    FilterParam,
+    Request,
+    RequestError,
+)
 from silvershard.shard.errors import (
     CandidatesExpired,
     ConfigError,
@@ -36,7 +40,7 @@ from silvershard.shard.errors import (
     SnapshotError,
     StateError,
 )
-from silvershard.shard.executor import FieldValue
+from silvershard.shard.fields import FieldValue
 
 DOMAIN = "silvershard"
 
@@ -403,41 +407,3 @@ def column_from(message: retrieval_pb2.Column) -> list[FieldValue]:
             f"null_bitmap must have {(len(values) + 7) // 8} bytes, got {len(message.null_bitmap)}"
         )
     return [None if gone else one for one, gone in zip(values, bits.tolist(), strict=False)]
-
-
-def response_of(
-    served: Served, schema: Schema, *, task_scores: bool
-) -> retrieval_pb2.RetrieveResponse:
-    """Return an answer as a message, without what the router knows of the request.
-
-    Args:
-        served: the answer.
-        schema: gives the types of the fields.
-        task_scores: whether the request asked for them.
-    """
-    answer = served.answer
-    counts = answer.counts
-    message = retrieval_pb2.RetrieveResponse(
-        item_ids=answer.item_ids.tolist(),
-        scores=answer.scores.tolist(),
-        exhausted=answer.exhausted,
-        coverage=coverage_to(served.coverage),
-        counts=retrieval_pb2.StageCounts(
-            addressed=counts.addressed,
-            probed=counts.probed,
-            eligible=counts.eligible,
-            ann_kept=counts.ann_kept,
-            reranked=counts.reranked,
-        ),
-        timings_us={name: min(spent, 2**32 - 1) for name, spent in answer.times.items()},
-        warnings=answer.warnings,
-        plan=str(answer.plan),
-    )
-    if task_scores:
-        for name, column in answer.task_scores.items():
-            message.task_scores[name].values.extend(column.tolist())
-            message.task_scores[name].SetInParent()
-    dtypes: dict[str, ValueType] = {one.name: one.dtype for one in schema.fields}
-    for name, values in served.fields.items():
-        message.fields[name].CopyFrom(column_to(values, dtypes[name]))
-    return message

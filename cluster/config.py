@@ -71,10 +71,10 @@ class QuerySection(BaseModel):
     )
     max_running: int = Field(default=16, ge=1, description="batches that run at the same time")
     queue: int = Field(
-        default=256, ge=1, description="requests that may wait; more are refused with a delay"
-    )
-    max_requests: int = Field(
-        default=1024, ge=1, description="largest number of requests in one RetrieveBatch"
+        default=256,
+        ge=1,
+        description="requests that may wait, and so the most in one RetrieveBatch; more are "
+        "refused with a delay",
     )
     max_request_bytes: int = Field(
         default=4 * MEBIBYTE, ge=1024, description="largest message that a router accepts"
@@ -101,15 +101,6 @@ class RouterConfig(BaseModel):
         default=10.0, ge=0, description="longest wait for requests in flight on SIGTERM"
     )
     num_threads: int = Field(default=1, ge=1, description="threads of each tensor operation")
-    die_with_parent: bool = Field(
-        default=True, description="end when the thread that started the process ends"
-    )
-    parent_pid: int | None = Field(
-        default=None,
-        ge=1,
-        description="with die_with_parent: the process that starts the router, "
-        "so that its end is noticed even while the router still starts",
-    )
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")

@@ -16,17 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
-from silvershard.cluster.outcome import CoverageLost, Served
-from silvershard.cluster.rounds import Batch, Fate, Rounds, owners, shortfall
+from silvershard.cluster.outcome import CoverageLost
+from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import LinkState, ShardLink
+from silvershard.model.compiled_request import CompiledRequest, compile_request
 from silvershard.model.plan import Plan
-from silvershard.model.request import (
-    CompiledRequest,
-    FeatureValues,
-    Request,
-    RequestError,
-    compile_request,
-)
+from silvershard.model.request import FeatureValues, Request, RequestError
 from silvershard.model.retriever import assemble, pad_programs
 from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower import Encoded

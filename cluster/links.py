@@ -30,7 +30,7 @@ from silvershard.shard.errors import (
     Overloaded,
     ShardUnavailable,
 )
-from silvershard.shard.executor import FieldValue
+from silvershard.shard.fields import FieldValue
 
 _RECONNECT_S = 0.1
 

@@ -1,12 +1,9 @@
-"""What became of a query: an answer and how much of the catalogue it covers, or why it has none."""
+"""How much of the catalogue an answer covers, and the errors of covering too little."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
-from silvershard.model.answer import Answer
 from silvershard.shard.errors import CoverageError, DeadlineExceeded
-from silvershard.shard.executor import FieldValue
 
 
 class DegradeReason(StrEnum):
@@ -52,16 +49,6 @@ class Coverage:
     def degraded(self) -> bool:
         """Return True when some shard did not answer."""
         return bool(self.reasons)
-
-
-@dataclass(frozen=True)
-class Served:
-    """An answer as a router gives it."""
-
-    answer: Answer
-    coverage: Coverage
-    fields: Mapping[str, list[FieldValue]] = field(default_factory=dict)
-    """The columns asked for, one value per result."""
 
 
 class CoverageLost(CoverageError):

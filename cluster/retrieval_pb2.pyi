@@ -142,14 +142,16 @@ class RetrieveResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., item_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., task_scores: _Optional[_Mapping[str, FloatColumn]] = ..., fields: _Optional[_Mapping[str, Column]] = ..., exhausted: _Optional[bool] = ..., version: _Optional[_Union[VersionStamp, _Mapping]] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., counts: _Optional[_Union[StageCounts, _Mapping]] = ..., timings_us: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class VersionStamp(_message.Message):
-    __slots__ = ("model", "generation", "shard_map_version")
+    __slots__ = ("model", "generation", "content_hash", "shard_map_version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     generation: int
+    content_hash: str
     shard_map_version: int
-    def __init__(self, model: _Optional[str] = ..., generation: _Optional[int] = ..., shard_map_version: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., generation: _Optional[int] = ..., content_hash: _Optional[str] = ..., shard_map_version: _Optional[int] = ...) -> None: ...
 
 class Coverage(_message.Message):
     __slots__ = ("documents", "degraded", "shards_total", "shards_full", "shards_degraded", "shards_failed", "reasons", "shards")

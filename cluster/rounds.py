@@ -5,7 +5,7 @@ Shapes: B requests, H heads, R candidates per head, K results, T tasks, P partit
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from silvershard.cluster.fanout import Fanout, Reply, Wait
-from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut, Served
+from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut
 from silvershard.cluster.shard_link import ShardLink
 from silvershard.model.answer import Answer, split_answers
+from silvershard.model.compiled_request import CompiledRequest
 from silvershard.model.merge import Merge, slowest
 from silvershard.model.plan import Plan
-from silvershard.model.request import CompiledRequest
 from silvershard.model.spec import ServingSpec
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
 from silvershard.shard.errors import CandidatesExpired
-from silvershard.shard.executor import FieldValue
+from silvershard.shard.fields import FieldValue
 from silvershard.shard.partition import partition_of, shard_partitions
 
 T = TypeVar("T")
@@ -49,6 +49,16 @@ class Batch:
     minimums: Sequence[float]
     """Coverage that each requires."""
     work: Work
+
+
+@dataclass(frozen=True)
+class Served:
+    """An answer as a router gives it."""
+
+    answer: Answer
+    coverage: Coverage
+    fields: Mapping[str, list[FieldValue]] = field(default_factory=dict)
+    """The columns asked for, one value per result."""
 
 
 Fate = Served | Exception

@@ -1,48 +1,35 @@
-"""The router process: it follows the shard map, keeps links to the shards and serves requests.
+"""The router: it follows the shard map, keeps links to the shards and serves requests."""
 
-Run it with ``python -P -m silvershard.cluster.router --config FILE``; FILE holds a ``RouterConfig``
-as JSON. Once it listens it prints one line of JSON with its address. It ends on SIGTERM, after the
-requests in flight.
-"""
-
-import argparse
 import asyncio
-import contextlib
-import ctypes
-import json
 import logging
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import grpc.aio
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from pydantic import ValidationError
 
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
 from silvershard.cluster.links import Links
 from silvershard.cluster.listen import bind, server_options
-from silvershard.cluster.logs import log_to_stderr
 from silvershard.cluster.server import SERVICE, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
-from silvershard.model.spec import ServingSpec
-from silvershard.shard.errors import ConfigError, RetrievalError, SnapshotError, StateError
-from silvershard.shard.load import load_spec
+from silvershard.shard.errors import SnapshotError, StateError
+from silvershard.shard.snapshot import open_snapshot
 
 _log = logging.getLogger(__name__)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
-_PR_SET_PDEATHSIG = 1
+_RETRY_S = 1.0
+"""Time between two tries of a map that was refused: reading its snapshot may take long."""
+
+_Stamp = tuple[int, int, int]
 
 
 class Router:
@@ -52,22 +39,22 @@ class Router:
         self,
         config: RouterConfig,
         *,
-        load: Callable[[Path], ServingSpec] = load_spec,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a router that does not listen yet.
 
         Args:
             config: what it needs to know.
-            load: reads what a router must know of a generation from its directory.
             clock: must be the clock of the event loop.
         """
         self.address = ""
         self._config = config
-        self._load = load
         self._clock = clock
         self._map: ShardMap | None = None
-        self._map_stamp: tuple[int, int, int] | None = None
+        self._map_stamp: _Stamp | None = None
+        """Of the file that ``_map`` was read from."""
+        self._refused: tuple[_Stamp, str] | None = None
+        self._retry_at_s = 0.0
         self._serving: Serving | None = None
         self._ready = False
         self._links = Links(config.ping)
@@ -159,7 +146,11 @@ class Router:
         await self._health.set(name, _SERVING if ready else _NOT_SERVING)
 
     def _read_map(self) -> None:
-        """Read the map file if it is another one than before; a damaged one is logged once."""
+        """Take the map in the file if it is another one than before.
+
+        One that cannot be taken is logged once and tried again, because its snapshot may be
+        unreadable for a moment only.
+        """
         path = Path(self._config.map_path)
         try:
             status = path.stat()
@@ -168,11 +159,18 @@ class Router:
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         if stamp == self._map_stamp:
             return
-        self._map_stamp = stamp
+        known = self._refused is not None and self._refused[0] == stamp
+        if known and self._clock() < self._retry_at_s:
+            return
         try:
             self._take(ShardMap.read(path))
         except (StateError, SnapshotError, ValueError) as error:
-            _log.error("the last good shard map is kept: %s", error)
+            if self._refused != (stamp, str(error)):
+                _log.error("the last good shard map is kept: %s", error)
+            self._refused = stamp, str(error)
+            self._retry_at_s = self._clock() + _RETRY_S
+            return
+        self._map_stamp, self._refused = stamp, None
 
     def _take(self, shard_map: ShardMap) -> None:
         """Serve by another map.
@@ -183,9 +181,10 @@ class Router:
         """
         before, serving = self._map, self._serving
         if before is not None and serving is not None and _same_cut(before, shard_map):
-            coordinator = serving.coordinator
+            coordinator, content_hash = serving.coordinator, serving.content_hash
         else:
-            spec = self._load(Path(shard_map.snapshot))
+            manifest = open_snapshot(Path(shard_map.snapshot)).manifest
+            spec, content_hash = manifest.spec, manifest.content_hash
             if spec.generation != shard_map.generation:
                 raise ValueError(
                     f"shard map names generation {shard_map.generation}, "
@@ -206,7 +205,7 @@ class Router:
             self._links = links
         self._links.update(shard_map)
         self._map = shard_map
-        self._serving = Serving(coordinator, shard_map.version)
+        self._serving = Serving(coordinator, content_hash, shard_map.version)
         _log.info(
             "serving generation %d from %d shards by map %d",
             shard_map.generation,
@@ -234,72 +233,3 @@ def _same_cut(one: ShardMap, other: ShardMap) -> bool:
         other.num_shards,
         other.snapshot,
     )
-
-
-def read_config(path: Path) -> RouterConfig:
-    """Return the settings in a file.
-
-    Raises:
-        ConfigError: naming the setting that cannot be used.
-    """
-    try:
-        return RouterConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror or error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise ConfigError(f"config {path}: {where}: {first['msg']}") from None
-
-
-async def serve(config: RouterConfig) -> None:
-    """Run a router until SIGTERM or SIGINT."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopped.set)
-    router = Router(config)
-    try:
-        await router.start()
-        line = {"event": "listening", "address": router.address, "pid": os.getpid()}
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
-        await stopped.wait()
-    finally:
-        await router.stop()
-
-
-def _die_with_parent(parent_pid: int | None) -> None:
-    """Have the kernel end this process when the thread that started it ends."""
-    parent = parent_pid or os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
-        _log.warning("prctl failed: %s", os.strerror(ctypes.get_errno()))
-    if os.getppid() != parent:
-        raise SystemExit(0)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the router process and return its exit code."""
-    parser = argparse.ArgumentParser(prog="silvershard-router")
-    parser.add_argument("--config", type=Path, required=True, help="RouterConfig as JSON")
-    options = parser.parse_args(arguments)
-    log_to_stderr()
-    try:
-        config = read_config(options.config)
-        if config.die_with_parent:
-            _die_with_parent(config.parent_pid)
-        torch.set_num_threads(config.num_threads)
-        with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(serve(config))
-    except ConfigError as error:
-        _log.error("%s", error)
-        return 2
-    except RetrievalError as error:
-        _log.error("%s", error)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

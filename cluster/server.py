@@ -14,11 +14,11 @@ from google.rpc import error_details_pb2, status_pb2
 
 from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.batcher import Batcher
-from silvershard.cluster.codec import Refusal, request_from, response_of, status_of, status_row
+from silvershard.cluster.codec import Refusal, request_from, status_of, status_row
 from silvershard.cluster.config import QuerySection
 from silvershard.cluster.coordinator import Coordinator, Query
-from silvershard.cluster.outcome import Served
-from silvershard.cluster.rounds import Fate
+from silvershard.cluster.response import response_of
+from silvershard.cluster.rounds import Fate, Served
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import RetrievalError
 
@@ -39,6 +39,8 @@ class Serving(NamedTuple):
     """What a router serves at a moment."""
 
     coordinator: Coordinator
+    content_hash: str
+    """Of the generation."""
     map_version: int
 
 
@@ -112,10 +114,11 @@ class RetrievalService:
         try:
             if isinstance(message, _Malformed):
                 raise RequestError("message", message.message)
-            if len(message.requests) > self._query.max_requests:
+            if len(message.requests) > self._query.queue:
                 raise RequestError(
                     "requests",
-                    f"at most {self._query.max_requests}, got {len(message.requests)}",
+                    f"at most {self._query.queue}, which the queue of the router holds, "
+                    f"got {len(message.requests)}",
                 )
             reply = retrieval_pb2.RetrieveBatchResponse()
             for fate in await self._fates(message.requests, context):
@@ -139,7 +142,7 @@ class RetrievalService:
 
         Raises:
             Refusal: if nothing is served yet.
-            Overloaded: if the queue is full.
+            Overloaded: if the queue has no room for all of them.
         """
         arrived_s = self._clock()
         deadline_s = arrived_s + self._time_limit_s(context.time_remaining())
@@ -216,6 +219,7 @@ class RetrievalService:
         response.request_id = message.request_id or uuid.uuid4().hex
         response.version.model = spec.model
         response.version.generation = spec.generation
+        response.version.content_hash = serving.content_hash
         response.version.shard_map_version = serving.map_version
         return response
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from silvershard.model.request import FeatureValues
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
-from silvershard.shard.executor import FieldValue
+from silvershard.shard.fields import FieldValue
 
 
 class LinkState(Enum):

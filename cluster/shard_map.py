@@ -54,12 +54,6 @@ class ShardMap(BaseModel):
         found = [entry for entry in self.entries if entry.shard == shard]
         return sorted(found, key=lambda entry: entry.replica)
 
-    @property
-    def missing(self) -> list[int]:
-        """Return the shards that no process serves."""
-        served = {entry.shard for entry in self.entries}
-        return [shard for shard in range(self.num_shards) if shard not in served]
-
     @classmethod
     def read(cls, path: Path) -> Self:
         """Return the map in the file ``path``.

@@ -16,8 +16,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_number, column_to, status_row, values_from
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
+from silvershard.model.dtypes import ValueType
 from silvershard.model.request import RequestError
-from silvershard.model.schema import ValueType
 from silvershard.shard.errors import (
     DeadlineExceeded,
     GenerationError,

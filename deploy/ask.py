@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.deploy.errors import CommandError, ExitCode
-from silvershard.deploy.recipe import user_history
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import Cell, milliseconds, pairs, table
+from silvershard.deploy.users import user_history
 from silvershard.model.request import FilterParam
 
 SHOWN_FIELDS = ("title", "year", "genres")
@@ -129,6 +129,7 @@ def described(result: Result, asker: Asker) -> dict[str, Any]:
         "reasons": list(coverage.reasons),
         "model": result.model,
         "generation": result.generation,
+        "content_hash": result.content_hash,
         "plan": result.plan,
         "counts": result.counts.__dict__,
         "timings_us": in_order(result.timings_us),

@@ -4,7 +4,6 @@ Ratings are parsed as whole columns, a few megabytes at a time, because ml-32m h
 """
 
 import csv
-import io
 import re
 import zipfile
 import zlib
@@ -62,7 +61,7 @@ def text_rows(path: Path, name: str, *columns: str) -> Iterator[tuple[int, list[
     """
     file = name_of(path, name)
     with _open(path, name) as (stream, size):
-        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        reader = csv.reader(_text_lines(file, stream), strict=True)
         try:
             header = next(reader, None) if size else None
             positions = _positions(file, header, columns)
@@ -80,8 +79,15 @@ def text_rows(path: Path, name: str, *columns: str) -> Iterator[tuple[int, list[
                     yield reader.line_num, [row[position] for position in positions]
         except csv.Error as error:
             raise DataError(file, f"is not valid CSV: {error}", reader.line_num) from error
+
+
+def _text_lines(file: str, stream: IO[bytes]) -> Iterator[str]:
+    """The lines of a file; a text wrapper would decode far ahead of the line at fault."""
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(file, f"must be UTF-8: {error.reason}", reader.line_num + 1) from error
+            raise DataError(file, f"must be UTF-8: {error.reason}", number) from error
 
 
 def _positions(file: str, header: Sequence[str] | None, columns: Sequence[str]) -> list[int]:

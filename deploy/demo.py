@@ -86,7 +86,9 @@ def run(
         )
         documents, answers = _show(record, prepared, shown)
         with _timed(seconds, "evaluate"):
-            evaluation = evaluate.evaluate(prepared, published.path, record.address)
+            evaluation = evaluate.evaluate(
+                prepared, published.path, record.address, max_requests=config.query.queue
+            )
         say(f"\nQuality on {evaluation.users:,} held-out last interactions")
         say(render_quality(evaluation))
     finally:

@@ -109,24 +109,32 @@ def tested_users(prepared: Prepared) -> Tested:
     )
 
 
-def evaluate(prepared: Prepared, snapshot: Path, address: str) -> Evaluation:
+def evaluate(
+    prepared: Prepared, snapshot: Path, address: str, *, max_requests: int = _BATCH
+) -> Evaluation:
     """Measure a generation through the cluster that serves it, and beside it.
 
     Args:
         prepared: the data set that it was trained on.
         snapshot: directory of the generation.
         address: of the router.
+        max_requests: most requests in one call that the router accepts.
 
     Raises:
         CommandError: if the cluster refuses a request.
     """
+    batch = min(max_requests, _BATCH)
     users = tested_users(prepared)
     retriever, _ = load_retriever(snapshot)
     items = _embed(retriever, prepared)
     queries = _encode(retriever, users)
-    served = serve(address, users, "asking the cluster")
+    served = serve(address, users, "asking the cluster", batch=batch)
     everything = serve(
-        address, users, "asking every cluster of the index", nprobe=retriever.spec.num_clusters
+        address,
+        users,
+        "asking every cluster of the index",
+        batch=batch,
+        nprobe=retriever.spec.num_clusters,
     )
     popular = _popular(prepared, users)
     exact = _brute_force(items, queries, prepared.catalogue.item_ids, users)
@@ -162,13 +170,15 @@ def _bar(total: int, title: str) -> "tqdm[Any]":
     return tqdm(total=total, desc=title, delay=2, leave=False)
 
 
-def serve(address: str, users: Tested, title: str, *, nprobe: int = 0) -> Served:
-    """Ask the cluster for every user's best items, seen ones excluded, in batches."""
+def serve(
+    address: str, users: Tested, title: str, *, batch: int = _BATCH, nprobe: int = 0
+) -> Served:
+    """Ask the cluster for every user's best items, seen ones excluded, ``batch`` users a call."""
     ranked = np.full((len(users.histories), LONG), -1, dtype=np.int64)
     answers: list[Result] = []
     with Client(address, timeout_s=30.0) as client, _bar(len(ranked), title) as bar:
-        for start in range(0, len(ranked), _BATCH):
-            histories = users.histories[start : start + _BATCH]
+        for start in range(0, len(ranked), batch):
+            histories = users.histories[start : start + batch]
             queries = [
                 Query(
                     features={"history": history},

@@ -22,6 +22,7 @@ from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
 from silvershard.deploy.serve import Launch, Progress
 from silvershard.deploy.state import RAY_DIR_PREFIX, ClusterRecord, StateDir, remove_ray_dir
+from silvershard.shard.generations import generation_dir, list_generations
 
 _SHORT_TMP = "/tmp"
 _MAX_TMP_BYTES = 30
@@ -74,7 +75,7 @@ def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
     Raises:
         CommandError: if there is none, saying how to make one.
     """
-    published = state.list_generations()
+    published = list_generations(state.generations)
     if not published:
         raise CommandError(
             f"no generation is published in {state.root}: "
@@ -86,7 +87,7 @@ def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
             f"generation {generation} is not published in {state.root}; "
             f"there {'is' if len(published) == 1 else 'are'} {', '.join(map(str, published))}"
         )
-    return generation, state.generation_dir(generation)
+    return generation, generation_dir(state.generations, generation)
 
 
 def start(

@@ -16,7 +16,6 @@ import numpy as np
 import pydantic
 import safetensors
 import safetensors.torch
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -26,7 +25,8 @@ from silvershard.deploy import movielens
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens import MovieLens, Popularity, Split
-from silvershard.deploy.state import StateDir, write_atomic
+from silvershard.deploy.state import StateDir
+from silvershard.deploy.users import write_users
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.registry import build
 from silvershard.model.schema import Schema
@@ -257,43 +257,8 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
         on_phase=on_phase,
     )
     bar.close()
-    write_users(state.users_file, prepared.data)
+    write_users(state.users_file, prepared.data.user_ids, prepared.data.rated_movie_ids)
     return published
-
-
-def write_users(path: Path, data: MovieLens) -> None:
-    """Write the movies that each user rated, oldest first, for ``query --user``."""
-    users, starts = np.unique(data.user_ids, return_index=True)
-    offsets = np.append(starts, len(data.user_ids)).astype(np.int64)
-    content = safetensors.torch.save(
-        {
-            "user_ids": torch.from_numpy(users.astype(np.int64)),
-            "offsets": torch.from_numpy(offsets),
-            "movie_ids": torch.from_numpy(np.ascontiguousarray(data.rated_movie_ids)),
-        }
-    )
-    write_atomic(path, content)
-
-
-def user_history(path: Path, user: int) -> list[int] | None:
-    """Return the movies that a user rated, oldest first, or None if nobody has that id.
-
-    Raises:
-        CommandError: if the file is missing or damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            users = file.get_tensor("user_ids")
-            at = int(np.searchsorted(users, user))
-            if at == len(users) or users[at] != user:
-                return None
-            low, high = file.get_slice("offsets")[at : at + 2].tolist()
-            history: list[int] = file.get_slice("movie_ids")[low:high].tolist()
-            return history
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CommandError(
-            f"{path} cannot be read: {error}; run `silvershard publish`, or use --history"
-        ) from None
 
 
 def describe_published(published: Published) -> dict[str, Any]:

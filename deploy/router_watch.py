@@ -56,7 +56,6 @@ class RouterWatch:
         listen = self._config.listen.model_copy(update={"port": self._port})
         settings = RouterConfig(
             map_path=str(self._state.shard_map_file),
-            parent_pid=os.getpid(),
             drain_s=self._config.runtime.drain_s,
             listen=listen,
             query=self._config.query,
@@ -66,8 +65,8 @@ class RouterWatch:
         with self._state.router_log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "silvershard.cluster.router"),
-                    *("--config", str(self._state.router_file)),
+                    *(sys.executable, "-P", "-m", "silvershard.deploy.router_process"),
+                    *("--config", str(self._state.router_file), "--parent", str(os.getpid())),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -30,6 +30,8 @@ def prepare_ray(token_file: Path, *, threads: int) -> None:
         RAY_AUTH_TOKEN_PATH=str(token_file),
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        # What Ray says of a lost worker goes to a log file.
+        RAY_COLOR_PREFIX="0",
         # Ray would kill the largest worker on a full machine; here every worker is a shard.
         RAY_memory_monitor_refresh_ms="0",
         RAY_timeout_ms_task_wait_for_death_info="50",

@@ -18,7 +18,6 @@ Layout::
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -36,7 +35,12 @@ DEFAULT_STATE = ".silvershard"
 STATE_VARIABLE = "SILVERSHARD_STATE"
 RAY_DIR_PREFIX = "silvershard-"
 
-_GENERATION_NAME = re.compile(r"gen-(\d{6,})")
+_LAYOUT = frozenset(
+    {
+        *("config.yaml", "model", "generations", "users.safetensors", "lock", "work.lock"),
+        *("cluster.json", "shard_map.json", "router.json", "ray.token", "log"),
+    }
+)
 
 ShardPhase = Literal["starting", "serving", "restarting", "failed"]
 RouterPhase = Literal["starting", "serving", "restarting"]
@@ -126,17 +130,6 @@ class StateDir:
         """Return the repository of generations."""
         return self.root / "generations"
 
-    def generation_dir(self, generation: int) -> Path:
-        """Return the directory of a generation."""
-        return self.generations / f"gen-{generation:06d}"
-
-    def list_generations(self) -> list[int]:
-        """Return the published generations, ascending, without loading anything."""
-        if not self.generations.is_dir():
-            return []
-        names = [_GENERATION_NAME.fullmatch(entry.name) for entry in self.generations.iterdir()]
-        return sorted(int(name[1]) for name in names if name)
-
     @property
     def users_file(self) -> Path:
         """Return where the histories of the users are."""
@@ -173,18 +166,45 @@ class StateDir:
         return self.root / "log" / "router.log"
 
     def create(self) -> None:
-        """Make the directory and its sub-folders, readable by this user only.
+        """Make the directory and its sub-folders, open to this user only.
+
+        A state directory that is open to others is closed to them.
 
         Raises:
             CommandError: if it cannot be made.
+            Refused: if it belongs to another user, or is open to others and holds other things.
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_private()
             (self.root / "log").mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise CommandError(
                 f"state directory {self.root} cannot be made: {error.strerror}"
             ) from None
+
+    def _make_private(self) -> None:
+        status = self.root.stat()
+        if status.st_uid != os.geteuid():
+            raise Refused(
+                f"state directory {self.root} belongs to another user (uid {status.st_uid}): "
+                "name one of your own with --state"
+            )
+        if not status.st_mode & 0o077:
+            return
+        others = sorted(
+            entry.name
+            for entry in self.root.iterdir()
+            if entry.name not in _LAYOUT and not entry.name.endswith(".tmp")
+        )
+        # It may be a home or a mount point, which must not become private unasked.
+        if others:
+            raise Refused(
+                f"state directory {self.root} is open to other users and holds {others[0]}, which "
+                "is no part of a state directory: name a directory of its own with --state, or "
+                "close this one with `chmod 700`"
+            )
+        self.root.chmod(0o700)
 
     def lock(self) -> int:
         """Return a descriptor that holds the cluster lock of this directory.

@@ -5,26 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from silvershard.model.compiled_request import CompiledRequest
+from silvershard.model.counts import Counts
 from silvershard.model.plan import Plan
-from silvershard.model.request import CompiledRequest
 from silvershard.model.spec import ServingSpec
 from silvershard.model.types import RoundOne, RoundTwo, StageTimes
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many items each stage handled."""
-
-    addressed: int
-    """Documents of the generation."""
-    probed: int
-    """Live slots on the probed pages, summed over the heads."""
-    eligible: int | None
-    """Documents that the filter lets through over the whole catalogue; None when not counted."""
-    ann_kept: int
-    """Candidates that passed the global scan cut, summed over the heads."""
-    reranked: int
-    """Distinct items that were reranked."""
 
 
 @dataclass(frozen=True)

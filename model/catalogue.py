@@ -10,7 +10,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from silvershard.model.schema import INT64_MIN, Schema, SchemaError, ValueType
+from silvershard.model.dtypes import INT64_MIN, ValueType
+from silvershard.model.schema import Schema, SchemaError
 
 NULL_INT = INT64_MIN
 """Marks an item without a value in an int column; a float column uses NaN."""

@@ -7,7 +7,6 @@ Shapes: L and Lv program lengths.
 """
 
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from silvershard.model.filter_expr import (
 )
 from silvershard.model.filter_parser import FilterError, parse_filter
 from silvershard.model.planes import PlaneDictionary
+from silvershard.model.request import FilterMode
 from silvershard.model.schema import Schema
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "CompiledFilter",
     "Expr",
     "FilterError",
-    "FilterMode",
     "Not",
     "Or",
     "Term",
@@ -46,19 +45,6 @@ __all__ = [
     "compile_filter",
     "parse_filter",
 ]
-
-
-class FilterMode(IntEnum):
-    """How a request wants its filter answered; numbers as on the wire."""
-
-    DEFAULT = 0
-    """The same answers as BLOOM_VERIFIED."""
-    BLOOM = 1
-    """No verification: every eligible item passes, and a few that are not eligible."""
-    BLOOM_VERIFIED = 2
-    """Exactly the eligible items."""
-    EXACT = 3
-    """The same answers as BLOOM_VERIFIED."""
 
 
 class CompiledFilter(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from silvershard.kernels.filter_ops import Relation
-from silvershard.model.schema import INT64_MAX, INT64_MIN
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ The grammar and its meaning are in ``docs/filters.md``.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from silvershard.kernels.filter_ops import Relation
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN
+from silvershard.model.errors import TextError
 from silvershard.model.filter_expr import (
     NO_ITEM,
     And,
@@ -23,8 +25,6 @@ from silvershard.model.filter_expr import (
 )
 from silvershard.model.schema import (
     FILTER_KEYWORDS,
-    INT64_MAX,
-    INT64_MIN,
     Attribute,
     Schema,
 )
@@ -36,39 +36,12 @@ MAX_DEPTH = 64
 MAX_LEAVES = 1_024
 """Values and comparisons of one filter, after lists are bound."""
 
-_EXCERPT = 60
-
 Scalar = int | float | str
 Param = Scalar | Sequence[Scalar]
 
 
-class FilterError(ValueError):
-    """A filter that cannot be parsed, or that the schema does not allow.
-
-    Attributes:
-        message: what was required and what was got.
-        position: 0-based character of the text at which it goes wrong; the text's length at its
-            end.
-        text: the whole filter.
-    """
-
-    def __init__(self, message: str, position: int = 0, text: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.position = position
-        self.text = text
-
-    def __str__(self) -> str:
-        start = max(0, self.position - _EXCERPT // 2)
-        line = "".join(
-            letter if letter.isprintable() else " "
-            for letter in self.text[start : start + _EXCERPT]
-        )
-        caret = " " * (self.position - start) + "^"
-        return f"position {self.position}: {self.message}\n  {line}\n  {caret}"
-
-    def __reduce__(self) -> tuple[type[Self], tuple[str, int, str]]:
-        return type(self), (self.message, self.position, self.text)
+class FilterError(TextError):
+    """A filter that cannot be parsed, or that the schema does not allow."""
 
 
 def parse_filter(text: str, params: Mapping[str, Param], schema: Schema) -> Expr:

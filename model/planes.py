@@ -22,7 +22,8 @@ from torch import Tensor
 
 from silvershard.kernels.filter_ops import PAD_TERM
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
-from silvershard.model.schema import INT64_MAX, Attribute, Schema, SchemaError, ValueType
+from silvershard.model.dtypes import INT64_MAX, ValueType
+from silvershard.model.schema import Attribute, Schema, SchemaError
 
 LIVE_PLANE = 0
 FIRST_EXACT_PLANE = 1

@@ -19,10 +19,11 @@ from silvershard.kernels import (
     value_program,
 )
 from silvershard.model.answer import Answer, split_answers
+from silvershard.model.compiled_request import CompiledRequest, compile_request
 from silvershard.model.index import ItemIndex
 from silvershard.model.merge import Merge, passes
 from silvershard.model.plan import Plan
-from silvershard.model.request import CompiledRequest, FeatureValues, Request, compile_request
+from silvershard.model.request import FeatureValues, Request
 from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
@@ -214,16 +215,16 @@ class Retriever(nn.Module):
         programs = work.scan.repeat_interleave(heads, 0)  # (Q, L, 4)
         verify = work.verify.repeat_interleave(heads, 0)
         exclude = work.exclude.repeat_interleave(heads, 0)
-        # A request keeps no more than its own plan says, whatever its neighbours keep.
-        beyond = torch.arange(width) >= work.ann_k[:, None, None]  # (B, 1, R)
+        # A request with fewer candidates than its neighbours keeps some too many; none of those
+        # passes its cutoffs, which are made for its own R.
         kept: list[PartCandidates] = []
         rounds: list[RoundOne] = []
         for part in self.indexes:
             found = part.scan(codes, scales, clusters, programs, verify, exclude, width)
             candidates = PartCandidates(
-                found.scores.view(batch, heads, width).masked_fill(beyond, float("-inf")),
-                found.item_ids.view(batch, heads, width).masked_fill(beyond, -1),
-                found.slots.view(batch, heads, width).masked_fill(beyond, -1),
+                found.scores.view(batch, heads, width),
+                found.item_ids.view(batch, heads, width),
+                found.slots.view(batch, heads, width),
             )
             kept.append(candidates)
             rounds.append(

@@ -13,33 +13,18 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN, ValueType
+from silvershard.model.errors import FieldError
 from silvershard.model.value import VALUE_KEYWORDS, compile_value
 
-ValueType = Literal["int", "float", "string"]
-
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-INT64_MIN = -(2**63)
-INT64_MAX = 2**63 - 1
 SCORE_COLUMN = "score"
 
 FILTER_KEYWORDS = frozenset({"and", "or", "not", "in"})
 
 
-class SchemaError(ValueError):
-    """Something disagrees with the schema.
-
-    Attributes:
-        field: the feature, attribute or column at fault.
-        message: what was required and what was got.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
-
-    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
-        return type(self), (self.field, self.message)
+class SchemaError(FieldError):
+    """A feature, attribute or column that disagrees with the schema."""
 
 
 class UserFeature(BaseModel):
@@ -209,13 +194,17 @@ class Schema(BaseModel):
         Raises:
             SchemaError: naming the feature that is unknown or of the wrong type.
         """
-        return _check_features("user feature", self.user_features, features)
-
-    def check_item_features(
-        self, features: Mapping[str, Sequence[Any]]
-    ) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
-        """Every declared item feature with its checked ids; otherwise as ``check_features``."""
-        return _check_features("item feature", self.item_features, features)
+        known = {feature.name for feature in self.user_features}
+        for name in features:
+            if name not in known:
+                raise SchemaError(
+                    str(name),
+                    f"unknown user feature; the schema has {', '.join(sorted(known)) or 'none'}",
+                )
+        return {
+            feature.name: _check_ids(feature, features.get(feature.name, ()))
+            for feature in self.user_features
+        }
 
 
 def _identifier(name: str) -> str:
@@ -230,21 +219,6 @@ def _unique(what: str, names: Iterable[str]) -> None:
         if name in seen:
             raise ValueError(f"{what} {name!r} is declared twice")
         seen.add(name)
-
-
-def _check_features(
-    what: str, declared: Sequence[UserFeature], features: Mapping[str, Sequence[Any]]
-) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
-    known = {feature.name for feature in declared}
-    for name in features:
-        if name not in known:
-            raise SchemaError(
-                str(name),
-                f"unknown {what}; the schema has {', '.join(sorted(known)) or 'none'}",
-            )
-    return {
-        feature.name: _check_ids(feature, features.get(feature.name, ())) for feature in declared
-    }
 
 
 def _check_ids(feature: UserFeature, values: Sequence[Any]) -> tuple[int, ...] | tuple[str, ...]:

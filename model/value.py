@@ -9,13 +9,14 @@ Shapes: L program length.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from silvershard.kernels.value_program import MAX_VALUE_STACK, ValueOp
+from silvershard.model.errors import TextError
 
 MAX_TEXT = 65_536
 """Characters of a formula."""
@@ -24,35 +25,9 @@ MAX_DEPTH = 64
 MAX_LEAVES = 1_024
 """Numbers, names and weights of one formula."""
 
-_EXCERPT = 60
 
-
-class ValueFormulaError(ValueError):
-    """A formula that cannot be parsed, or that names what does not exist.
-
-    Attributes:
-        message: what was required and what was got.
-        position: 0-based character of the formula at which it goes wrong.
-        text: the whole formula.
-    """
-
-    def __init__(self, message: str, position: int = 0, text: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.position = position
-        self.text = text
-
-    def __str__(self) -> str:
-        start = max(0, self.position - _EXCERPT // 2)
-        line = "".join(
-            letter if letter.isprintable() else " "
-            for letter in self.text[start : start + _EXCERPT]
-        )
-        caret = " " * (self.position - start) + "^"
-        return f"position {self.position}: {self.message}\n  {line}\n  {caret}"
-
-    def __reduce__(self) -> tuple[type[Self], tuple[str, int, str]]:
-        return type(self), (self.message, self.position, self.text)
+class ValueFormulaError(TextError):
+    """A formula that cannot be parsed, or that names what does not exist."""
 
 
 class CompiledValue(NamedTuple):

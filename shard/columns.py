@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silvershard.model.catalogue import Catalogue, Ragged
-from silvershard.model.schema import Schema, ValueType
+from silvershard.model.dtypes import ValueType
+from silvershard.model.schema import Schema
 
 _NUMBERS: Mapping[str, np.dtype[Any]] = {
     "int": np.dtype(np.int64),

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,41 +19,13 @@ from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.errors import CandidatesExpired
-
-FieldValue = int | float | str | None
+from silvershard.shard.fields import FieldStore, FieldValue
 
 
 class _OpenQuery(NamedTuple):
     work: Work
     candidates: list[PartCandidates]
     expires_at_s: float
-
-
-class FieldStore:
-    """Stored columns of the shard's documents, looked up by item id."""
-
-    def __init__(self, item_ids: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        order = np.argsort(item_ids, kind="stable")
-        self._ids = item_ids[order]
-        self._columns = {name: column[order] for name, column in columns.items()}
-
-    def lookup(self, item_ids: Sequence[int], names: Sequence[str]) -> dict[str, list[FieldValue]]:
-        """Return the named columns of items that this shard holds; None is a missing value."""
-        rows = np.searchsorted(self._ids, np.asarray(item_ids, dtype=np.int64))
-        found: dict[str, list[FieldValue]] = {}
-        for name in names:
-            column = self._columns[name][rows]
-            if column.dtype.kind == "i":
-                missing = column == np.iinfo(np.int64).min
-            elif column.dtype.kind == "f":
-                missing = np.isnan(column)
-            else:
-                missing = np.zeros(len(column), dtype=bool)
-            found[name] = [
-                None if gone else value
-                for value, gone in zip(column.tolist(), missing.tolist(), strict=True)
-            ]
-        return found
 
 
 class ShardExecutor:

@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from silvershard.model.registry import build
 from silvershard.model.retriever import Centroids, Retriever
 from silvershard.model.schema import Field
-from silvershard.model.spec import ServingSpec
 from silvershard.shard.build import build_index
 from silvershard.shard.errors import SnapshotError
-from silvershard.shard.executor import FieldStore, ShardExecutor
+from silvershard.shard.executor import ShardExecutor
+from silvershard.shard.fields import FieldStore
 from silvershard.shard.partition import shard_partitions
 from silvershard.shard.snapshot import PartitionData, Snapshot, open_snapshot
 
 _FIELD_TYPES = {"int": np.int64, "float": np.float64, "string": object}
-
-
-def load_spec(path: Path) -> ServingSpec:
-    """Return what a router must know of the generation in ``path``.
-
-    Raises:
-        SnapshotError: if the manifest is missing, damaged or of another format.
-    """
-    return open_snapshot(path).spec
 
 
 def load_model(snapshot: Snapshot) -> tuple[nn.Module, Centroids]:

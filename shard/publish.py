@@ -19,11 +19,11 @@ from silvershard.model.clustering import spherical_kmeans
 from silvershard.model.planes import ItemBits, PlaneReport, choose_planes, encode_items
 from silvershard.model.schema import Schema, SchemaError
 from silvershard.model.spec import SearchDefaults, ServingSpec
+from silvershard.shard.generations import list_generations
 from silvershard.shard.partition import choose_num_partitions, partition_of
 from silvershard.shard.snapshot import (
     Builder,
     PartitionData,
-    list_generations,
     write_snapshot,
 )
 

@@ -35,11 +35,11 @@ from silvershard.model.planes import ItemBits
 from silvershard.model.spec import ServingSpec
 from silvershard.shard.columns import pack_catalogue, unpack_catalogue
 from silvershard.shard.errors import SnapshotError
+from silvershard.shard.generations import generation_dir
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
-_GENERATION_NAME = re.compile(r"gen-(\d{6,})")
 _FILE_NAME = re.compile(
     r"dense\.safetensors|tables/[A-Za-z0-9_.]+\.safetensors|partitions/p-\d{5,9}\.safetensors"
 )
@@ -111,19 +111,6 @@ class PartitionData(NamedTuple):
     bits: ItemBits
 
 
-def generation_name(generation: int) -> str:
-    """Return the directory name of a generation."""
-    return f"gen-{generation:06d}"
-
-
-def list_generations(repository: Path) -> list[int]:
-    """Return the generations published in a repository, ascending; unfinished ones do not count."""
-    if not repository.is_dir():
-        return []
-    names = [_GENERATION_NAME.fullmatch(entry.name) for entry in repository.iterdir()]
-    return sorted(int(name[1]) for name in names if name)
-
-
 def _canonical(document: Mapping[str, Any]) -> bytes:
     text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return text.encode() + b"\n"
@@ -193,7 +180,7 @@ def write_snapshot(
     Raises:
         SnapshotError: if the generation exists already.
     """
-    target = repository / generation_name(spec.generation)
+    target = generation_dir(repository, spec.generation)
     if target.exists():
         raise SnapshotError(str(target), "exists already; generations are written once")
     staging = repository / f".{target.name}.{os.getpid()}.tmp"
@@ -344,14 +331,17 @@ def open_snapshot(path: Path) -> Snapshot:
     """Open a published generation and verify its manifest, byte by byte.
 
     Raises:
-        SnapshotError: if the manifest is missing, damaged or of another format.
+        SnapshotError: if the manifest is missing, unreadable, damaged or of another format.
     """
     file = path / MANIFEST
-    if not file.is_file():
-        raise SnapshotError(str(path), f"{MANIFEST} is missing")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise SnapshotError(str(path), f"{MANIFEST} is over {_MAX_MANIFEST_BYTES} bytes")
-    content = file.read_bytes()
+    try:
+        if not file.is_file():
+            raise SnapshotError(str(path), f"{MANIFEST} is missing")
+        if file.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise SnapshotError(str(path), f"{MANIFEST} is over {_MAX_MANIFEST_BYTES} bytes")
+        content = file.read_bytes()
+    except OSError as error:
+        raise SnapshotError(str(path), f"{MANIFEST} cannot be read: {error.strerror}") from None
     try:
         document = json.loads(content)
         checksum = document.pop("checksum")

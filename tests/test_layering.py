@@ -148,7 +148,10 @@ def test_every_test_file_has_its_module() -> None:
         ("silvershard.kernels", ("torchrec", "fbgemm_gpu", "ray", "grpc", "triton")),
         ("silvershard.model.retriever", ("torchrec", "fbgemm_gpu", "ray", "grpc")),
         ("silvershard.shard.executor", ("ray", "grpc")),
-        ("silvershard.cluster.client", ("ray", "torchrec")),
+        ("silvershard.cluster", ("torch", "ray")),
+        ("silvershard.deploy.verbs", ("torch", "ray")),
+        ("silvershard.deploy.operate", ("torch", "ray")),
+        ("silvershard.deploy.ask", ("torch", "ray")),
     ],
 )
 def test_importing_a_layer_loads_nothing_heavier(module: str, unwanted: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import itertools
 import selectors
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -10,18 +11,23 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from silvershard.cluster import coordinator
 from silvershard.cluster.client import Client, Query
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+from silvershard.cluster.coordinator import Coordinator
+from silvershard.cluster.rounds import Served
 from silvershard.cluster.router import Router
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.model.answer import Answer
+from silvershard.model.compiled_request import compile_request
 from silvershard.model.merge import Merge
-from silvershard.model.request import Request, compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import Retriever, assemble
 from silvershard.shard.errors import DeadlineExceeded
-from silvershard.shard.executor import FieldStore, ShardExecutor
+from silvershard.shard.executor import ShardExecutor
+from silvershard.shard.fields import FieldStore
 from silvershard.shard.load import load_retriever
 
 T = TypeVar("T")
@@ -130,6 +136,62 @@ class FakeLink:
     def release(self, key: str) -> None:
         self.released.append(key)
         self.executor.release(key)
+
+
+class Bench:
+    """A coordinator over fake links, on a loop whose time passes only while everybody waits."""
+
+    def __init__(
+        self, loop: Any, generation: Any, executors: Any, replicas: int, **options: Any
+    ) -> None:
+        self.loop = loop
+        self.generation = generation
+        self.executors = executors
+        self.links = [
+            [FakeLink(executor, copy) for copy in range(replicas)] for executor in executors
+        ]
+        self.coordinator = Coordinator(
+            executors[0].spec,
+            len(executors),
+            lambda shard: self.links[shard],
+            clock=loop.time,
+            **options,
+        )
+
+    @property
+    def all_links(self) -> list[FakeLink]:
+        return list(itertools.chain.from_iterable(self.links))
+
+    def request(self, **more: Any) -> Request:
+        history = self.generation.catalogue.item_ids[:6].tolist()
+        return Request(**{"features": {"history": history}, "k": 20, **more})
+
+    def query(
+        self, request: Request, *, min_coverage: float = 0.0, deadline_s: float = 2.0
+    ) -> coordinator.Query:
+        now_s = self.loop.time()
+        return coordinator.Query(request, min_coverage, now_s + deadline_s, now_s)
+
+    def ask_all(self, requests: list[Request], **objective: Any) -> list[Any]:
+        queries = [self.query(request, **objective) for request in requests]
+        return self.loop.run_until_complete(self.coordinator.answer(queries))
+
+    def ask(self, request: Request, **objective: Any) -> Any:
+        return self.ask_all([request], **objective)[0]
+
+    def share(self, shards: list[int]) -> float:
+        documents = [self.executors[shard].documents for shard in shards]
+        return sum(documents) / self.executors[0].spec.documents
+
+    def assert_is(self, fate: Any, expected: tuple[list[int], list[float]]) -> None:
+        assert isinstance(fate, Served), fate
+        assert fate.answer.item_ids.tolist() == expected[0]
+        assert fate.answer.scores.tolist() == expected[1]
+
+    def assert_nothing_is_open(self) -> None:
+        assert [executor.num_open for executor in self.executors] == [0] * len(self.executors)
+        for link in self.all_links:
+            assert set(link.opened) <= set(link.released)
 
 
 class LoopThread:
@@ -342,6 +404,17 @@ def make_cluster(
 @pytest.fixture
 def fake_link() -> type[FakeLink]:
     return FakeLink
+
+
+@pytest.fixture
+def make_bench(virtual: VirtualLoop, generation: Any, make_executors: Any) -> Callable[..., Bench]:
+    """``make_bench(num_shards, replicas=1, **options)`` gives a coordinator on a virtual clock."""
+
+    def make(num_shards: int, replicas: int = 1, **options: Any) -> Bench:
+        executors = make_executors(num_shards, clock=virtual.time)
+        return Bench(virtual, generation, executors, replicas, **options)
+
+    return make
 
 
 @pytest.fixture

@@ -117,7 +117,6 @@ def test_a_full_queue_refuses_with_a_delay_and_runs_nothing(virtual: Any, runner
             batcher.submit([query(virtual, 1), query(virtual, 2)], runner.run)
         )
         await settle()
-        assert batcher.depth == 2
         with pytest.raises(Overloaded) as raised:
             await batcher.submit([query(virtual, 3)], runner.run)
         assert 0.01 <= raised.value.retry_after_s <= 1.0
@@ -125,6 +124,57 @@ def test_a_full_queue_refuses_with_a_delay_and_runs_nothing(virtual: Any, runner
         await asyncio.gather(running, waiting)
         assert await batcher.submit([query(virtual, 4)], runner.run) == [4]
         assert runner.batches == [[0], [1, 2], [4]]
+
+    virtual.run_until_complete(scene())
+
+
+def test_requests_that_come_together_are_admitted_together_or_not_at_all(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1, queue=6)
+
+    def submit(*numbers: int) -> Any:
+        queries = [query(virtual, k) for k in numbers]
+        return asyncio.ensure_future(batcher.submit(queries, runner.run))
+
+    async def scene() -> None:
+        runner.gate.clear()
+        # Nothing waits yet, so as many as the queue holds fit; four of them start at once.
+        first = submit(*range(6))
+        await settle()
+        with pytest.raises(Overloaded, match="2 of at most 6 requests are waiting"):
+            await submit(*range(10, 15))
+        second = submit(*range(20, 24))
+        await settle()
+        with pytest.raises(Overloaded, match="6 of at most 6"):
+            await submit(30)
+        runner.gate.set()
+        assert await first == list(range(6))
+        assert await second == list(range(20, 24))
+        ran = [k for batch in runner.batches for k in batch]
+        assert ran == [*range(6), *range(20, 24)]
+
+    virtual.run_until_complete(scene())
+
+
+def test_requests_whose_callers_have_left_hold_no_place_in_the_queue(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1, queue=2)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in range(3)
+        ]
+        await settle()
+        tasks[1].cancel()
+        await settle()
+        late = asyncio.ensure_future(batcher.submit([query(virtual, 9)], runner.run))
+        await settle()
+        runner.gate.set()
+        assert await late == [9]
+        assert await tasks[2] == [2]
 
     virtual.run_until_complete(scene())
 
@@ -200,7 +250,6 @@ def test_a_batch_is_cancelled_when_nobody_waits_for_it_any_more(
         await settle()
         runner.gate.set()
         assert await tasks[1] == [3]
-        await batcher.drain()
 
     virtual.run_until_complete(scene())
 
@@ -212,18 +261,3 @@ def test_an_error_of_the_run_is_the_fate_of_each(virtual: Any, runner: Runner) -
         batcher.submit([query(virtual, 0), query(virtual, 1)], runner.run)
     )
     assert fates == [runner.error, runner.error]
-
-
-def test_draining_waits_for_what_runs_and_what_waits(virtual: Any, runner: Runner) -> None:
-    batcher = make(virtual, max_running=1)
-
-    async def scene() -> None:
-        tasks = [
-            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in (0, 1)
-        ]
-        await asyncio.sleep(0)
-        await batcher.drain()
-        assert batcher.depth == 0
-        assert await asyncio.gather(*tasks) == [[0], [1]]
-
-    virtual.run_until_complete(scene())

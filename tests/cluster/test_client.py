@@ -10,8 +10,7 @@ import pytest
 import silvershard.cluster
 from silvershard.cluster.client import Client, Query, QueryFields, RequestRefused, Result
 from silvershard.cluster.outcome import Coverage
-from silvershard.model.filter import FilterMode
-from silvershard.model.request import Request
+from silvershard.model.request import FilterMode, Request
 from silvershard.shard.errors import DeadlineExceeded, RemoteError
 
 
@@ -69,6 +68,7 @@ def test_all_fields_of_a_result_are_filled(client: Client) -> None:
     assert result.coverage == Coverage(1.0, 2, 2, 0)
     assert not result.is_partial
     assert (result.model, result.generation, result.shard_map_version) == ("films", 1, 1)
+    assert len(result.content_hash) == 64
     assert result.request_id == "mine"
     assert result.counts.addressed == 600
     assert {"queue", "tower", "filter", "ann", "rerank", "value", "merge", "network"} <= set(

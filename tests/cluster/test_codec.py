@@ -5,7 +5,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import torch
 from google.rpc import code_pb2, error_details_pb2
 
 from silvershard.cluster import codec, retrieval_pb2
@@ -14,13 +13,9 @@ from silvershard.cluster.outcome import (
     CoverageLost,
     CoverageTimedOut,
     DegradeReason,
-    Served,
     ShardOutcome,
 )
-from silvershard.model.answer import Answer, Counts
-from silvershard.model.filter import FilterMode
-from silvershard.model.plan import Plan
-from silvershard.model.request import Request, RequestError
+from silvershard.model.request import FilterMode, Request, RequestError
 from silvershard.shard import errors
 from silvershard.shard.errors import (
     CandidatesExpired,
@@ -268,39 +263,6 @@ def test_a_bitmap_of_another_length_is_refused() -> None:
     column.null_bitmap = b"\1\0"
     with pytest.raises(ValueError, match="must have 1 bytes, got 2"):
         codec.column_from(column)
-
-
-def test_an_answer_becomes_a_response_bit_for_bit(whole: Any) -> None:
-    scores = torch.tensor([1 / 3, -0.0, -3.4028234e38])
-    answer = Answer(
-        item_ids=torch.tensor([2**62, 0, 7]),
-        scores=scores,
-        refined=scores,
-        task_scores={"rated": torch.tensor([0.1, 0.2, 0.3]), "liked": torch.tensor([0.0] * 3)},
-        plan=Plan("probe", 4, 40),
-        exhausted=True,
-        counts=Counts(600, 500, 0, 40, 39),
-        warnings=("said",),
-        times={"total": 2**40, "ann": 3},
-    )
-    served = Served(answer, PARTIAL, {"title": ["a", None, "c"], "year": [1, 2, None]})
-    message = codec.response_of(served, whole.spec.item_schema, task_scores=True)
-    message = retrieval_pb2.RetrieveResponse.FromString(message.SerializeToString())
-    assert list(message.item_ids) == [2**62, 0, 7]
-    got = np.array(message.scores, dtype=np.float32)
-    assert got.tobytes() == scores.numpy().tobytes()
-    rated = np.array(message.task_scores["rated"].values, dtype=np.float32)
-    assert rated.tobytes() == answer.task_scores["rated"].numpy().tobytes()
-    assert list(message.task_scores["liked"].values) == [0.0] * 3
-    assert codec.column_from(message.fields["title"]) == ["a", None, "c"]
-    assert codec.column_from(message.fields["year"]) == [1, 2, None]
-    assert message.exhausted
-    assert message.plan == "probe(probes=4,ann_k=40)"
-    assert message.counts.HasField("eligible")
-    assert dict(message.timings_us) == {"total": 2**32 - 1, "ann": 3}
-    assert codec.coverage_from(message.coverage) == PARTIAL
-    bare = codec.response_of(served, whole.spec.item_schema, task_scores=False)
-    assert len(bare.task_scores) == 0
 
 
 def test_every_grpc_status_is_known_by_name() -> None:

@@ -42,3 +42,9 @@ def test_values_out_of_range_are_refused(
 def test_a_router_config_survives_its_file() -> None:
     config = RouterConfig(map_path="/state/map.json", query=QuerySection(queue=3))
     assert RouterConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_the_default_query_settings_are_those_of_the_contract() -> None:
+    query = QuerySection()
+    assert (query.max_batch, query.max_delay_us, query.queue) == (64, 500, 256)
+    assert query.min_coverage == 0.9

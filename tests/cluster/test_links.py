@@ -15,7 +15,8 @@ from silvershard.cluster.listen import bind, server_options
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
-from silvershard.model.request import Request, compile_request
+from silvershard.model.compiled_request import compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, Work
 from silvershard.shard.errors import (

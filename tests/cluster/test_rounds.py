@@ -5,12 +5,21 @@ import pytest
 import torch
 
 from silvershard.cluster.fanout import Fanout
-from silvershard.cluster.outcome import CoverageLost, CoverageTimedOut, Served
-from silvershard.cluster.rounds import Batch, Rounds, owners, shortfall
-from silvershard.model.request import Request, compile_request
+from silvershard.cluster.outcome import CoverageLost, CoverageTimedOut
+from silvershard.cluster.rounds import Batch, Rounds, Served, owners, shortfall
+from silvershard.cluster.shard_link import LinkState
+from silvershard.model.compiled_request import compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
-from silvershard.shard.errors import ShardUnavailable
+from silvershard.shard.errors import (
+    CandidatesExpired,
+    GenerationError,
+    Overloaded,
+    ShardUnavailable,
+)
 from silvershard.shard.partition import partition_of
+
+HANG = "hang"
 
 
 def make_fanout(virtual: Any, links: Any, documents: list[int]) -> Fanout:
@@ -135,3 +144,202 @@ def test_large_merges_leave_the_event_loop_free(
     rounds, _ = make_rounds(replace(Request(), k=20))
     virtual.run_until_complete(rounds.run())
     assert len(threads) == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "error", "reason", "code"),
+    [
+        ("open", ShardUnavailable(1, "gone"), "SHARD_UNAVAILABLE", "UNAVAILABLE"),
+        ("close", ShardUnavailable(1, "gone"), "SHARD_UNAVAILABLE", "UNAVAILABLE"),
+        ("fields", ShardUnavailable(1, "gone"), "SHARD_UNAVAILABLE", "UNAVAILABLE"),
+        ("count", ShardUnavailable(1, "gone"), "SHARD_UNAVAILABLE", "UNAVAILABLE"),
+        ("open", GenerationError(1, 2), "VERSION_MISMATCH_DROPPED", "FAILED_PRECONDITION"),
+        ("close", GenerationError(1, 2), "VERSION_MISMATCH_DROPPED", "FAILED_PRECONDITION"),
+        ("open", Overloaded("full", 0.1), "SHARD_OVERLOADED", "RESOURCE_EXHAUSTED"),
+        ("open", HANG, "SHARD_TIMEOUT", "DEADLINE_EXCEEDED"),
+        ("close", HANG, "SHARD_TIMEOUT", "DEADLINE_EXCEEDED"),
+        ("fields", HANG, "SHARD_TIMEOUT", "DEADLINE_EXCEEDED"),
+        ("count", HANG, "SHARD_TIMEOUT", "DEADLINE_EXCEEDED"),
+    ],
+)
+def test_without_a_lost_shard_the_answer_is_exactly_that_of_the_others(
+    make_bench: Any, expect: Any, op: str, error: Any, reason: str, code: str
+) -> None:
+    bench = make_bench(3)
+    wanted = bench.request(filter="year >= 1980", return_fields=("title", "year"), ann_k=30)
+    lost = bench.links[1][0]
+    lost.faults[op] = [error] * 3
+    fate = bench.ask(wanted)
+    # The plan is an input of the answer: it was made while the shard was still counted.
+    pinned = replace(wanted, plan=str(fate.answer.plan), nprobe=0, ann_k=0, exact=False)
+    bench.assert_is(fate, expect([bench.executors[0], bench.executors[2]], pinned))
+    coverage = fate.coverage
+    assert coverage.documents == bench.share([0, 2])
+    assert (coverage.shards_total, coverage.shards_full, coverage.shards_failed) == (3, 2, 1)
+    assert coverage.reasons == (reason,)
+    (outcome,) = coverage.shards
+    assert (outcome.shard, outcome.replica, outcome.code) == (1, "0", code)
+    assert outcome.documents == bench.executors[1].documents
+    assert outcome.reasons == (reason,)
+    assert len(fate.fields["title"]) == len(fate.answer.item_ids)
+    bench.assert_nothing_is_open()
+
+
+def test_the_cutoffs_are_computed_again_without_a_shard_lost_in_round_two(
+    make_bench: Any, expect: Any
+) -> None:
+    bench = make_bench(2)
+    # With so few candidates kept, the cutoffs of both shards together cut deep into each.
+    wanted = bench.request(k=30, ann_k=30, nprobe=16)
+    bench.links[0][0].faults["close"] = [ShardUnavailable(0, "gone")] * 2
+    fate = bench.ask(wanted)
+    bench.assert_is(fate, expect([bench.executors[1]], wanted))
+    assert len(fate.answer.item_ids) == 30
+    assert bench.links[1][0].calls.count("close") == 2
+    assert bench.links[1][0].calls.count("open") == 1
+
+
+def test_shards_may_be_lost_one_after_the_other(make_bench: Any, expect: Any) -> None:
+    bench = make_bench(3)
+    wanted = bench.request(ann_k=15)
+    bench.links[0][0].faults["open"] = [ShardUnavailable(0, "gone")] * 2
+    bench.links[2][0].faults["close"] = [None, HANG]
+    bench.links[2][0].faults["fields"] = [ShardUnavailable(2, "gone")] * 2
+    fate = bench.ask(replace(wanted, return_fields=("title",)))
+    bench.assert_is(fate, expect([bench.executors[1]], wanted))
+    assert fate.coverage.documents == bench.share([1])
+    assert fate.coverage.shards_failed == 2
+    bench.assert_nothing_is_open()
+
+
+def test_a_shard_that_never_came_up_counts_with_its_documents(make_bench: Any, expect: Any) -> None:
+    bench = make_bench(2)
+    bench.links[0] = []
+    wanted = bench.request()
+    fate = bench.ask(wanted)
+    bench.assert_is(fate, expect([bench.executors[1]], wanted))
+    assert fate.coverage.documents == bench.share([1])
+    assert fate.coverage.shards[0].replica == ""
+    assert fate.coverage.shards[0].attempts == 0
+
+
+def test_below_the_minimum_there_is_an_error_with_the_coverage(make_bench: Any) -> None:
+    bench = make_bench(2)
+    bench.links[0][0].state = LinkState.DOWN
+    minimum = bench.share([1])
+    assert isinstance(bench.ask(bench.request(), min_coverage=minimum), Served)
+    error = bench.ask(bench.request(), min_coverage=minimum + 1e-9)
+    assert isinstance(error, CoverageLost)
+    assert error.coverage.documents == minimum
+    assert error.coverage.reasons == ("SHARD_UNAVAILABLE",)
+    assert error.minimum == minimum + 1e-9
+
+
+@pytest.mark.parametrize("op", ["encode", "open", "close", "fields"])
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_without_any_shard_there_is_an_error_and_never_an_empty_list(
+    make_bench: Any, num_shards: int, op: str
+) -> None:
+    bench = make_bench(num_shards)
+    for link in bench.all_links:
+        link.faults[op] = [ShardUnavailable(link.shard, "gone")] * 9
+    error = bench.ask(bench.request(return_fields=("title",)), min_coverage=0.0)
+    assert isinstance(error, CoverageLost)
+    assert error.coverage.documents == 0.0
+    assert error.coverage.shards_failed == num_shards
+    assert error.coverage.reasons == ("SHARD_UNAVAILABLE",)
+    bench.assert_nothing_is_open()
+
+
+@pytest.mark.parametrize("op", ["encode", "count", "open", "close", "fields"])
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_hung_shard_never_takes_more_than_the_deadline(
+    make_bench: Any, virtual: Any, num_shards: int, op: str
+) -> None:
+    bench = make_bench(num_shards)
+    bench.links[0][0].faults[op] = [HANG] * 9
+    wanted = bench.request(filter="year > 1960", return_fields=("title",))
+    before_s = virtual.time()
+    fate = bench.ask(wanted, min_coverage=0.0, deadline_s=2.0)
+    assert virtual.time() - before_s < 2.0
+    if num_shards == 2:
+        assert fate.coverage.documents == bench.share([1])
+        assert fate.coverage.reasons == ("SHARD_TIMEOUT",)
+    else:
+        assert isinstance(fate, CoverageTimedOut)
+        assert fate.coverage.reasons == ("SHARD_TIMEOUT",)
+    bench.assert_nothing_is_open()
+
+
+def test_a_straggler_is_waited_for_only_as_long_as_it_is_needed(
+    make_bench: Any, virtual: Any
+) -> None:
+    bench = make_bench(2)
+    bench.links[0][0].faults["open"] = [1.2, 1.2]
+    before_s = virtual.time()
+    fate = bench.ask(bench.request(), min_coverage=0.0, deadline_s=2.0)
+    assert fate.coverage.shards_failed == 1
+    assert virtual.time() - before_s < 1.1
+    fate = bench.ask(bench.request(), min_coverage=0.9, deadline_s=2.0)
+    assert isinstance(fate, Served)
+    assert fate.coverage.documents == 1.0
+
+
+def test_too_late_for_the_minimum_is_a_deadline_error_with_the_coverage(make_bench: Any) -> None:
+    bench = make_bench(2)
+    bench.links[0][0].faults["open"] = [HANG]
+    error = bench.ask(bench.request(), min_coverage=0.9)
+    assert isinstance(error, CoverageTimedOut)
+    assert error.coverage.documents == bench.share([1])
+
+
+def test_an_ejected_shard_costs_no_time_and_is_no_deadline_error(
+    make_bench: Any, virtual: Any
+) -> None:
+    bench = make_bench(2)
+    bench.links[0][0].state = LinkState.EJECTED
+    bench.links[0][0].faults = {op: [HANG] * 9 for op in ("encode", "open")}
+    before_s = virtual.time()
+    fate = bench.ask(bench.request(), min_coverage=0.0)
+    assert fate.coverage.reasons == ("SHARD_TIMEOUT",)
+    assert isinstance(bench.ask(bench.request(), min_coverage=0.9), CoverageLost)
+    assert virtual.time() == before_s
+    assert bench.links[0][0].calls == []
+
+
+@pytest.mark.parametrize("op", ["count", "open", "close", "fields"])
+def test_a_second_replica_takes_over_and_nothing_is_missing(
+    make_bench: Any, ask_whole: Any, op: str
+) -> None:
+    bench = make_bench(2, replicas=2)
+    bench.links[1][0].faults[op] = [ShardUnavailable(1, "gone")] * 9
+    wanted = bench.request(filter="year > 1960", return_fields=("title",))
+    answer = ask_whole(wanted)
+    fate = bench.ask(wanted, min_coverage=1.0)
+    bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
+    assert not fate.coverage.degraded
+    second = bench.links[1][1].calls
+    assert ("open_and_close" in second) == (op == "close")
+    bench.assert_nothing_is_open()
+
+
+def test_a_shard_that_came_back_in_between_runs_both_rounds_again(
+    make_bench: Any, ask_whole: Any
+) -> None:
+    bench = make_bench(2)
+    bench.links[0][0].faults["close"] = [CandidatesExpired("key")]
+    wanted = bench.request()
+    answer = ask_whole(wanted)
+    fate = bench.ask(wanted, min_coverage=1.0)
+    bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
+    assert bench.links[0][0].calls[-2:] == ["close", "open_and_close"]
+
+
+def test_the_other_replica_is_asked_while_one_is_suspect(make_bench: Any) -> None:
+    bench = make_bench(1, replicas=2)
+    bench.links[0][0].state = LinkState.SUSPECT
+    assert isinstance(bench.ask(bench.request()), Served)
+    assert bench.links[0][0].calls == []
+    bench.links[0][1].state = LinkState.DOWN
+    assert isinstance(bench.ask(bench.request()), Served)
+    assert bench.links[0][0].calls == ["encode", "open", "close"]

@@ -1,9 +1,6 @@
 import contextlib
-import json
-import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,12 +15,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from silvershard.cluster.client import Client, RequestRefused
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
-from silvershard.cluster.router import Router, main, read_config
+from silvershard.cluster.config import ListenSection, PingSection, RouterConfig
+from silvershard.cluster.router import Router
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.model.request import Request
-from silvershard.shard.errors import ConfigError
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.snapshot import open_snapshot
 
 SHARD_PROCESS = Path(__file__).parent / "shard_process.py"
 
@@ -74,8 +72,11 @@ def make_server(loop_thread: Any) -> Iterator[Callable[..., ShardServer]]:
 
 
 @pytest.fixture
-def write_map(tmp_path: Path, generation: Any) -> Callable[..., ShardMap]:
-    def write(*entries: ShardEntry, version: int = 1, **more: Any) -> ShardMap:
+def write_map(tmp_path: Path, generation: Any, map_entry: Any) -> Callable[..., ShardMap]:
+    """``write_map(*served)`` writes a map of servers in this process, or of entries."""
+
+    def write(*served: ShardServer | ShardEntry, version: int = 1, **more: Any) -> ShardMap:
+        entries = tuple(map_entry(one) if isinstance(one, ShardServer) else one for one in served)
         fields = {"generation": 1, "snapshot": str(generation.path), "num_shards": 2}
         shard_map = ShardMap(**{**fields, **more}, version=version, entries=entries)
         shard_map.write_atomic(tmp_path / "map.json")
@@ -105,7 +106,6 @@ def test_without_a_map_the_router_is_not_ready_and_picks_it_up(
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     client_of: Any,
 ) -> None:
     router = make_router()
@@ -117,7 +117,7 @@ def test_without_a_map_the_router_is_not_ready_and_picks_it_up(
         client.retrieve(k=1)
     assert (raised.value.code, raised.value.reason) == ("UNAVAILABLE", "NOT_READY")
     servers = [make_server(executor) for executor in make_executors(2)]
-    write_map(*(map_entry(server) for server in servers))
+    write_map(*servers)
     client.wait_until_ready(10)
     assert client.retrieve(k=1).coverage.documents == 1.0
     until(lambda: health(router.address, "model/films") == "SERVING")
@@ -128,18 +128,17 @@ def test_readiness_is_latched_while_the_health_of_the_model_follows_the_coverage
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     client_of: Any,
     loop_thread: Any,
 ) -> None:
     servers = [make_server(executor) for executor in make_executors(2)]
-    write_map(map_entry(servers[0]))
+    write_map(servers[0])
     router = make_router()
     client = client_of(router.address)
     assert client.retrieve(k=1, min_coverage=0.0).is_partial
     assert health(router.address, "") == "NOT_SERVING"
     assert health(router.address, "model/films") == "NOT_SERVING"
-    write_map(*(map_entry(server) for server in servers), version=2)
+    write_map(*servers, version=2)
     client.wait_until_ready(10)
     until(lambda: health(router.address, "model/films") == "SERVING")
     loop_thread.call(servers[1].stop(0))
@@ -152,15 +151,13 @@ def test_a_damaged_map_is_logged_once_and_the_last_good_one_is_kept(
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     client_of: Any,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     generation: Any,
 ) -> None:
     servers = [make_server(executor) for executor in make_executors(2)]
-    entries = [map_entry(server) for server in servers]
-    write_map(*entries)
+    write_map(*servers)
     router = make_router()
     client = client_of(router.address)
     client.wait_until_ready(10)
@@ -171,11 +168,11 @@ def test_a_damaged_map_is_logged_once_and_the_last_good_one_is_kept(
     (tmp_path / "half").write_text("{")
     os.replace(tmp_path / "half", tmp_path / "map.json")
     until(lambda: complaints("Invalid JSON") == 1)
-    write_map(*entries, version=2, generation=9)
+    write_map(*servers, version=2, generation=9)
     until(lambda: complaints("names generation 9, its snapshot holds 1") == 1)
-    write_map(*entries, version=3, snapshot=str(tmp_path / "nowhere"))
+    write_map(*servers, version=3, snapshot=str(tmp_path / "nowhere"))
     until(lambda: complaints("nowhere") == 1)
-    write_map(*entries, version=4, num_shards=65)
+    write_map(*servers, version=4, num_shards=65)
     until(lambda: complaints("num_shards must be in 1..64") == 1)
     (tmp_path / "map.json").unlink()
     time.sleep(0.01)
@@ -184,8 +181,68 @@ def test_a_damaged_map_is_logged_once_and_the_last_good_one_is_kept(
     assert result.coverage.documents == 1.0
     assert complaints("the last good shard map is kept") == 4
     assert router._retired == set()
-    write_map(*entries, version=5)
+    write_map(*servers, version=5)
     until(lambda: client.retrieve(k=3).shard_map_version == 5)
+
+
+def test_a_snapshot_that_is_unreadable_for_a_moment_is_tried_again(
+    make_router: Any,
+    make_server: Any,
+    make_executors: Any,
+    write_map: Any,
+    client_of: Any,
+    tmp_path: Path,
+    generation: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("silvershard.cluster.router._RETRY_S", 0.01)
+    tries: list[Path] = []
+
+    def counted(path: Path) -> Any:
+        tries.append(path)
+        return open_snapshot(path)
+
+    monkeypatch.setattr("silvershard.cluster.router.open_snapshot", counted)
+    late = tmp_path / "mounted-late"
+    servers = [make_server(executor) for executor in make_executors(2)]
+    write_map(*servers, snapshot=str(late))
+    client = client_of(make_router().address)
+    until(lambda: len(tries) >= 3)
+    assert not client.is_ready()
+    assert caplog.text.count("manifest.json is missing") == 1
+    late.symlink_to(generation.path)
+    client.wait_until_ready(10)
+    assert client.retrieve(k=3).shard_map_version == 1
+    taken = len(tries)
+    time.sleep(0.01)
+    assert len(tries) == taken
+
+
+def test_a_refused_map_is_not_read_again_before_its_time(
+    make_router: Any, write_map: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Path] = []
+
+    def refused(path: Path) -> Any:
+        tries.append(path)
+        raise SnapshotError(str(path), "unreadable")
+
+    monkeypatch.setattr("silvershard.cluster.router.open_snapshot", refused)
+    write_map()
+    router = make_router()
+    looks: list[int] = []
+    follow = router.follow
+
+    async def counted() -> None:
+        looks.append(1)
+        await follow()
+
+    monkeypatch.setattr(router, "follow", counted)
+    until(lambda: len(looks) >= 5)
+    assert len(tries) == 1
+    write_map(version=2)
+    until(lambda: len(tries) == 2)
 
 
 def test_an_error_while_following_the_map_is_logged_and_does_not_end_the_following(
@@ -208,18 +265,17 @@ def test_another_cut_of_the_same_generation_gives_the_same_answers(
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     client_of: Any,
     ask_whole: Any,
 ) -> None:
     two = [make_server(executor) for executor in make_executors(2)]
     three = [make_server(executor) for executor in make_executors(3)]
-    write_map(*(map_entry(server) for server in two))
+    write_map(*two)
     client = client_of(make_router().address)
     client.wait_until_ready(10)
     expected = ask_whole(Request(k=30)).item_ids.tolist()
     assert client.retrieve(k=30).item_ids.tolist() == expected
-    write_map(*(map_entry(server) for server in three), version=2, num_shards=3)
+    write_map(*three, version=2, num_shards=3)
 
     def is_served() -> bool:
         result = client.retrieve(k=30, min_coverage=1.0)
@@ -235,13 +291,12 @@ def test_a_second_replica_serves_when_the_first_is_gone(
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     client_of: Any,
     loop_thread: Any,
 ) -> None:
     servers = [make_server(executor) for executor in make_executors(2)]
     spare = make_server(make_executors(2)[0], replica=1)
-    write_map(*(map_entry(server) for server in (*servers, spare)))
+    write_map(*servers, spare)
     client = client_of(make_router().address)
     client.wait_until_ready(10)
     loop_thread.call(servers[0].stop(0))
@@ -254,7 +309,6 @@ def test_stopping_answers_what_is_in_flight(
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     client_of: Any,
     loop_thread: Any,
 ) -> None:
@@ -268,7 +322,7 @@ def test_stopping_answers_what_is_in_flight(
         return real_open(*arguments)
 
     executors[0].open = held
-    write_map(*(map_entry(make_server(executor)) for executor in executors))
+    write_map(*map(make_server, executors))
     router = make_router()
     client = client_of(router.address)
     client.wait_until_ready(10)
@@ -370,14 +424,13 @@ def test_a_shard_killed_in_mid_query_gives_exact_coverage_or_unavailable_and_its
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     make_shard_process: Any,
     client_of: Any,
     ask_whole: Any,
     expect: Any,
 ) -> None:
     executors = make_executors(2)
-    other = map_entry(make_server(executors[1]))
+    other = make_server(executors[1])
     share = executors[1].documents / 600
     wanted = Request(k=30)
     alone = expect([make_executors(2)[1]], wanted)[0]
@@ -413,13 +466,12 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     make_server: Any,
     make_executors: Any,
     write_map: Any,
-    map_entry: Any,
     make_shard_process: Any,
     client_of: Any,
 ) -> None:
     executors = make_executors(2)
     victim = make_shard_process(0)
-    write_map(victim.entry, map_entry(make_server(executors[1])))
+    write_map(victim.entry, make_server(executors[1]))
     ping = PingSection(every_ms=50, suspect_after=10, eject_after=40)
     router = make_router(ping=ping)
     client = client_of(router.address)
@@ -442,134 +494,3 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
         assert result.coverage.documents == executors[1].documents / 600
     victim.signal(signal.SIGCONT)
     until(lambda: client.retrieve(k=3, min_coverage=0.0).coverage.documents == 1.0, 20)
-
-
-def test_the_process_listens_says_so_serves_and_ends_on_sigterm(
-    make_server: Any,
-    make_executors: Any,
-    write_map: Any,
-    map_entry: Any,
-    tmp_path: Path,
-    client_of: Any,
-) -> None:
-    write_map(*(map_entry(make_server(executor)) for executor in make_executors(2)))
-    config = RouterConfig(
-        map_path=str(tmp_path / "map.json"), listen=ListenSection(port=0), parent_pid=os.getpid()
-    )
-    path = tmp_path / "router.json"
-    path.write_text(config.model_dump_json())
-    command = [sys.executable, "-P", "-m", "silvershard.cluster.router", "--config", str(path)]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        assert process.stdout is not None
-        line = json.loads(process.stdout.readline())
-        assert line["event"] == "listening"
-        assert line["pid"] == process.pid
-        client = client_of(line["address"])
-        client.wait_until_ready(15)
-        assert len(client.retrieve(k=7).item_ids) == 7
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
-        assert process.stdout.read() == ""
-    finally:
-        process.kill()
-        process.wait(10)
-        process.stdout.close()
-    lines = [json.loads(one) for one in (tmp_path / "log").read_text().splitlines()]
-    assert any("serving generation 1" in one["message"] for one in lines)
-
-
-def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
-    config = RouterConfig(map_path=str(tmp_path / "map.json"), listen=ListenSection(port=0))
-    path = tmp_path / "router.json"
-    path.write_text(config.model_dump_json())
-    # The parent waits until the router listens, and ends without a word.
-    parent = (
-        "import subprocess, sys\n"
-        "router = subprocess.Popen([sys.executable, '-P', '-m', 'silvershard.cluster.router', "
-        f"'--config', {str(path)!r}], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
-        "print(router.stdout.readline().decode(), flush=True)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", parent], capture_output=True, text=True, timeout=60, check=True
-    )
-    pid = json.loads(done.stdout)["pid"]
-
-    def is_gone() -> bool:
-        try:
-            status = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        return status.rsplit(")", 1)[1].split()[0] == "Z"
-
-    until(is_gone, 15)
-
-
-@pytest.fixture
-def run_main(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], tuple[int, list[dict[str, str]]]]]:
-    """Runs the process main here, on a config file; gives its exit code and log lines."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    monkeypatch.setattr(root, "handlers", [])
-
-    def run(text: str) -> tuple[int, list[dict[str, str]]]:
-        path = tmp_path / "config.json"
-        path.write_text(text)
-        code = main(["--config", str(path)])
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        return code, [json.loads(one) for one in printed.err.splitlines()]
-
-    yield run
-    root.handlers = before
-    root.setLevel(level)
-
-
-def test_a_port_in_use_is_told_without_a_stack_trace(run_main: Any) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        config = RouterConfig(
-            map_path="map.json", die_with_parent=False, listen=ListenSection(port=port)
-        )
-        code, lines = run_main(config.model_dump_json())
-    assert code == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in lines[-1]["message"]
-    assert all("trace" not in one for one in lines)
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("{", "file: Invalid JSON"),
-        ("{}", "map_path: Field required"),
-        ('{"map_path": "m", "query": {"queue": 0}}', "query.queue: Input should be greater"),
-        ('{"map_path": "m", "surprise": 1}', "surprise: Extra inputs"),
-        (
-            '{"map_path": "m", "die_with_parent": false, "listen": {"host": "0.0.0.0"}}',
-            "must be a loopback address while nothing is encrypted, got '0.0.0.0'",
-        ),
-    ],
-)
-def test_a_config_that_cannot_be_used_names_the_setting(
-    run_main: Any, text: str, complaint: str
-) -> None:
-    code, lines = run_main(text)
-    assert code == 2
-    assert complaint in lines[-1]["message"]
-    assert all("trace" not in one for one in lines)
-
-
-def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.json: No such file"):
-        read_config(tmp_path / "nowhere.json")
-
-
-def test_the_default_query_settings_are_those_of_the_contract() -> None:
-    query = QuerySection()
-    assert (query.max_batch, query.max_delay_us, query.queue) == (64, 500, 256)
-    assert query.min_coverage == 0.9

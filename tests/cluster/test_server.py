@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.client import Client, Query, RequestRefused, Result
 from silvershard.model.request import Request
+from silvershard.shard.snapshot import open_snapshot
 
 Message = retrieval_pb2.RetrieveRequest
 Values = retrieval_pb2.Values
@@ -182,10 +183,12 @@ def test_what_is_not_served_is_not_found_or_aborted(
 @pytest.mark.parametrize(
     "fields", [{}, {"model": "films"}, {"alias": "live"}, {"alias": ""}, {"generation": 1}]
 )
-def test_what_is_served_is_found(stub: Any, fields: dict[str, Any]) -> None:
+def test_what_is_served_is_found(stub: Any, generation: Any, fields: dict[str, Any]) -> None:
     reply = stub.Retrieve(Message(k=1, **fields))
     assert (reply.version.model, reply.version.generation) == ("films", 1)
     assert reply.version.shard_map_version == 1
+    manifest = open_snapshot(generation.path).manifest
+    assert reply.version.content_hash == manifest.content_hash
 
 
 def test_an_oversized_message_is_refused(stub: Any) -> None:
@@ -255,18 +258,22 @@ def test_an_empty_batch_has_an_empty_answer(stub: Any) -> None:
     assert len(stub.RetrieveBatch(retrieval_pb2.RetrieveBatchRequest()).items) == 0
 
 
-def test_too_many_requests_at_once_are_refused(make_cluster: Any) -> None:
-    cluster = make_cluster(1, max_requests=3)
-    with cluster.client() as client, pytest.raises(RequestRefused) as raised:
-        client.retrieve_batch([Query()] * 4)
+def test_more_requests_than_the_queue_holds_are_never_served_at_once(make_cluster: Any) -> None:
+    cluster = make_cluster(1, queue=3)
+    with cluster.client() as client:
+        with pytest.raises(RequestRefused) as raised:
+            client.retrieve_batch([Query()] * 4)
+        assert all(isinstance(one, Result) for one in client.retrieve_batch([Query()] * 3))
     assert raised.value.code == "INVALID_ARGUMENT"
-    assert raised.value.violations[0] == ("requests", "at most 3, got 4")
+    assert raised.value.violations[0] == (
+        *("requests", "at most 3, which the queue of the router holds, got 4"),
+    )
 
 
 def test_a_batch_larger_than_the_maximum_is_answered_whole(
     make_cluster: Any, generation: Any, request_maker: Any, as_query: Any, ask_whole: Any
 ) -> None:
-    cluster = make_cluster(3, max_batch=7, queue=5)
+    cluster = make_cluster(3, max_batch=7, queue=30)
     requests = request_maker(generation, 30, seed=21)
     with cluster.client(timeout_s=20) as client:
         results = client.retrieve_batch([as_query(one) for one in requests])
@@ -331,7 +338,7 @@ def test_a_full_queue_refuses_with_a_delay(make_cluster: Any, make_executors: An
         running = pool.submit(stub.Retrieve, Message(k=1))
         assert reached.wait(5)
         waiting = pool.submit(stub.Retrieve, Message(k=1))
-        while cluster.router._batcher.depth < 1:
+        while not cluster.router._batcher._waiting:
             threading.Event().wait(0.001)
         code, status, metadata = refusal(lambda: stub.Retrieve(Message(k=1)))
         assert code == "RESOURCE_EXHAUSTED"

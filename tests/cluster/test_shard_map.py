@@ -27,11 +27,10 @@ def test_a_map_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["map.json"]
 
 
-def test_replicas_come_in_order_and_missing_shards_are_named() -> None:
+def test_replicas_come_in_order() -> None:
     shard_map = make_map(entry(2), entry(0, 1), entry(0), num_shards=4)
     assert [one.replica for one in shard_map.replicas(0)] == [0, 1]
     assert shard_map.replicas(1) == []
-    assert shard_map.missing == [1, 3]
 
 
 def test_a_failed_write_leaves_the_old_map(tmp_path: Path, monkeypatch: Any) -> None:

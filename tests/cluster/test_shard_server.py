@@ -12,7 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_name
 from silvershard.cluster.shard_server import ShardServer
-from silvershard.model.request import Request, compile_request
+from silvershard.model.compiled_request import compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, Work
 from silvershard.shard.errors import ConfigError, StateError

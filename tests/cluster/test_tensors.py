@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from silvershard.cluster import shard_pb2, tensors
-from silvershard.model.request import Request, compile_request
+from silvershard.model.compiled_request import compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 

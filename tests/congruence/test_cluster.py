@@ -69,11 +69,7 @@ def cluster(
             # Answers must be whole here, so slow machines get time instead of partial answers.
             query = QuerySection(min_coverage=1.0, deadline_max_ms=60_000)
             listen = ListenSection(host="127.0.0.1", port=0)
-            made = Router(
-                RouterConfig(
-                    map_path=str(map_path), listen=listen, query=query, die_with_parent=False
-                )
-            )
+            made = Router(RouterConfig(map_path=str(map_path), listen=listen, query=query))
             await made.start()
             return made
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from silvershard.model.catalogue import NULL_INT
-from silvershard.model.filter import FilterMode
-from silvershard.model.request import Request
+from silvershard.model.request import FilterMode, Request
 from silvershard.model.retriever import Retriever
 from silvershard.shard.load import load_retriever
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from silvershard.model.answer import Answer, split_answers
+from silvershard.model.compiled_request import compile_request
 from silvershard.model.merge import Merge
 from silvershard.model.quality import same_ranking
-from silvershard.model.request import Request, compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import Retriever, assemble
 from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.load import load_executor, load_retriever

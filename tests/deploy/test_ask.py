@@ -8,7 +8,8 @@ from silvershard.cluster import Coverage, Query, Result
 from silvershard.deploy import ask
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import StateDir
-from silvershard.model.answer import Counts
+from silvershard.deploy.users import write_users
+from silvershard.model.counts import Counts
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def result() -> Result:
         ),
         model="movielens",
         generation=4,
+        content_hash="ab" * 32,
         shard_map_version=1,
         plan="probe(probes=32,ann_k=600)",
         exhausted=False,
@@ -73,6 +75,7 @@ def test_an_answer_is_described_in_full(result: Result) -> None:
         "fields": {"year": 1995, "title": "Heat", "genres": "Action|Crime"},
     }
     assert document["coverage"] == 0.5
+    assert (document["generation"], document["content_hash"]) == (4, "ab" * 32)
     assert document["warnings"] == ["a note", "from the model"]
     assert document["counts"]["eligible"] == 1234
     assert list(document["timings_us"]) == [*ask.STAGES, "extra", "total"]
@@ -109,19 +112,13 @@ def test_an_empty_answer_says_so(result: Result) -> None:
 
 
 def test_an_unknown_user_is_answered_from_defaults_and_told(tmp_path: Path) -> None:
-    from silvershard.deploy.dataset import MovieLens
-    from silvershard.deploy.recipe import write_users
-    from silvershard.deploy.synthetic import generate
-
-    films: MovieLens = generate(200, 5, 20)
     state = StateDir(tmp_path)
-    write_users(state.users_file, films)
+    write_users(state.users_file, np.array([1, 1, 2]), np.array([8, 4, 6]))
     unknown = ask.asker_of(state, user=999, history=None, include_seen=False)
     assert (unknown.history, unknown.exclude) == ([], [])
     assert unknown.notes == ["user 999 is not in the data set: answered from the model's defaults"]
     known = ask.asker_of(state, user=1, history=None, include_seen=False)
-    assert known.history == known.exclude
-    assert len(known.history) >= 20
+    assert known.history == known.exclude == [8, 4]
     assert known.notes == []
     assert ask.asker_of(state, user=1, history=None, include_seen=True).exclude == []
     assert ask.asker_of(state, user=None, history=[5, 6], include_seen=False).exclude == [5, 6]

@@ -184,7 +184,8 @@ def test_text_rows_know_quotes_line_breaks_and_byte_order_marks(tmp_path: Path) 
         (b"movieId,name\n1,a\n", "line 1, column title: must be in the header once"),
         (b"movieId,title\n1,a\n2\n", "line 3: must have 2 columns, got 1"),
         (b'movieId,title\n1,a\n2,"b\n3,c\n', "is not valid CSV"),
-        (b"movieId,title\n1,a\n2,\xff\n", "must be UTF-8: invalid start byte"),
+        (b"movieId,title\n1,a\n2,\xff\n", "line 3: must be UTF-8: invalid start byte"),
+        (b"movieId,t\xe9tle\n", "line 1: must be UTF-8: invalid continuation byte"),
         (b"movieId,title\n1," + b"a" * 200_000 + b"\n", "is not valid CSV: field larger"),
     ],
 )
@@ -195,6 +196,26 @@ def test_text_rows_refuse_what_is_not_their_table(
     with pytest.raises(DataError) as caught:
         list(text_rows(tmp_path, "movies.csv", "movieId", "title"))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("where", ["folder", "zip"])
+def test_a_byte_that_is_not_utf_8_is_found_on_its_own_line(
+    tmp_path: Path, ending: bytes, where: str
+) -> None:
+    rows = [b"movieId,title", *(b"%d,Am\xc3\xa9lie" % number for number in range(2, 20_000))]
+    # A title of two lines counts as two.
+    rows[100] = b'101,"one' + ending + b'two"'
+    rows[15_000] = b"15001,Am\xe9lie"
+    content = ending.join(rows) + ending
+    path = _write(tmp_path, content, "movies.csv")
+    if where == "zip":
+        path = tmp_path / "a.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("ml/movies.csv", content)
+    with pytest.raises(DataError, match="must be UTF-8: invalid continuation byte") as caught:
+        list(text_rows(path, "movies.csv", "movieId", "title"))
+    assert caught.value.line == 15_002
 
 
 def _zip(path: Path, **members: str) -> Path:

@@ -13,7 +13,7 @@ from silvershard.deploy import evaluate, recipe
 from silvershard.deploy.config import load
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
-from silvershard.model.answer import Counts
+from silvershard.model.counts import Counts
 from silvershard.model.request import Request
 from silvershard.shard.load import load_retriever
 
@@ -48,6 +48,7 @@ class OneProcess:
 
     retriever: Any
     asked: list[Query]
+    sizes: list[int]
     refusal: RequestRefused | None = None
 
     def __init__(self, address: str, **_: object) -> None:
@@ -68,6 +69,7 @@ class OneProcess:
         if self.refusal is not None:
             return [self.refusal] * len(queries)
         self.asked += queries
+        self.sizes.append(len(queries))
         answers = self.retriever(
             [
                 Request(
@@ -95,6 +97,7 @@ class OneProcess:
                 ),
                 model="movielens",
                 generation=1,
+                content_hash="",
                 shard_map_version=1,
                 plan=str(answer.plan),
                 exhausted=False,
@@ -109,6 +112,7 @@ class OneProcess:
 def client(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> type[OneProcess]:
     monkeypatch.setattr(OneProcess, "retriever", setup.retriever, raising=False)
     monkeypatch.setattr(OneProcess, "asked", [], raising=False)
+    monkeypatch.setattr(OneProcess, "sizes", [], raising=False)
     monkeypatch.setattr(evaluate, "Client", OneProcess)
     return OneProcess
 
@@ -125,7 +129,8 @@ def test_only_users_with_a_held_out_item_are_tested(setup: Setup) -> None:
 def test_an_evaluation_has_everything_the_table_shows(
     setup: Setup, client: type[OneProcess]
 ) -> None:
-    found = evaluate.evaluate(setup.prepared, setup.snapshot, "here")
+    found = evaluate.evaluate(setup.prepared, setup.snapshot, "here", max_requests=11)
+    assert max(client.sizes) == 11
     assert [row.name for row in found.rows] == [
         "popularity",
         "brute force fp32, no reranker",
@@ -153,14 +158,15 @@ def test_seen_items_are_excluded_and_all_clusters_probed_when_asked(
     setup: Setup, client: type[OneProcess]
 ) -> None:
     users = evaluate.tested_users(setup.prepared)
-    served = evaluate.serve("here", users, "", nprobe=16)
+    served = evaluate.serve("here", users, "", batch=7, nprobe=16)
     for history, ranked, query in zip(users.histories, served.item_ids, client.asked, strict=True):
         assert not set(history) & set(ranked.tolist())
         assert list(query.exclude_ids) == history
         assert query.nprobe == 16
+    assert max(client.sizes) == 7
     assert served.plan.startswith("all_pages(probes=16,")
     assert served.coverage == 1.0
-    assert served.timings_us == {"ann": 28}
+    assert served.timings_us == {"ann": 8}
 
 
 def test_a_refused_request_ends_the_evaluation(setup: Setup, client: type[OneProcess]) -> None:

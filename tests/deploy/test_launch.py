@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.shard.errors import SnapshotError
+from silvershard.shard.generations import generation_dir
 from silvershard.shard.load import load_retriever
 from silvershard.shard.snapshot import open_snapshot
 
@@ -43,7 +45,7 @@ def published(root: Path, generation: Any) -> StateDir:
     state = StateDir(root)
     state.create()
     state.generations.mkdir()
-    state.generation_dir(1).symlink_to(generation.path)
+    generation_dir(state.generations, 1).symlink_to(generation.path)
     return state
 
 
@@ -86,9 +88,9 @@ def test_a_free_port_is_accepted_and_one_in_use_is_not() -> None:
 def test_the_newest_generation_is_chosen(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     for number in (1, 2, 10):
-        state.generation_dir(number).mkdir(parents=True)
-    assert launch.choose_generation(state, None) == (10, state.generation_dir(10))
-    assert launch.choose_generation(state, 2) == (2, state.generation_dir(2))
+        generation_dir(state.generations, number).mkdir(parents=True)
+    assert launch.choose_generation(state, None) == (10, generation_dir(state.generations, 10))
+    assert launch.choose_generation(state, 2) == (2, generation_dir(state.generations, 2))
 
 
 def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path) -> None:
@@ -141,6 +143,22 @@ def test_status_says_what_runs(state: StateDir) -> None:
 
 
 @pytest.mark.ray
+def test_the_python_example_of_the_readme_runs(
+    state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    listen = ListenSection()
+    said = f"{listen.host}:{listen.port}"
+    assert example.count(said) == 1
+    exec(compile(example.replace(said, latest(state).address), "README.md", "exec"), {})
+    titles, rest = capsys.readouterr().out.split("] [", 1)
+    assert titles.count("'Film ") == 10
+    assert " 1.0 1 " in rest
+    assert "(probes=" in rest
+
+
+@pytest.mark.ray
 def test_a_second_start_on_the_directory_is_refused(state: StateDir) -> None:
     config = load(None, environ={}, options={"listen.port": 0})
     record = latest(state)
@@ -169,6 +187,9 @@ def test_a_killed_shard_comes_back_in_a_new_place(state: StateDir) -> None:
             lambda: client.retrieve(k=1, min_coverage=0.0).coverage.documents == 1.0,
             "the router did not find the shard again",
         )
+    # Ray explains the death in the log, without colours.
+    until(lambda: b"(raylet) A worker died" in state.daemon_log.read_bytes(), "Ray said nothing")
+    assert b"\x1b" not in state.daemon_log.read_bytes()
 
 
 @pytest.mark.ray
@@ -245,7 +266,7 @@ def test_a_broken_snapshot_is_named_and_nothing_is_left(
 ) -> None:
     state = StateDir(tmp_path / "s")
     state.create()
-    snapshot = state.generation_dir(1)
+    snapshot = generation_dir(state.generations, 1)
     shutil.copytree(generation.path, snapshot)
     name = max(open_snapshot(snapshot).manifest.files)
     assert name.startswith("tables/")
@@ -265,8 +286,8 @@ def test_a_snapshot_that_only_a_shard_finds_broken_is_named_too(
 ) -> None:
     state = StateDir(tmp_path / "s")
     state.create()
-    shutil.copytree(generation.path, state.generation_dir(1))
-    flip(state.generation_dir(1) / "dense.safetensors")
+    shutil.copytree(generation.path, generation_dir(state.generations, 1))
+    flip(generation_dir(state.generations, 1) / "dense.safetensors")
     config = load(None, environ={}, options={"listen.port": 0, "sharding.shards": 1})
     with pytest.raises(CommandError, match=r"shard \d could not start.*dense.safetensors is dama"):
         launch.start(state, config)

@@ -1,8 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,7 +9,9 @@ from silvershard.deploy.config import Config, load
 from silvershard.deploy.csv_files import DataError
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
+from silvershard.deploy.users import user_history
 from silvershard.model.request import Request
+from silvershard.shard.generations import generation_dir, list_generations
 from silvershard.shard.load import load_retriever
 
 
@@ -95,11 +95,11 @@ def test_training_again_replaces_the_model(state: StateDir, tmp_path: Path) -> N
 
 
 def test_the_generation_answers(state: StateDir, prepared: recipe.Prepared) -> None:
-    retriever, _ = load_retriever(state.generation_dir(1))
+    retriever, _ = load_retriever(generation_dir(state.generations, 1))
     assert retriever.documents == len(prepared.catalogue)
     assert retriever.spec.model == "movielens"
     assert (retriever.spec.num_clusters, retriever.spec.defaults.probes) == (16, 2)
-    history = recipe.user_history(state.users_file, 1)
+    history = user_history(state.users_file, 1)
     assert history
     (answer,) = retriever([Request(features={"history": history}, exclude_ids=history, k=5)])
     assert len(answer.item_ids) == 5
@@ -108,28 +108,12 @@ def test_the_generation_answers(state: StateDir, prepared: recipe.Prepared) -> N
 def test_publishing_again_makes_the_next_generation(
     state: StateDir, config: Config, prepared: recipe.Prepared
 ) -> None:
-    before = state.list_generations()
+    before = list_generations(state.generations)
     published = recipe.publish(state, config, prepared, recipe.load_model(state.model_dir))
-    assert state.list_generations() == [*before, before[-1] + 1]
+    assert list_generations(state.generations) == [*before, before[-1] + 1]
     described = recipe.describe_published(published)
     assert described["documents"] == 400
     assert described["longest_list"] >= described["mean_list"]
-
-
-def test_histories_are_those_of_the_data_oldest_first(
-    state: StateDir, prepared: recipe.Prepared
-) -> None:
-    data: Any = prepared.data
-    for user in np.unique(data.user_ids).tolist():
-        expected = data.rated_movie_ids[data.user_ids == user].tolist()
-        assert recipe.user_history(state.users_file, user) == expected
-    assert recipe.user_history(state.users_file, 0) is None
-    assert recipe.user_history(state.users_file, 1 << 40) is None
-
-
-def test_a_missing_users_file_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="run `silvershard publish`, or use --history"):
-        recipe.user_history(tmp_path / "users.safetensors", 1)
 
 
 @pytest.mark.parametrize(

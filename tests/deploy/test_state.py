@@ -17,7 +17,6 @@ from silvershard.deploy.state import (
     remove_ray_dir,
     write_atomic,
 )
-from silvershard.shard.snapshot import generation_name, list_generations
 
 
 @pytest.fixture
@@ -53,6 +52,38 @@ def test_the_option_beats_the_variable_which_beats_the_default(tmp_path: Path) -
 
 def test_the_directory_is_for_its_owner_only(state: StateDir) -> None:
     assert stat.S_IMODE(state.root.stat().st_mode) == 0o700
+
+
+def test_a_directory_that_is_open_to_others_is_closed_to_them(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    root.mkdir()
+    (root / "config.yaml").write_text("")
+    for mode in (0o755, 0o750, 0o701):
+        root.chmod(mode)
+        StateDir(root).create()
+        assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    (root / "notes.txt").write_text("")
+    StateDir(root).create()
+
+
+def test_a_directory_with_other_things_is_not_made_private_unasked(tmp_path: Path) -> None:
+    root = tmp_path / "home"
+    root.mkdir()
+    (root / "notes.txt").write_text("")
+    root.chmod(0o755)
+    with pytest.raises(Refused, match=rf"{root} is open to other users and holds notes\.txt"):
+        StateDir(root).create()
+    assert stat.S_IMODE(root.stat().st_mode) == 0o755
+    assert [path.name for path in root.iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(Refused, match=rf"{tmp_path} belongs to another user \(uid \d+\).*--state"):
+        StateDir(tmp_path).create()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -152,14 +183,6 @@ def test_only_directories_of_our_name_are_removed(tmp_path: Path) -> None:
     remove_ray_dir(str(tmp_path / "other"))
     remove_ray_dir("")
     assert (tmp_path / "other").is_dir()
-
-
-def test_generations_are_listed_as_the_snapshots_say(state: StateDir) -> None:
-    assert state.list_generations() == []
-    for name in ("gen-000002", "gen-000010", ".gen-000011.1.tmp", "gen-x"):
-        (state.generations / name).mkdir(parents=True)
-    assert state.list_generations() == list_generations(state.generations) == [2, 10]
-    assert state.generation_dir(2).name == generation_name(2)
 
 
 def test_a_write_that_fails_leaves_the_old_file(

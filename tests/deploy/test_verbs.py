@@ -15,6 +15,7 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import ExitCode, TimedOut
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import DeadlineExceeded, RemoteError, SnapshotError
+from silvershard.shard.generations import generation_dir
 
 
 class Run(NamedTuple):
@@ -87,7 +88,7 @@ def test_insecure_allows_the_address(command: Command) -> None:
 def test_a_second_up_is_refused_naming_the_first(command: Command, tmp_path: Path) -> None:
     state = StateDir(tmp_path / "s")
     state.create()
-    state.generation_dir(1).mkdir(parents=True)
+    generation_dir(state.generations, 1).mkdir(parents=True)
     lock = state.lock()
     said = failed(command("up", "--state", str(tmp_path / "s"), "--listen", "127.0.0.1:0"), 4)
     assert f"a cluster runs on {tmp_path / 's'} already" in said
@@ -102,7 +103,7 @@ def test_nothing_published_says_what_to_run(command: Command) -> None:
 def test_an_unknown_generation_is_named(command: Command, tmp_path: Path) -> None:
     state = StateDir(tmp_path / ".silvershard")
     for generation in (1, 2):
-        state.generation_dir(generation).mkdir(parents=True)
+        generation_dir(state.generations, generation).mkdir(parents=True)
     said = failed(command("up", "--listen", "127.0.0.1:0", "--generation", "7"), 1)
     assert "generation 7 is not published" in said
     assert "there are 1, 2" in said
@@ -149,6 +150,13 @@ def test_query_without_a_router_at_the_address_fails_clearly(
         address = f"127.0.0.1:{unused.getsockname()[1]}"
     said = failed(command("query", "--history", "1", "--address", address, "--timeout", "2"), 1)
     assert "UNAVAILABLE" in said
+
+
+def test_a_user_without_histories_is_told_which_options_help(command: Command) -> None:
+    said = failed(command("query", "--user", "1", "--address", "127.0.0.1:1"), 1)
+    assert "--user needs the histories" in said
+    assert "--state" in said
+    assert "--history" in said
 
 
 def test_down_without_a_cluster_is_no_error(command: Command, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 import torch
 
 from silvershard.model.answer import split_answers
+from silvershard.model.compiled_request import compile_request
 from silvershard.model.plan import Plan
-from silvershard.model.request import Request, compile_request
+from silvershard.model.request import Request
 from silvershard.model.types import RoundOne, RoundTwo
-from silvershard.shard.load import load_spec
+from silvershard.shard.snapshot import open_snapshot
 
 INF = float("inf")
 
@@ -29,7 +30,7 @@ def answer(
     warnings: tuple[str, ...] = (),
     eligible: int | None = 99,
 ):
-    spec = load_spec(generation.path)
+    spec = open_snapshot(generation.path).spec
     first, second = rounds([found], 8)
     compiled = compile_request(request, spec)
     return split_answers(

@@ -29,7 +29,6 @@ from silvershard.model.filter import (
     CompiledFilter,
     Expr,
     FilterError,
-    FilterMode,
     Not,
     Or,
     Term,
@@ -38,6 +37,7 @@ from silvershard.model.filter import (
     parse_filter,
 )
 from silvershard.model.planes import PlaneDictionary, choose_planes, encode_items
+from silvershard.model.request import FilterMode
 from silvershard.model.schema import Attribute, Schema
 
 SCHEMA = Schema(

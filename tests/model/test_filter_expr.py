@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silvershard.kernels import Relation
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN
 from silvershard.model.filter_expr import (
     NO_ITEM,
     And,
@@ -21,7 +22,6 @@ from silvershard.model.filter_expr import (
     normalise,
     typed_comparison,
 )
-from silvershard.model.schema import INT64_MAX, INT64_MIN
 
 A, B, C = Term("genre", "a"), Term("genre", "b"), Term("genre", "c")
 YEAR = Compare("year", Relation.GE, 1990)

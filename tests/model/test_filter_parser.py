@@ -1,4 +1,3 @@
-import pickle
 from typing import Any
 
 import numpy as np
@@ -196,12 +195,6 @@ def test_an_error_far_into_a_long_text_shows_its_surroundings() -> None:
     _, line, caret = str(caught.value).splitlines()
     assert len(line) <= 62
     assert line[caret.index("^") :] == "gener:b"
-
-
-def test_a_filter_error_crosses_processes() -> None:
-    error = pickle.loads(pickle.dumps(FilterError("bad", 3, "genre:x")))
-    assert (error.message, error.position, error.text) == ("bad", 3, "genre:x")
-    assert isinstance(error, ValueError)
 
 
 def refused(text: str, **params: Any) -> FilterError:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from silvershard.kernels import PAD_TERM, bloom_build, bloom_positions, unpack_bits
 from silvershard.model import planes
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN
 from silvershard.model.planes import (
     PlaneDictionary,
     choose_planes,
@@ -16,7 +17,7 @@ from silvershard.model.planes import (
     float_key,
     float_keys,
 )
-from silvershard.model.schema import INT64_MAX, INT64_MIN, Attribute, Schema, SchemaError
+from silvershard.model.schema import Attribute, Schema, SchemaError
 
 SCHEMA = Schema(
     attributes=(

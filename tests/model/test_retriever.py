@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from silvershard.kernels import fixed_dot, fixed_sigmoid
-from silvershard.model.request import Request, RequestError, compile_request
+from silvershard.model.compiled_request import compile_request
+from silvershard.model.request import Request, RequestError
 from silvershard.model.retriever import Centroids, Retriever, assemble
 from silvershard.shard.load import load_retriever
 

@@ -1,5 +1,3 @@
-import pickle
-
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -99,12 +97,6 @@ def test_features_are_completed_and_long_lists_keep_their_end() -> None:
     assert SCHEMA.check_features({"history": np.arange(9)})["history"] == (6, 7, 8)
 
 
-def test_item_features_are_checked_against_their_own_declaration() -> None:
-    assert SCHEMA.check_item_features({"genres": ["a"]}) == {"genres": ("a",)}
-    with pytest.raises(SchemaError, match="history: unknown item feature; the schema has genres"):
-        SCHEMA.check_item_features({"history": [1]})
-
-
 @pytest.mark.parametrize(
     ("features", "field", "message"),
     [
@@ -130,8 +122,3 @@ def test_a_wrong_feature_is_named(features: dict[str, object], field: str, messa
 def test_a_wrong_id_is_found_even_where_the_list_is_cut() -> None:
     with pytest.raises(SchemaError, match="position 0"):
         SCHEMA.check_features({"history": ["old", 1, 2, 3]})
-
-
-def test_a_schema_error_crosses_processes() -> None:
-    error = pickle.loads(pickle.dumps(SchemaError("year", "must be int")))
-    assert (error.field, error.message, str(error)) == ("year", "must be int", "year: must be int")

@@ -1,12 +1,12 @@
-import numpy as np
 import pytest
 import torch
 
-from silvershard.model.request import Request, compile_request
+from silvershard.model.compiled_request import compile_request
+from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, Work
 from silvershard.shard.errors import CandidatesExpired
-from silvershard.shard.executor import FieldStore, ShardExecutor
+from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.load import load_retriever
 
 
@@ -125,22 +125,6 @@ def test_fields_are_those_of_the_shards_own_items(generation, executor: ShardExe
     assert got["year"] == [
         int(generation.catalogue.fields["year"][row_of[item]]) for item in held[:20]
     ]
-
-
-def test_missing_field_values_are_none() -> None:
-    store = FieldStore(
-        np.array([5, 3], dtype=np.int64),
-        {
-            "year": np.array([np.iinfo(np.int64).min, 1999], dtype=np.int64),
-            "price": np.array([1.5, np.nan]),
-            "title": np.array(["a", "b"], dtype=object),
-        },
-    )
-    assert store.lookup([3, 5], ["year", "price", "title"]) == {
-        "year": [1999, None],
-        "price": [None, 1.5],
-        "title": ["b", "a"],
-    }
 
 
 def test_warming_leaves_nothing_open(executor: ShardExecutor) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from silvershard.model.request import Request
 from silvershard.shard.errors import SnapshotError
-from silvershard.shard.load import load_executor, load_model, load_retriever, load_spec
+from silvershard.shard.load import load_executor, load_model, load_retriever
 from silvershard.shard.snapshot import open_snapshot
 
 
@@ -71,18 +71,12 @@ def test_a_shard_or_device_that_does_not_exist_is_refused(generation) -> None:
         load_retriever(generation.path, devices=("cuda",))
 
 
-def test_the_specification_is_read_without_the_tensors(generation, tmp_path: Path) -> None:
+def test_a_snapshot_without_its_tensors_is_refused(generation, tmp_path: Path) -> None:
     bare = tmp_path / "gen-000001"
     bare.mkdir()
     shutil.copy(generation.path / "manifest.json", bare)
-    assert load_spec(bare).documents == 600
     with pytest.raises(SnapshotError, match=r"dense\.safetensors is missing"):
         load_executor(bare, 0, 1)
-
-
-def test_a_directory_that_is_no_snapshot_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match=r"manifest\.json is missing"):
-        load_spec(tmp_path)
 
 
 def test_an_executor_answers_at_once(generation) -> None:

@@ -8,9 +8,10 @@ import torch
 from silvershard.model.schema import SchemaError
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard.errors import SnapshotError
+from silvershard.shard.generations import list_generations
 from silvershard.shard.load import load_retriever
 from silvershard.shard.publish import PHASES, Published, publish_generation
-from silvershard.shard.snapshot import list_generations, open_snapshot
+from silvershard.shard.snapshot import open_snapshot
 
 
 def publish_again(repository: Path, source: Any, **changes: Any) -> Published:

@@ -15,8 +15,6 @@ from silvershard.shard.snapshot import (
     MANIFEST,
     Builder,
     content_hash,
-    generation_name,
-    list_generations,
     open_snapshot,
     write_snapshot,
 )
@@ -180,14 +178,6 @@ def test_raw_features_and_attributes_survive_so_that_items_can_be_embedded_again
         assert torch.equal(again.half(), data.cache)
 
 
-def test_generations_are_listed_in_order_and_unfinished_ones_do_not_count(tmp_path: Path) -> None:
-    for name in ("gen-000002", "gen-000001", ".gen-000003.77.tmp", "gen-x", "other"):
-        (tmp_path / name).mkdir()
-    assert list_generations(tmp_path) == [1, 2]
-    assert list_generations(tmp_path / "nowhere") == []
-    assert generation_name(12) == "gen-000012"
-
-
 def test_a_generation_is_written_once(copy: Path) -> None:
     snapshot = open_snapshot(copy)
     before = (copy / MANIFEST).read_bytes()
@@ -220,3 +210,25 @@ def test_a_write_that_fails_leaves_nothing_behind(copy: Path, tmp_path: Path) ->
             created_unix_s=0,
         )
     assert list(target.iterdir()) == []
+
+
+def test_a_directory_that_is_no_snapshot_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SnapshotError, match=r"manifest\.json is missing"):
+        open_snapshot(tmp_path)
+
+
+def test_a_manifest_that_cannot_be_read_is_a_damaged_snapshot(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(SnapshotError, match=r"manifest\.json cannot be read: Input/output error"):
+        open_snapshot(copy)
+
+
+def test_the_specification_is_read_without_the_tensors(copy: Path, tmp_path: Path) -> None:
+    for path in copy.rglob("*.safetensors"):
+        path.unlink()
+    assert open_snapshot(copy).spec.documents == 600

@@ -1,17 +1,17 @@
-import pickle
 from typing import Any
 
 import pytest
 
+from silvershard.model.compiled_request import compile_request
 from silvershard.model.plan import Plan
-from silvershard.model.request import Request, RequestError, compile_request
+from silvershard.model.request import Request, RequestError
 from silvershard.model.spec import ServingSpec
-from silvershard.shard.load import load_spec
+from silvershard.shard.snapshot import open_snapshot
 
 
 @pytest.fixture(scope="module")
 def spec(generation) -> ServingSpec:
-    return load_spec(generation.path)
+    return open_snapshot(generation.path).spec
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,3 @@ def test_an_exact_search_that_is_too_large_is_the_requests_fault(spec: ServingSp
     with pytest.raises(RequestError, match="400000 are eligible") as caught:
         compiled.plan(large, None)
     assert caught.value.field == "search.exact"
-
-
-def test_the_error_crosses_processes() -> None:
-    error = pickle.loads(pickle.dumps(RequestError("k", "must be positive")))
-    assert (error.field, error.message, str(error)) == (
-        "k",
-        "must be positive",
-        "k: must be positive",
-    )

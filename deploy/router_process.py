@@ -1,0 +1,91 @@
+"""The router process: a router that serves until it is told to stop, or until its parent ends.
+
+Run it with ``python -P -m silvershard.deploy.router_process --config FILE``; FILE holds a
+``RouterConfig`` as JSON. Once it listens it prints one line of JSON with its address. It ends on
+SIGTERM, after the requests in flight.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from silvershard.cluster.config import RouterConfig
+from silvershard.cluster.logs import log_to_stderr
+from silvershard.deploy.processes import die_with_parent
+from silvershard.shard.errors import ConfigError, RetrievalError
+
+_log = logging.getLogger(__name__)
+
+
+def read_config(path: Path) -> RouterConfig:
+    """Return the settings in a file.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+    """
+    try:
+        return RouterConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise ConfigError(f"config {path}: {where}: {first['msg']}") from None
+
+
+async def serve(config: RouterConfig) -> None:
+    """Run a router until SIGTERM or SIGINT."""
+    # Its imports take longer than a parent may live, which is therefore watched before.
+    import torch
+
+    from silvershard.cluster.router import Router
+
+    torch.set_num_threads(config.num_threads)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopped.set)
+    router = Router(config)
+    try:
+        await router.start()
+        line = {"event": "listening", "address": router.address, "pid": os.getpid()}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+        await stopped.wait()
+    finally:
+        await router.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the router process and return its exit code."""
+    parser = argparse.ArgumentParser(prog="silvershard.deploy.router_process")
+    parser.add_argument("--config", type=Path, required=True, help="RouterConfig as JSON")
+    parser.add_argument("--parent", type=int, default=0, help="end with this process")
+    options = parser.parse_args(argv)
+    if options.parent:
+        die_with_parent(options.parent)
+    log_to_stderr()
+    try:
+        config = read_config(options.config)
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(serve(config))
+    except ConfigError as error:
+        _log.error("%s", error)
+        return 2
+    except RetrievalError as error:
+        _log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Requests checked and compiled against one generation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from silvershard.model.filter import FilterError, canonical, compile_filter, parse_filter
+from silvershard.model.plan import Plan, PlanError, choose_plan, parse_plan
+from silvershard.model.request import FeatureValues, Request, RequestError
+from silvershard.model.schema import SchemaError
+from silvershard.model.spec import MAX_ANN_K, ServingSpec
+from silvershard.model.value import ValueFormulaError, compile_value
+
+
+@dataclass(frozen=True)
+class CompiledRequest:
+    """A checked request in the form the shards run."""
+
+    features: Mapping[str, FeatureValues]
+    k: int
+    filter_key: str
+    """Canonical filter text, empty without a filter; equal filters have equal keys."""
+    scan: Tensor
+    """``(L, 4)`` int64 filter program over the planes."""
+    verify: Tensor
+    """``(Lv, 4)`` int64 exact filter program, empty where the scan is exact."""
+    exclude: tuple[int, ...]
+    value_ops: Tensor
+    """``(Y, 2)`` int32 value program."""
+    value_constants: Tensor
+    """``(Y,)`` float32."""
+    pinned: Plan | None
+    nprobe: int
+    ann_k: int
+    exact: bool
+    return_fields: tuple[str, ...]
+
+    @property
+    def needs_count(self) -> bool:
+        """True when the plan depends on how many items the filter lets through."""
+        return bool(self.filter_key) and self.pinned is None
+
+    def plan(self, spec: ServingSpec, eligible: int | None) -> Plan:
+        """Return the plan of this request, given its eligible count (None without a filter).
+
+        Raises:
+            RequestError: if an exact search would keep more candidates than allowed.
+        """
+        if self.pinned is not None:
+            return self.pinned
+        try:
+            return choose_plan(
+                spec,
+                k=self.k,
+                eligible=eligible,
+                nprobe=self.nprobe,
+                ann_k=self.ann_k,
+                exact=self.exact,
+            )
+        except PlanError as error:
+            raise RequestError("search.exact", str(error)) from None
+
+
+def _bounded(name: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise RequestError(name, f"must be in {low}..{high}, got {value}")
+    return value
+
+
+def _checked_weights(request: Request, spec: ServingSpec) -> dict[str, float]:
+    schema = spec.item_schema
+    if request.task_weights and not schema.allow_task_weights:
+        raise RequestError("task_weights", f"model {spec.model} does not allow them")
+    unknown = sorted(set(request.task_weights) - set(schema.weights))
+    if unknown:
+        known = ", ".join(sorted(schema.weights)) or "none"
+        raise RequestError("task_weights", f"unknown weight {unknown[0]!r}; the model has {known}")
+    return {**schema.weights, **request.task_weights}
+
+
+def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
+    """Check a request against a generation and compile its filter and value formula.
+
+    Raises:
+        RequestError: naming the field that is wrong, what is required and what was got.
+    """
+    schema = spec.item_schema
+    _bounded("k", request.k, 1, spec.defaults.k_max)
+    _bounded("search.nprobe", request.nprobe, 0, spec.num_clusters)
+    _bounded("search.ann_k", request.ann_k, 0, MAX_ANN_K)
+    if len(request.exclude_ids) > spec.defaults.max_exclusions:
+        raise RequestError(
+            "exclude_ids",
+            f"at most {spec.defaults.max_exclusions} ids, got {len(request.exclude_ids)}",
+        )
+    try:
+        features = schema.check_features(request.features)
+    except SchemaError as error:
+        raise RequestError(f"features.{error.field}", error.message) from None
+    try:
+        expr = parse_filter(request.filter, request.params, schema)
+        compiled = compile_filter(expr, spec.planes, schema, request.filter_mode)
+    except FilterError as error:
+        raise RequestError("filter", str(error)) from None
+    weights = _checked_weights(request, spec)
+    try:
+        value = compile_value(schema.value, schema.value_columns, weights)
+    except ValueFormulaError as error:
+        raise RequestError("task_weights", str(error)) from None
+    if request.plan and (request.exact or request.nprobe or request.ann_k):
+        raise RequestError("search.plan", "a pinned plan excludes exact, nprobe and ann_k")
+    try:
+        pinned = parse_plan(request.plan, spec) if request.plan else None
+    except PlanError as error:
+        raise RequestError("search.plan", str(error)) from None
+    known = {column.name for column in schema.fields}
+    for name in request.return_fields:
+        if name not in known:
+            raise RequestError(
+                "return_fields",
+                f"unknown field {name!r}; the model has {', '.join(sorted(known)) or 'none'}",
+            )
+    has_filter = bool(request.filter.strip())
+    return CompiledRequest(
+        features=features,
+        k=request.k,
+        filter_key=canonical(expr) if has_filter else "",
+        scan=compiled.scan,
+        verify=compiled.verify,
+        # Ids at or above 2**63 cannot be items, so excluding them excludes nothing.
+        exclude=tuple(sorted({item for item in request.exclude_ids if 0 <= item < 2**63})),
+        value_ops=value.ops,
+        value_constants=value.constants,
+        pinned=pinned,
+        nprobe=request.nprobe,
+        ann_k=request.ann_k,
+        exact=request.exact,
+        return_fields=tuple(dict.fromkeys(request.return_fields)),
+    )
