@@ -43,7 +43,7 @@ fmt: $(VENV)/.installed ## format and sort imports
 
 setup: $(VENV)/.installed ## create .venv and install, nothing else
 
-$(VENV)/.installed: pyproject.toml deploy/packaging/fbgemm-gpu-shim/pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/native/*) deploy/packaging/fbgemm-gpu-shim/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, got {sys.version}" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet $(TARGETS)

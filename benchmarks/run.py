@@ -79,7 +79,8 @@ def measure(case: Any, rounds: int) -> dict[str, float]:
     """Return milliseconds and the median of the per-round ratios, ours and peer in turn."""
     for warm in (case.ours, case.peer, case.ours, case.peer):
         warm()
-    ours, peer = [], []
+    ours: list[float] = []
+    peer: list[float] = []
     for _ in range(rounds):
         for run, times in ((case.ours, ours), (case.peer, peer)):
             began = time.perf_counter()

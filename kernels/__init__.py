@@ -12,6 +12,7 @@ from silvershard.kernels.fixed_math import (
     fixed_sigmoid,
     fixed_sqrt,
 )
+from silvershard.kernels.gather_linear import gather_linear
 from silvershard.kernels.ivf_scan import ScanResult, ivf_scan
 from silvershard.kernels.merge_topk import merge_topk
 from silvershard.kernels.quantize import MAX_CODE, QuantizedRows, quantize_rows
@@ -44,6 +45,7 @@ __all__ = [
     "fixed_log",
     "fixed_sigmoid",
     "fixed_sqrt",
+    "gather_linear",
     "ivf_scan",
     "merge_topk",
     "pack_bits",

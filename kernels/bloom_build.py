@@ -18,9 +18,10 @@ from silvershard.kernels.contract import (
     check_devices,
     check_range,
     check_tensor,
-    reads_values,
 )
 from silvershard.kernels.filter_ops import PAD_TERM
+from silvershard.kernels.native_library import run_on_cpu
+from silvershard.kernels.native_operators import bloom_build_native
 
 _MASK_64 = (1 << 64) - 1
 _MASK_63 = (1 << 63) - 1
@@ -70,12 +71,6 @@ def bloom_build(
             f"first_plane + num_planes must be at most J = {planes.shape[0]}, "
             f"got {first_plane} + {num_planes}"
         )
-    check_range("slots", slots, 0, planes.shape[1] * planes.shape[2] * 64)
-    check_range("terms", terms, 0, 1 << 63)
-    if reads_values(slots):
-        ordered = slots.sort().values
-        if bool((ordered[1:] == ordered[:-1]).any()):
-            raise ValueError("slots must be distinct, got a slot more than once")
     _bloom_build(planes, slots, terms, first_plane, num_planes, num_hashes, _signed(seed))
 
 
@@ -137,12 +132,46 @@ def bloom_positions(keys: Tensor, *, num_planes: int, num_hashes: int, seed: int
 
 def bloom_positions_reference(keys: Tensor, num_planes: int, num_hashes: int, seed: int) -> Tensor:
     """The definition of ``bloom_positions``; same contract, plain PyTorch, no validation."""
-    salts = [_signed(_mix(seed + number * _GOLDEN)) for number in range(1, num_hashes + 1)]
+    salts = _salts(num_hashes, seed)
     mixed = keys[..., None] ^ torch.tensor(salts, dtype=torch.int64, device=keys.device)
     mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(_MIX_1)
     mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(_MIX_2)
     mixed = mixed ^ _shift_right(mixed, 31)
     return (mixed & _MASK_63) % num_planes
+
+
+def _checked_bloom_build(
+    planes: Tensor,
+    slots: Tensor,
+    terms: Tensor,
+    first_plane: int,
+    num_planes: int,
+    num_hashes: int,
+    seed: int,
+) -> None:
+    check_range("slots", slots, 0, planes.shape[1] * planes.shape[2] * 64)
+    check_range("terms", terms, 0, 1 << 63)
+    ordered = slots.sort().values
+    if bool((ordered[1:] == ordered[:-1]).any()):
+        raise ValueError("slots must be distinct, got a slot more than once")
+    bloom_build_reference(planes, slots, terms, first_plane, num_planes, num_hashes, seed)
+
+
+def _native_bloom_build(
+    planes: Tensor,
+    slots: Tensor,
+    terms: Tensor,
+    first_plane: int,
+    num_planes: int,
+    num_hashes: int,
+    seed: int,
+) -> None:
+    salts = _salts(num_hashes, seed)
+    bloom_build_native(planes, slots, terms, first_plane, num_planes, salts)
+
+
+def _salts(num_hashes: int, seed: int) -> list[int]:
+    return [_signed(_mix(seed + number * _GOLDEN)) for number in range(1, num_hashes + 1)]
 
 
 def _check_hashing(num_planes: int, num_hashes: int) -> None:
@@ -173,9 +202,25 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 _bloom_build = torch.library.custom_op(
     "silvershard::bloom_build", bloom_build_reference, mutates_args=("planes",)
 )
+_bloom_build.register_kernel("cpu")(run_on_cpu(_native_bloom_build, _checked_bloom_build))
 _bloom_positions = torch.library.custom_op(
     "silvershard::bloom_positions", bloom_positions_reference, mutates_args=()
 )
+
+
+@_bloom_build.register_kernel("cuda")
+def _(
+    planes: Tensor,
+    slots: Tensor,
+    terms: Tensor,
+    first_plane: int,
+    num_planes: int,
+    num_hashes: int,
+    seed: int,
+) -> None:
+    from silvershard.kernels.bloom_build_triton import bloom_build_triton
+
+    bloom_build_triton(planes, slots, terms, first_plane, num_planes, num_hashes, seed)
 
 
 @_bloom_build.register_fake

@@ -6,13 +6,10 @@ Shapes: Q query rows, D embedding dimension, C clusters, P probes.
 import torch
 from torch import Tensor
 
-from silvershard.kernels.contract import (
-    check_devices,
-    check_finite,
-    check_tensor,
-    reads_values,
-)
+from silvershard.kernels.contract import check_devices, check_finite, check_tensor
 from silvershard.kernels.fixed_math import fixed_dot_reference
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import coarse_probe_native
 from silvershard.kernels.select_topk import select_topk_reference
 
 # Above this D the float32 sum of int8 products could pass 2**24 and would no longer be exact.
@@ -70,15 +67,10 @@ def coarse_probe(
     )
     if not 1 <= probes <= num_clusters:
         raise ValueError(f"probes must be in [1, {num_clusters}], got {probes}")
-    check_finite("query", query)
-    check_finite("query_scales", query_scales)
-    check_finite("centroids", centroids)
-    check_finite("centroid_scales", centroid_scales)
-    answer: Tensor = _coarse_probe(
+    probe = _coarse_probe_cpu if is_plain_cpu(query) else _coarse_probe
+    answer: Tensor = probe(
         query, query_codes, query_scales, centroids, centroid_codes, centroid_scales, probes
     )
-    if reads_values(answer) and bool((answer < 0).any()):
-        raise ValueError("query times centroids must be finite in float32, got an overflow")
     return answer
 
 
@@ -94,7 +86,7 @@ def coarse_probe_reference(
     """The definition of ``coarse_probe``; same contract, plain PyTorch, no validation."""
     num_queries, dim = query.shape
     num_clusters = centroids.shape[0]
-    kept = min(num_clusters, probes + max(16, probes // 4))
+    kept = _shortlist(probes, num_clusters)
     clusters = torch.arange(num_clusters, device=query.device)
     centroid_floats = centroid_codes.float().T  # (D, C)
     answer = torch.empty((num_queries, probes), dtype=torch.int32, device=query.device)
@@ -114,9 +106,77 @@ def coarse_probe_reference(
     return answer
 
 
+def _shortlist(probes: int, num_clusters: int) -> int:
+    return min(num_clusters, probes + max(16, probes // 4))
+
+
+def _checked_coarse_probe(
+    query: Tensor,
+    query_codes: Tensor,
+    query_scales: Tensor,
+    centroids: Tensor,
+    centroid_codes: Tensor,
+    centroid_scales: Tensor,
+    probes: int,
+) -> Tensor:
+    check_finite("query", query)
+    check_finite("query_scales", query_scales)
+    check_finite("centroids", centroids)
+    check_finite("centroid_scales", centroid_scales)
+    answer = coarse_probe_reference(
+        query, query_codes, query_scales, centroids, centroid_codes, centroid_scales, probes
+    )
+    chosen = centroids.index_select(0, answer.clamp_min(0).flatten())
+    exact = fixed_dot_reference(query[:, None], chosen.view(*answer.shape, query.shape[1]))
+    if bool((answer < 0).any()) or not bool(exact.isfinite().all()):
+        raise ValueError("query times centroids must be finite in float32, got an overflow")
+    return answer
+
+
+def _native_coarse_probe(
+    query: Tensor,
+    query_codes: Tensor,
+    query_scales: Tensor,
+    centroids: Tensor,
+    centroid_codes: Tensor,
+    centroid_scales: Tensor,
+    probes: int,
+) -> Tensor:
+    shortlist = _shortlist(probes, centroids.shape[0])
+    return coarse_probe_native(
+        query,
+        query_codes,
+        query_scales,
+        centroids,
+        centroid_codes,
+        centroid_scales,
+        probes,
+        shortlist,
+    )
+
+
 _coarse_probe = torch.library.custom_op(
     "silvershard::coarse_probe", coarse_probe_reference, mutates_args=()
 )
+_coarse_probe_cpu = run_on_cpu(_native_coarse_probe, _checked_coarse_probe)
+_coarse_probe.register_kernel("cpu")(_coarse_probe_cpu)
+
+
+@_coarse_probe.register_kernel("cuda")
+def _(
+    query: Tensor,
+    query_codes: Tensor,
+    query_scales: Tensor,
+    centroids: Tensor,
+    centroid_codes: Tensor,
+    centroid_scales: Tensor,
+    probes: int,
+) -> Tensor:
+    from silvershard.kernels.coarse_probe_triton import coarse_probe_triton
+
+    return coarse_probe_triton(
+        query, query_codes, query_scales, centroids, centroid_codes, centroid_scales, probes
+    )
 
 
 @_coarse_probe.register_fake

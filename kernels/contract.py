@@ -4,14 +4,12 @@ Values are read only on the CPU and outside ``torch.compile``: reading them else
 the device or break the graph. Every implementation must therefore stay memory-safe by itself.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def check_tensor(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | str | None]
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | str, ...]
 ) -> None:
     """Refuse a tensor whose dtype or shape is not the one required.
 
@@ -27,11 +25,17 @@ def check_tensor(
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     got = tensor.shape
-    if len(got) != len(shape) or any(
-        isinstance(want, int) and have != want for want, have in zip(shape, got, strict=True)
-    ):
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
+    # Checks are a tenth of a small search, so the common case is as short as it can be.
+    if got == shape:
+        return
+    if len(got) == len(shape):
+        for want, have in zip(shape, got, strict=True):
+            if want.__class__ is not str and want != have:
+                break
+        else:
+            return
+    wanted = ", ".join(str(want) for want in shape)
+    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(got)}")
 
 
 def check_devices(**tensors: Tensor) -> None:
@@ -41,8 +45,9 @@ def check_devices(**tensors: Tensor) -> None:
         ValueError: naming the first parameter on another device.
     """
     first_name, first = next(iter(tensors.items()))
+    device = first.device
     for name, tensor in tensors.items():
-        if tensor.device != first.device:
+        if tensor.device != device:
             raise ValueError(
                 f"{name} must be on the device of {first_name} ({first.device}), "
                 f"got {tensor.device}"

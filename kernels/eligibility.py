@@ -17,6 +17,8 @@ from silvershard.kernels.contract import (
     check_tensor,
 )
 from silvershard.kernels.filter_ops import PageLeaves, evaluate, parse_programs
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import count_eligible_native, eligibility_native
 
 LIVE_PLANE = 0
 PAGE_SIZES = (64, 128)
@@ -56,10 +58,8 @@ def eligibility(
     check_tensor("pages", pages, torch.int32, (programs.shape[0], "M"))
     check_tensor("excluded", excluded, torch.int64, (programs.shape[0], "E"))
     check_devices(planes=planes, programs=programs, pages=pages, excluded=excluded)
-    num_pages, page_size = columns.shape[1:]
-    check_range("pages", pages, -1, num_pages)
-    check_range("excluded", excluded, -1, num_pages * page_size)
-    answer: Tensor = _eligibility(planes, columns, terms, programs, pages, excluded)
+    decide = _eligibility_cpu if is_plain_cpu(planes) else _eligibility
+    answer: Tensor = decide(planes, columns, terms, programs, pages, excluded)
     return answer
 
 
@@ -125,7 +125,8 @@ def count_eligible(planes: Tensor, columns: Tensor, terms: Tensor, programs: Ten
     check_pool(planes, columns, terms)
     check_tensor("programs", programs, torch.int64, ("Q", "L", 4))
     check_devices(planes=planes, programs=programs)
-    answer: Tensor = _count_eligible(planes, columns, terms, programs)
+    count = _count_eligible_cpu if is_plain_cpu(planes) else _count_eligible
+    answer: Tensor = count(planes, columns, terms, programs)
     return answer
 
 
@@ -142,6 +143,19 @@ def count_eligible_reference(
             words = evaluate(program, leaves) & leaves.plane(LIVE_PLANE)
             counts[number] += popcount_reference(words).sum()
     return counts[torch.tensor(numbers, dtype=torch.int64, device=planes.device)]
+
+
+def _checked_eligibility(
+    planes: Tensor,
+    columns: Tensor,
+    terms: Tensor,
+    programs: Tensor,
+    pages: Tensor,
+    excluded: Tensor,
+) -> Tensor:
+    check_range("pages", pages, -1, columns.shape[1])
+    check_range("excluded", excluded, -1, columns.shape[1] * columns.shape[2])
+    return eligibility_reference(planes, columns, terms, programs, pages, excluded)
 
 
 def check_pool(planes: Tensor, columns: Tensor, terms: Tensor) -> None:
@@ -186,6 +200,24 @@ _eligibility = torch.library.custom_op(
 _count_eligible = torch.library.custom_op(
     "silvershard::count_eligible", count_eligible_reference, mutates_args=()
 )
+_eligibility_cpu = run_on_cpu(eligibility_native, _checked_eligibility)
+_eligibility.register_kernel("cpu")(_eligibility_cpu)
+_count_eligible_cpu = run_on_cpu(count_eligible_native, count_eligible_reference)
+_count_eligible.register_kernel("cpu")(_count_eligible_cpu)
+
+
+@_eligibility.register_kernel("cuda")
+def _(
+    planes: Tensor,
+    columns: Tensor,
+    terms: Tensor,
+    programs: Tensor,
+    pages: Tensor,
+    excluded: Tensor,
+) -> Tensor:
+    from silvershard.kernels.eligibility_triton import eligibility_triton
+
+    return eligibility_triton(planes, columns, terms, programs, pages, excluded)
 
 
 @_eligibility.register_fake
@@ -198,6 +230,13 @@ def _(
     excluded: Tensor,
 ) -> Tensor:
     return planes.new_empty((*pages.shape, planes.shape[2]))
+
+
+@_count_eligible.register_kernel("cuda")
+def _(planes: Tensor, columns: Tensor, terms: Tensor, programs: Tensor) -> Tensor:
+    from silvershard.kernels.eligibility_triton import count_eligible_triton
+
+    return count_eligible_triton(planes, columns, terms, programs)
 
 
 @_count_eligible.register_fake

@@ -23,10 +23,11 @@ from silvershard.kernels.contract import (
     check_finite,
     check_range,
     check_tensor,
-    reads_values,
 )
 from silvershard.kernels.eligibility import LIVE_PLANE, check_pool, eligibility_reference
 from silvershard.kernels.filter_ops import Program, SlotLeaves, evaluate, parse_programs
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import ivf_scan_native
 from silvershard.kernels.select_topk import best_positions
 
 # Query rows x slots handled at a time, which bounds the scratch memory.
@@ -126,12 +127,9 @@ def ivf_scan(
     check_contiguous(codes=codes, scales=scales, item_ids=item_ids)
     if num_results < 1:
         raise ValueError(f"num_results must be at least 1, got {num_results}")
-    check_finite("query_scales", query_scales)
-    check_range("clusters", clusters, -1, page_table.shape[0])
-    check_range("page_table", page_table, -1, num_pages)
-    check_range("excluded", excluded, -1, num_pages * page_size)
-    result = ScanResult(
-        *_ivf_scan(
+    scan = _ivf_scan_cpu if is_plain_cpu(codes) else _ivf_scan
+    return ScanResult(
+        *scan(
             query_codes,
             query_scales,
             clusters,
@@ -148,9 +146,6 @@ def ivf_scan(
             num_results,
         )
     )
-    if reads_values(result.scores):
-        _check_scores(result, verified=verify.shape[1] > 0)
-    return result
 
 
 def ivf_scan_reference(
@@ -202,6 +197,46 @@ def ivf_scan_reference(
         known = item_ids.view(-1).index_select(0, out_slots.clamp_min(0).flatten()).view(shape)
         out_ids = torch.where(out_slots >= 0, known, -1)
     return out_scores, out_ids, out_slots, probed, eligible
+
+
+def _checked_ivf_scan(
+    query_codes: Tensor,
+    query_scales: Tensor,
+    clusters: Tensor,
+    page_table: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    item_ids: Tensor,
+    planes: Tensor,
+    columns: Tensor,
+    terms: Tensor,
+    programs: Tensor,
+    verify: Tensor,
+    excluded: Tensor,
+    num_results: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_finite("query_scales", query_scales)
+    check_range("clusters", clusters, -1, page_table.shape[0])
+    check_range("page_table", page_table, -1, scales.shape[0])
+    check_range("excluded", excluded, -1, scales.numel())
+    result = ivf_scan_reference(
+        query_codes,
+        query_scales,
+        clusters,
+        page_table,
+        codes,
+        scales,
+        item_ids,
+        planes,
+        columns,
+        terms,
+        programs,
+        verify,
+        excluded,
+        num_results,
+    )
+    _check_scores(ScanResult(*result), verified=verify.shape[1] > 0)
+    return result
 
 
 def _check_scores(result: ScanResult, *, verified: bool) -> None:
@@ -344,6 +379,45 @@ def _slots_at(slots: Tensor, positions: Tensor) -> Tensor:
 
 
 _ivf_scan = torch.library.custom_op("silvershard::ivf_scan", ivf_scan_reference, mutates_args=())
+_ivf_scan_cpu = run_on_cpu(ivf_scan_native, _checked_ivf_scan)
+_ivf_scan.register_kernel("cpu")(_ivf_scan_cpu)
+
+
+@_ivf_scan.register_kernel("cuda")
+def _(
+    query_codes: Tensor,
+    query_scales: Tensor,
+    clusters: Tensor,
+    page_table: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    item_ids: Tensor,
+    planes: Tensor,
+    columns: Tensor,
+    terms: Tensor,
+    programs: Tensor,
+    verify: Tensor,
+    excluded: Tensor,
+    num_results: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from silvershard.kernels.ivf_scan_triton import ivf_scan_triton
+
+    return ivf_scan_triton(
+        query_codes,
+        query_scales,
+        clusters,
+        page_table,
+        codes,
+        scales,
+        item_ids,
+        planes,
+        columns,
+        terms,
+        programs,
+        verify,
+        excluded,
+        num_results,
+    )
 
 
 @_ivf_scan.register_fake

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from silvershard.kernels.contract import check_devices, check_not_nan, check_tensor
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import merge_topk_native
 from silvershard.kernels.select_topk import TopK, select_topk_reference
 
 
@@ -33,8 +35,8 @@ def merge_topk(scores: Tensor, item_ids: Tensor, k: int) -> TopK:
     check_devices(scores=scores, item_ids=item_ids)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    check_not_nan("scores", scores)
-    return TopK(*_merge_topk(scores, item_ids, k))
+    merge = _merge_topk_cpu if is_plain_cpu(scores) else _merge_topk
+    return TopK(*merge(scores, item_ids, k))
 
 
 def merge_topk_reference(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,9 +48,23 @@ def merge_topk_reference(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tens
     )
 
 
+def _checked_merge_topk(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_not_nan("scores", scores)
+    return merge_topk_reference(scores, item_ids, k)
+
+
 _merge_topk = torch.library.custom_op(
     "silvershard::merge_topk", merge_topk_reference, mutates_args=()
 )
+_merge_topk_cpu = run_on_cpu(merge_topk_native, _checked_merge_topk)
+_merge_topk.register_kernel("cpu")(_merge_topk_cpu)
+
+
+@_merge_topk.register_kernel("cuda")
+def _(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    from silvershard.kernels.merge_topk_triton import merge_topk_triton
+
+    return merge_topk_triton(scores, item_ids, k)
 
 
 @_merge_topk.register_fake

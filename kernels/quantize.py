@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from silvershard.kernels.contract import check_finite, check_tensor
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import quantize_rows_native
 
 MAX_CODE = 127
 
@@ -39,8 +41,8 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     check_tensor("x", x, torch.float32, ("n", "D"))
     if x.shape[1] == 0:
         raise ValueError(f"x must have D >= 1, got {tuple(x.shape)}")
-    check_finite("x", x)
-    return QuantizedRows(*_quantize_rows(x))
+    quantize = _quantize_rows_cpu if is_plain_cpu(x) else _quantize_rows
+    return QuantizedRows(*quantize(x))
 
 
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,9 +55,23 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(empty[:, None], 0.0, codes).to(torch.int8).contiguous(), scales
 
 
+def _checked_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_finite("x", x)
+    return quantize_rows_reference(x)
+
+
 _quantize_rows = torch.library.custom_op(
     "silvershard::quantize_rows", quantize_rows_reference, mutates_args=()
 )
+_quantize_rows_cpu = run_on_cpu(quantize_rows_native, _checked_quantize_rows)
+_quantize_rows.register_kernel("cpu")(_quantize_rows_cpu)
+
+
+@_quantize_rows.register_kernel("cuda")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    from silvershard.kernels.quantize_triton import quantize_rows_triton
+
+    return quantize_rows_triton(x)
 
 
 @_quantize_rows.register_fake

@@ -13,9 +13,10 @@ from silvershard.kernels.contract import (
     check_finite,
     check_range,
     check_tensor,
-    reads_values,
 )
 from silvershard.kernels.fixed_math import fixed_dot_reference
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import refine_native
 
 # Products held at a time, which bounds the scratch memory.
 _CHUNK_ELEMENTS = 1 << 19
@@ -44,11 +45,8 @@ def refine(query: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
     check_tensor("slots", slots, torch.int64, (query.shape[0], "U"))
     check_devices(query=query, cache=cache, slots=slots)
     check_contiguous(cache=cache)
-    check_finite("query", query)
-    check_range("slots", slots, -1, cache.shape[0] * cache.shape[1])
-    scores: Tensor = _refine(query, cache, slots)
-    if reads_values(scores) and not bool(scores[slots >= 0].isfinite().all()):
-        raise ValueError("cache must be finite at the slots asked for, got a NaN or infinite score")
+    score = _refine_cpu if is_plain_cpu(cache) else _refine
+    scores: Tensor = score(query, cache, slots)
     return scores
 
 
@@ -70,7 +68,25 @@ def refine_reference(query: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
     return scores
 
 
+def _checked_refine(query: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+    check_finite("query", query)
+    check_range("slots", slots, -1, cache.shape[0] * cache.shape[1])
+    scores = refine_reference(query, cache, slots)
+    if not bool(scores[slots >= 0].isfinite().all()):
+        raise ValueError("cache must be finite at the slots asked for, got a NaN or infinite score")
+    return scores
+
+
 _refine = torch.library.custom_op("silvershard::refine", refine_reference, mutates_args=())
+_refine_cpu = run_on_cpu(refine_native, _checked_refine)
+_refine.register_kernel("cpu")(_refine_cpu)
+
+
+@_refine.register_kernel("cuda")
+def _(query: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+    from silvershard.kernels.refine_triton import refine_triton
+
+    return refine_triton(query, cache, slots)
 
 
 @_refine.register_fake

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from silvershard.kernels.contract import check_devices, check_not_nan, check_tensor
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import merge_topk_native
 
 
 class TopK(NamedTuple):
@@ -46,8 +48,8 @@ def select_topk(scores: Tensor, item_ids: Tensor, k: int) -> TopK:
     check_devices(scores=scores, item_ids=item_ids)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    check_not_nan("scores", scores)
-    return TopK(*_select_topk(scores, item_ids, k))
+    select = _select_topk_cpu if is_plain_cpu(scores) else _select_topk
+    return TopK(*select(scores, item_ids, k))
 
 
 def select_topk_reference(
@@ -111,9 +113,27 @@ def _in_order(scores: Tensor, item_ids: Tensor) -> Tensor:
     return by_id.gather(-1, by_score)
 
 
+def _checked_select_topk(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_not_nan("scores", scores)
+    return select_topk_reference(scores, item_ids, k)
+
+
+def _native_select_topk(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    return merge_topk_native(scores[None], item_ids[None], k)
+
+
 _select_topk = torch.library.custom_op(
     "silvershard::select_topk", select_topk_reference, mutates_args=()
 )
+_select_topk_cpu = run_on_cpu(_native_select_topk, _checked_select_topk)
+_select_topk.register_kernel("cpu")(_select_topk_cpu)
+
+
+@_select_topk.register_kernel("cuda")
+def _(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    from silvershard.kernels.select_topk_triton import select_topk_triton
+
+    return select_topk_triton(scores, item_ids, k)
 
 
 @_select_topk.register_fake

@@ -20,6 +20,8 @@ from silvershard.kernels.fixed_math import (
     fixed_log_reference,
     fixed_sqrt_reference,
 )
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import value_program_native
 
 MAX_VALUE_STACK = 32
 
@@ -91,9 +93,8 @@ def value_program(columns: Tensor, request: Tensor, programs: Tensor, constants:
     check_tensor("programs", programs, torch.int32, ("B", "L", 2))
     check_tensor("constants", constants, torch.float32, tuple(programs.shape[:2]))
     check_devices(columns=columns, request=request, programs=programs, constants=constants)
-    check_range("request", request, 0, programs.shape[0])
-    check_not_nan("constants", constants)
-    answer: Tensor = _value_program(columns, request, programs, constants)
+    run = _value_program_cpu if is_plain_cpu(columns) else _value_program
+    answer: Tensor = run(columns, request, programs, constants)
     return answer
 
 
@@ -205,9 +206,27 @@ _COMPARISONS: dict[ValueOp, Callable[[Tensor, Tensor], Tensor]] = {
     ValueOp.OR: lambda a, b: (a != 0.0) | (b != 0.0),
 }
 
+
+def _checked_value_program(
+    columns: Tensor, request: Tensor, programs: Tensor, constants: Tensor
+) -> Tensor:
+    check_range("request", request, 0, programs.shape[0])
+    check_not_nan("constants", constants)
+    return value_program_reference(columns, request, programs, constants)
+
+
 _value_program = torch.library.custom_op(
     "silvershard::value_program", value_program_reference, mutates_args=()
 )
+_value_program_cpu = run_on_cpu(value_program_native, _checked_value_program)
+_value_program.register_kernel("cpu")(_value_program_cpu)
+
+
+@_value_program.register_kernel("cuda")
+def _(columns: Tensor, request: Tensor, programs: Tensor, constants: Tensor) -> Tensor:
+    from silvershard.kernels.value_program_triton import value_program_triton
+
+    return value_program_triton(columns, request, programs, constants)
 
 
 @_value_program.register_fake

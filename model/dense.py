@@ -18,6 +18,25 @@ def padded(size: int) -> int:
     return max(-(-size // _PAD) * _PAD, _PAD)
 
 
+def padded_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight`` so that each row has the same bits whatever surrounds it.
+
+    Args:
+        x: ``(n, I)`` float32; n may be 0.
+        weight: ``(I, O)`` float32, or both dimensions padded with zeros.
+
+    Returns:
+        ``(n, O)`` float32, contiguous; O as ``weight`` has it.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[1]
+    filled = x.new_zeros(padded(rows), padded(inputs))
+    filled[:rows, :inputs] = x
+    extra = (0, padded(outputs) - outputs, 0, padded(inputs) - weight.shape[0])
+    wide = torch.nn.functional.pad(weight, extra) if any(extra) else weight
+    return (filled @ wide)[:rows, :outputs].contiguous()
+
+
 class PaddedLinear(nn.Module):
     """A linear layer that multiplies zero-padded matrices only.
 
@@ -60,8 +79,4 @@ class PaddedLinear(nn.Module):
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _product(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        filled = x.new_zeros(padded(rows), self.weight.shape[0])
-        filled[:rows, : self.in_features] = x
-        product = (filled @ self.weight)[:rows, : self.out_features].contiguous()
-        return product + self.bias
+        return padded_product(x, self.weight)[:, : self.out_features].contiguous() + self.bias

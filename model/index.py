@@ -131,10 +131,18 @@ class ItemIndex(nn.Module):
         """Return fp16-storage scores ``(B, U, H)`` float32 of ``slots`` ``(B, U)``."""
         return refine(query, self.cache, slots)
 
-    def items_at(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids ``(n,)``, embeddings ``(n, D)`` and signals ``(n, S)`` of live slots."""
+    def items_at(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids ``(B, U)`` and signals ``(B, U, S)`` of ``slots`` ``(B, U)``.
+
+        Where a slot is -1 the id is -1 and the signals are zero.
+        """
+        padding = slots < 0
+        if not self.item_ids.numel():
+            return torch.full_like(slots, -1), self.signals.new_zeros(
+                *slots.shape, self.signals.shape[2]
+            )
+        at = slots.clamp(min=0)
         return (
-            self.item_ids.flatten()[slots],
-            self.cache.flatten(0, 1)[slots].float(),
-            self.signals.flatten(0, 1)[slots],
+            self.item_ids.flatten()[at].masked_fill_(padding, -1),
+            self.signals.flatten(0, 1)[at].masked_fill_(padding[..., None], 0.0),
         )

@@ -38,16 +38,16 @@ class RetrievalModel(Protocol):
         """Return the query embeddings and the reranker's user state of each user."""
         ...
 
-    def rank(
+    def rank_slots(
         self,
         query: Tensor,
         user_state: Tensor,
-        request: Tensor,
-        items: Tensor,
+        cache: Tensor,
+        slots: Tensor,
         refined: Tensor,
         signals: Tensor,
     ) -> Tensor:
-        """Return task logits ``(n, T)`` of n (request, item) pairs."""
+        """Return task logits ``(B, U, T)`` of cached candidates ``slots`` ``(B, U)``."""
         ...
 
 
@@ -254,42 +254,30 @@ class Retriever(nn.Module):
     ) -> RoundTwo:
         watch = _Stopwatch()
         batch = work.embedding.shape[0]
-        num_tasks = len(self.spec.item_schema.tasks)
         passing = passes(candidates.scores, candidates.item_ids, cutoffs)  # (B, H, R)
         slots, valid = _union(candidates.slots, passing)  # (B, U)
         refined = part.refine(work.embedding, slots)  # (B, U, H)
         watch.mark("refine")
-        request, column = torch.nonzero(valid, as_tuple=True)  # (n,)
-        item_ids, items, signals = part.items_at(slots[request, column])
-        by_head = refined[request, column]  # (n, H)
-        logits = cast(RetrievalModel, self.model).rank(
-            work.embedding, work.user_state, request, items, by_head, signals
+        by_head = refined.masked_fill(~valid[:, :, None], 0.0)
+        item_ids, signals = part.items_at(slots)  # (B, U), (B, U, Vs)
+        logits = cast(RetrievalModel, self.model).rank_slots(
+            work.embedding, work.user_state, part.cache, slots, by_head, signals
         )
-        tasks = fixed_sigmoid(logits)  # (n, T)
+        tasks = fixed_sigmoid(logits)  # (B, U, T)
         watch.mark("rerank")
         # Adding zero makes both zeros the same one, whichever the maximum picks.
-        score = (by_head + 0.0).amax(1)
-        columns = torch.cat([score[:, None], tasks, signals], 1)
+        score = (refined + 0.0).amax(2)  # (B, U)
+        columns = torch.cat([score[:, :, None], tasks, signals], 2).flatten(0, 1)
+        request = torch.arange(batch).repeat_interleave(slots.shape[1])
         values = value_program(columns, request, work.value_ops, work.value_constants)
-        # An infinite value still ranks its item: only padding is -inf.
-        values = values.clamp(-_MAX_VALUE, _MAX_VALUE)
-        width = int(work.k.max())
-        table = torch.full(valid.shape, float("-inf"))
-        table[request, column] = values
-        ids = torch.full(valid.shape, -1, dtype=torch.int64)
-        ids[request, column] = item_ids
-        best = select_topk(table, ids, width)
-        # Rows of (request, item) pairs are numbered so that the winners' columns can be picked.
-        number = torch.zeros(valid.shape, dtype=torch.int64)
-        number[request, column] = torch.arange(request.shape[0])
+        # An infinite value still ranks its item: only padding is -inf, and its id is -1.
+        values = values.clamp_(-_MAX_VALUE, _MAX_VALUE).view(slots.shape)
+        best = select_topk(values, item_ids, int(work.k.max()))
         missing = best.positions < 0
-        if request.numel():
-            row = number.gather(1, best.positions.clamp(min=0))
-            best_score = score[row].masked_fill(missing, float("-inf"))
-            best_tasks = tasks[row].masked_fill(missing[:, :, None], 0.0)
-        else:
-            best_score = torch.full((batch, width), float("-inf"))
-            best_tasks = torch.zeros(batch, width, num_tasks)
+        at = best.positions.clamp(min=0)
+        best_score = score.gather(1, at).masked_fill_(missing, float("-inf"))
+        per_task = at[:, :, None].expand(-1, -1, tasks.shape[2])
+        best_tasks = tasks.gather(1, per_task).masked_fill_(missing[:, :, None], 0.0)
         watch.mark("value")
         return RoundTwo(
             item_ids=best.item_ids,

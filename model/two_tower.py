@@ -338,3 +338,25 @@ class TwoTower(nn.Module):
         """
         logits: Tensor = self.ranker(query, user_state, request, items, refined, signals)
         return logits[:, : len(self.config.tasks)]
+
+    def rank_slots(
+        self,
+        query: Tensor,
+        user_state: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        refined: Tensor,
+        signals: Tensor,
+    ) -> Tensor:
+        """Return task logits ``(B, U, T)`` float32 of cached candidates, for serving.
+
+        Args:
+            query: ``(B, H, D)`` float32, as encoded.
+            user_state: ``(B, Us)`` float32, as encoded.
+            cache: ``(N, G, D)`` float16 item embeddings.
+            slots: ``(B, U)`` int64 in [-1, N G); -1 is padding, whose rows hold no meaning.
+            refined: ``(B, U, H)`` float32 scores.
+            signals: ``(B, U, Vs)`` float32.
+        """
+        logits = self.ranker.rank_slots(query, user_state, cache, slots, refined, signals)
+        return logits[:, :, : len(self.config.tasks)]

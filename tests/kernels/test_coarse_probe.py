@@ -6,6 +6,8 @@ from torch import Tensor
 
 from silvershard.kernels import QuantizedRows, coarse_probe, fixed_dot, quantize_rows
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 # The package re-exports the function under the name of its module.
 MODULE = import_module("silvershard.kernels.coarse_probe")
 
@@ -69,13 +71,21 @@ def test_codes_alone_decide_who_is_scored_again() -> None:
     assert got.tolist() == [[1, 2]]
 
 
-def test_a_batch_equals_its_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_equals_its_rows_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn((64, 48), generator=generator)
     centroids = torch.randn((128, 48), generator=generator)
     whole = probe(query, centroids, 9)
     for row in range(64):
         assert torch.equal(probe(query[row : row + 1], centroids, 9)[0], whole[row])
+
+
+@pytest.mark.parametrize("implementation", ["reference"], indirect=True)
+def test_passes_over_few_queries_equal_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn((64, 48), generator=generator)
+    centroids = torch.randn((128, 48), generator=generator)
+    whole = probe(query, centroids, 9)
     monkeypatch.setattr(MODULE, "_CHUNK_ELEMENTS", 10_000)
     assert torch.equal(probe(query, centroids, 9), whole)
 
@@ -120,9 +130,3 @@ def test_bad_input_is_refused() -> None:
     refuses(r"probes must be in \[1, 5\], got 0", probes=0)
     refuses(r"probes must be in \[1, 5\], got 6", probes=6)
     refuses("finite in float32, got an overflow", query=query * 3e38, centroids=-centroids * 3e38)
-
-
-def test_operator_keeps_its_torch_contract() -> None:
-    query, centroids = torch.randn(3, 8), torch.randn(40, 8)
-    arguments = (query, *quantize_rows(query), centroids, *quantize_rows(centroids), 4)
-    torch.library.opcheck(torch.ops.silvershard.coarse_probe.default, arguments)

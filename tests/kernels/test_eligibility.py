@@ -20,6 +20,8 @@ from silvershard.kernels import (
     unpack_bits,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 PoolOf = Callable[..., Any]
 RowsOf = Callable[..., list[list[int]]]
 ProgramsOf = Callable[..., Tensor]
@@ -168,6 +170,7 @@ def test_a_batch_equals_its_rows_alone(
         assert count_eligible(*filters(pool), programs[one]).tolist() == [int(counts[row])]
 
 
+@pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 def test_passes_over_few_pages_equal_one_pass(
     pool_of: PoolOf,
     rows_of: RowsOf,
@@ -283,14 +286,3 @@ def test_a_malformed_program_is_refused_though_no_page_is_asked_for(pool_of: Poo
         eligibility(
             *filters(pool_of(0)), programs, torch.empty((1, 0), dtype=torch.int32), no_exclusions(1)
         )
-
-
-def test_operators_keep_their_torch_contract(pool_of: PoolOf, programs_of: ProgramsOf) -> None:
-    pool = pool_of(0)
-    programs = programs_of([[[FilterOp.PLANE, 1, 0, 0]], [[FilterOp.COMPARE, 0, 1, 1]]])
-    pages = torch.tensor([[0, 3, -1], [3, 2, 1]], dtype=torch.int32)
-    excluded = torch.tensor([[5, 5], [-1, 200]])
-    torch.library.opcheck(
-        torch.ops.silvershard.eligibility.default, (*filters(pool), programs, pages, excluded)
-    )
-    torch.library.opcheck(torch.ops.silvershard.count_eligible.default, (*filters(pool), programs))

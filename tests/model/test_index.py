@@ -47,9 +47,11 @@ def test_a_scan_of_every_cluster_orders_by_quantised_score_then_id(generation, i
 def test_what_is_at_a_slot_belongs_together(generation, index: ItemIndex) -> None:
     rows = torch.tensor([0, 17, 599])
     ids = torch.from_numpy(generation.catalogue.item_ids)[rows]
-    got, embeddings, signals = index.items_at(index.slots_of(ids))
-    assert torch.equal(got, ids)
+    slots = index.slots_of(ids)
+    got, signals = index.items_at(torch.cat([slots, torch.tensor([-1])])[None])
+    assert got.tolist() == [[*ids.tolist(), -1]]
+    assert torch.equal(signals[0, :3], torch.from_numpy(generation.catalogue.signals)[rows])
+    assert (signals[0, 3] == 0).all()
     with torch.inference_mode():
         whole = generation.model.embed_items(dict(generation.catalogue.features))
-    assert torch.equal(embeddings, whole[rows].half().float())
-    assert torch.equal(signals, torch.from_numpy(generation.catalogue.signals)[rows])
+    assert torch.equal(index.cache.flatten(0, 1)[slots], whole[rows].half())

@@ -78,3 +78,50 @@ def test_a_pair_has_the_same_bits_whatever_pairs_surround_it(threads: int) -> No
 
 def test_no_pairs_give_no_logits() -> None:
     assert ranker()(**pairs(0)).shape == (0, 2)
+
+
+def cached(given: dict[str, Any], width: int) -> dict[str, Any]:
+    """The pairs of ``given``, request by request, as slots of a cache with padding."""
+    requests = len(given["query"])
+    slots = torch.full((requests, width), -1)
+    refined = torch.zeros(requests, width, 2)
+    signals = torch.zeros(requests, width, 3)
+    for request in range(requests):
+        mine = (given["request"] == request).nonzero()[:, 0]
+        slots[request, : len(mine)] = mine
+        refined[request, : len(mine)] = given["refined"][mine]
+        signals[request, : len(mine)] = given["signals"][mine]
+    return {
+        "query": given["query"],
+        "user_state": given["user_state"],
+        "cache": given["items"].half()[None],
+        "slots": slots,
+        "refined": refined,
+        "signals": signals,
+    }
+
+
+def test_cached_candidates_have_the_logits_of_their_pairs() -> None:
+    made, given = trained(ranker()), pairs(100)
+    given["items"] = given["items"].half().float()
+    expected = made(**given)
+    got = made.rank_slots(**cached(given, 30))
+    slots = cached(given, 30)["slots"]
+    assert got.shape == (9, 30, 2)
+    assert torch.allclose(got[slots >= 0], expected[slots[slots >= 0]], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got[slots >= 0], expected[slots[slots >= 0]].roll(1, 0), atol=1e-2)
+
+
+def test_a_cached_candidate_has_the_same_bits_in_any_company() -> None:
+    made, given = trained(ranker()), pairs(100)
+    whole = cached(given, 30)
+    together = made.rank_slots(**whole)
+    for request in range(9):
+        alone = {name: whole[name][request : request + 1] for name in whole if name != "cache"}
+        for columns in (slice(0, 1), slice(3, 9), slice(0, 30)):
+            some = {
+                name: value[:, columns] if name in ("slots", "refined", "signals") else value
+                for name, value in alone.items()
+            }
+            got = made.rank_slots(cache=whole["cache"], **some)
+            assert torch.equal(got, together[request : request + 1, columns])

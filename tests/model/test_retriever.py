@@ -23,17 +23,17 @@ def test_an_exact_answer_is_the_ranking_made_without_the_index(generation, retri
     answer = retriever([request])[0]
     with torch.inference_mode():
         encoded = generation.model.encode([request.features])
-        items = generation.model.embed_items(dict(generation.catalogue.features)).half().float()
-        refined = fixed_dot(items[:, None, :], encoded.embedding[0][None])  # (n, H)
+        items = generation.model.embed_items(dict(generation.catalogue.features)).half()
+        refined = fixed_dot(items.float()[:, None, :], encoded.embedding[0][None])  # (n, H)
         signals = torch.from_numpy(generation.catalogue.signals)
-        logits = generation.model.rank(
+        logits = generation.model.rank_slots(
             encoded.embedding,
             encoded.user_state,
-            torch.zeros(600, dtype=torch.int64),
-            items,
-            refined,
-            signals,
-        )
+            items[None],
+            torch.arange(600)[None],
+            refined[None],
+            signals[None],
+        )[0]
         rated, liked = fixed_sigmoid(logits).unbind(1)
         boost = torch.where(signals[:, 0] > 0.5, 1.5, 1.0)
         value = 1.0 * rated + 2.0 * liked * boost + 0.1 * refined.amax(1)
