@@ -16,10 +16,10 @@ TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gp
 PROTOS := retrieval shard
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu check fmt setup proto proto-check wheel clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, ask, measure
 	$(BIN)/silvershard demo $(DEMO_ARGS)
@@ -27,15 +27,32 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 test: $(VENV)/.installed ## run every test that this machine can run
 	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
 
+test-sanitized: $(VENV)/.installed ## test the native operators under AddressSanitizer and UBSan
+	$(BIN)/python -P tests/native_builds.py sanitized
+
+test-emulated: $(VENV)/.installed ## test the AVX-512 operators without such a CPU (needs libsimde-dev)
+	$(BIN)/python -P tests/native_builds.py emulated
+
 bench: $(VENV)/.installed ## measure the pipeline beside exact search, gate first
 	$(BIN)/python -P benchmarks/run.py
+
+# A passive wait policy would add the time of waking up to every call on two threads.
+bench-kernels: $(VENV)/.bench ## measure the operators beside Faiss (QUICK=1: fewer cells, three minutes)
+	env -u OMP_WAIT_POLICY $(BIN)/python -P benchmarks/kernels.py $(if $(QUICK),--quick)
+
+bench-gpu: $(VENV)/.installed ## measure the operators on an H100 or H200, three runs of under ten minutes
+	for part in 1 2 3; do $(BIN)/python -P benchmarks/gpu.py --part $$part || exit 1; done
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[bench]'
+	@touch $@
 
 check: $(VENV)/.installed proto-check ## lint, format, types, layering, packaging
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pip check
-	$(BIN)/pytest -q tests/test_layering.py tests/test_packaging.py tests/test_exports.py
+	$(BIN)/pytest -q -m 'not slow' tests/test_layering.py tests/test_packaging.py tests/test_exports.py
 
 fmt: $(VENV)/.installed ## format and sort imports
 	$(BIN)/ruff check --fix .

@@ -33,10 +33,10 @@ def coarse_probe(
 
     Args:
         query: ``(Q, D)`` float32, finite, 1 <= D <= 1024.
-        query_codes: ``(Q, D)`` int8, the codes of ``query``.
+        query_codes: ``(Q, D)`` int8 in [-127, 127], the codes of ``query``.
         query_scales: ``(Q,)`` float32, finite.
         centroids: ``(C, D)`` float32, finite.
-        centroid_codes: ``(C, D)`` int8.
+        centroid_codes: ``(C, D)`` int8 in [-127, 127].
         centroid_scales: ``(C,)`` float32, finite.
         probes: P, ``1 <= P <= C``.
 

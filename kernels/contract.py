@@ -4,6 +4,8 @@ Values are read only on the CPU and outside ``torch.compile``: reading them else
 the device or break the graph. Every implementation must therefore stay memory-safe by itself.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: naming the parameter.
     """
-    if tensor.numel() and reads_values(tensor) and not bool(tensor.isfinite().all()):
+    # A sum is finite only if all its terms are, and takes a tenth of the time of looking at each.
+    if tensor.numel() == 0 or not reads_values(tensor) or math.isfinite(tensor.sum()):
+        return
+    if not bool(tensor.isfinite().all()):
         raise ValueError(
             f"{name} must be finite, got {int((~tensor.isfinite()).sum())} NaN or infinite values"
         )

@@ -16,7 +16,7 @@ from silvershard.kernels.contract import (
     check_range,
     check_tensor,
 )
-from silvershard.kernels.filter_ops import PageLeaves, evaluate, parse_programs
+from silvershard.kernels.filter_ops import PageLeaves, Program, evaluate, parse_programs
 from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
 from silvershard.kernels.native_operators import count_eligible_native, eligibility_native
 
@@ -87,14 +87,7 @@ def eligibility_reference(
         asked[safe.flatten()] = True
         pool = asked.nonzero().squeeze(1)
         column = (asked.cumsum(0) - 1).index_select(0, safe.flatten()).view_as(safe)  # (Q, M)
-    step = _pages_per_pass(columns, terms)
-    words = planes.new_empty((len(distinct), pool.shape[0], num_words))
-    for start in range(0, pool.shape[0], step):
-        leaves = PageLeaves(planes, columns, terms, pool[start : start + step])
-        for number, program in enumerate(distinct):
-            words[number, start : start + step] = evaluate(program, leaves) & leaves.plane(
-                LIVE_PLANE
-            )
+    words = accepted_words(distinct, planes, columns, terms, pool)
     if len(distinct) > 1:
         which = torch.tensor(numbers, dtype=torch.int64, device=pages.device)
         column = column + which[:, None] * pool.shape[0]
@@ -102,9 +95,36 @@ def eligibility_reference(
     answer = answer.view(num_queries, num_slots, num_words)
     answer = torch.where(present[:, :, None], answer, 0)
     if excluded.shape[1]:
-        barred = _excluded_words(excluded, num_pages, num_words)  # (Q, N, W)
+        barred = excluded_words(excluded, num_pages, num_words)  # (Q, N, W)
         answer &= ~barred.gather(1, safe[:, :, None].expand(-1, -1, num_words))
     return answer
+
+
+def accepted_words(
+    distinct: list[Program], planes: Tensor, columns: Tensor, terms: Tensor, pages: Tensor
+) -> Tensor:
+    """The live slots of some pages that each program accepts: ``(len(distinct), M, W)``."""
+    step = _pages_per_pass(columns, terms)
+    words = planes.new_empty((len(distinct), len(pages), planes.shape[2]))
+    for start in range(0, len(pages), step):
+        leaves = PageLeaves(planes, columns, terms, pages[start : start + step])
+        live = leaves.plane(LIVE_PLANE)
+        for number, program in enumerate(distinct):
+            words[number, start : start + step] = evaluate(program, leaves) & live
+    return words
+
+
+def excluded_words(excluded: Tensor, num_pages: int, num_words: int) -> Tensor:
+    """The exclusions of every query as bits of the whole pool: ``(Q, N, W)`` int64."""
+    ordered = excluded.sort(dim=1).values
+    # A bit may be added only once, so all but the first of equal slots are dropped.
+    again = torch.zeros_like(ordered, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    counted = (ordered >= 0) & ~again
+    bits = torch.where(counted, torch.ones_like(ordered) << (ordered & 63), 0)
+    words = excluded.new_zeros((excluded.shape[0], num_pages * num_words))
+    words.scatter_add_(1, ordered.clamp_min(0) >> 6, bits)
+    return words.view(-1, num_pages, num_words)
 
 
 def count_eligible(planes: Tensor, columns: Tensor, terms: Tensor, programs: Tensor) -> Tensor:
@@ -179,19 +199,6 @@ def check_pool(planes: Tensor, columns: Tensor, terms: Tensor) -> None:
 
 def _pages_per_pass(columns: Tensor, terms: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // (columns.shape[2] * max(1, terms.shape[2])))
-
-
-def _excluded_words(excluded: Tensor, num_pages: int, num_words: int) -> Tensor:
-    """The exclusions of every query as bits of the whole pool: ``(Q, N, W)`` int64."""
-    ordered = excluded.sort(dim=1).values
-    # A bit may be added only once, so all but the first of equal slots are dropped.
-    again = torch.zeros_like(ordered, dtype=torch.bool)
-    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    counted = (ordered >= 0) & ~again
-    bits = torch.where(counted, torch.ones_like(ordered) << (ordered & 63), 0)
-    words = excluded.new_zeros((excluded.shape[0], num_pages * num_words))
-    words.scatter_add_(1, ordered.clamp_min(0) >> 6, bits)
-    return words.view(-1, num_pages, num_words)
 
 
 _eligibility = torch.library.custom_op(

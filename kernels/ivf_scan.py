@@ -10,12 +10,15 @@ Source: Kwon et al., Efficient Memory Management (...) with PagedAttention, SOSP
 Source: SilverTorch, arXiv 2511.14881, SIGIR 2026, section 4.3 (probe, then filter).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from silvershard.kernels.bits import popcount_reference, unpack_bits_reference
 from silvershard.kernels.coarse_probe import MAX_CODE_DIM
 from silvershard.kernels.contract import (
     check_contiguous,
@@ -24,14 +27,21 @@ from silvershard.kernels.contract import (
     check_range,
     check_tensor,
 )
-from silvershard.kernels.eligibility import LIVE_PLANE, check_pool, eligibility_reference
+from silvershard.kernels.eligibility import (
+    LIVE_PLANE,
+    accepted_words,
+    check_pool,
+    excluded_words,
+)
 from silvershard.kernels.filter_ops import Program, SlotLeaves, evaluate, parse_programs
 from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
 from silvershard.kernels.native_operators import ivf_scan_native
 from silvershard.kernels.select_topk import best_positions
 
-# Query rows x slots handled at a time, which bounds the scratch memory.
-_CHUNK_ELEMENTS = 1 << 22
+# Codes converted to float32 at a time, 1 MiB: of more, every step would go through memory.
+_CHUNK_ELEMENTS = 1 << 18
+
+SlotsAt = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
 
 class ScanResult(NamedTuple):
@@ -72,11 +82,11 @@ def ivf_scan(
     number R where that many slots pass.
 
     Args:
-        query_codes: ``(Q, D)`` int8, 1 <= D <= 1024.
+        query_codes: ``(Q, D)`` int8 in [-127, 127], 1 <= D <= 1024.
         query_scales: ``(Q,)`` float32, finite and >= 0.
         clusters: ``(Q, P)`` int32 in [-1, C); -1 is no cluster. Duplicates count once.
         page_table: ``(C, X)`` int32 in [-1, N); -1 is no page. A page belongs to one cluster.
-        codes: ``(N, G, D)`` int8, contiguous.
+        codes: ``(N, G, D)`` int8 in [-127, 127], contiguous.
         scales: ``(N, G)`` float32, contiguous; finite and >= 0 at live slots.
         item_ids: ``(N, G)`` int64, contiguous; distinct and >= 0 at live slots.
         planes: ``(J, N, W)`` int64, contiguous, J >= 1; plane 0 is the live plane.
@@ -164,39 +174,51 @@ def ivf_scan_reference(
     excluded: Tensor,
     num_results: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The definition of ``ivf_scan``; same contract, plain PyTorch, no validation."""
+    """The definition of ``ivf_scan``; same contract, plain PyTorch and NumPy, no validation."""
+    # NumPy fetches and partitions on a CPU several times as fast as torch does.
     num_queries = query_codes.shape[0]
-    shape = (num_queries, num_results)
-    out_scores = scales.new_full(shape, -torch.inf)
-    out_slots = item_ids.new_full(shape, -1)
-    probed = item_ids.new_zeros(num_queries)
-    eligible = item_ids.new_zeros(num_queries)
-    step = max(1, _CHUNK_ELEMENTS // max(1, scales.numel()))
-    for start in range(0, num_queries, step):
-        rows = slice(start, start + step)
-        checks = parse_programs(verify[rows], planes, columns, terms)
-        pages = _probed_pages(clusters[rows], page_table, scales.shape[0])  # (Q, M)
-        words = eligibility_reference(planes, columns, terms, programs[rows], pages, excluded[rows])
-        live = planes[LIVE_PLANE].index_select(0, pages.clamp_min(0).flatten()).view_as(words)
-        live = torch.where(pages[:, :, None] >= 0, live, 0)
-        bits = popcount_reference(torch.stack((live, words))).sum(dim=(2, 3))  # (2, Q)
-        probed[rows], eligible[rows] = bits
-        counts = bits[1]
-        slots = _set_slots(words, pages)  # (T,)
-        if not slots.shape[0]:
-            continue
-        dots = _integer_dots(query_codes[rows], codes, slots, counts)
-        found = dots * scales.view(-1).index_select(0, slots)
-        found *= query_scales[rows].repeat_interleave(counts)
-        found, slots = _by_row(found, slots, counts)  # (Q, max count)
-        out_scores[rows], out_slots[rows] = _select_verified(
-            found, slots, item_ids, planes, columns, terms, *checks, num_results
+    out_scores = np.full((num_queries, num_results), -np.inf, dtype=np.float32)
+    out_slots = np.full((num_queries, num_results), -1, dtype=np.int64)
+    probed = np.zeros(num_queries, dtype=np.int64)
+    eligible = np.zeros(num_queries, dtype=np.int64)
+    queries = query_codes.numpy(force=True).astype(np.float32)
+    multipliers, probes = query_scales.numpy(force=True), clusters.numpy(force=True)
+    table, flat_ids = page_table.numpy(force=True), item_ids.numpy(force=True).reshape(-1)
+    host_codes, host_scales = codes.numpy(force=True), scales.numpy(force=True)
+    filters, filter_numbers = parse_programs(programs, planes, columns, terms)
+    checks, check_numbers = parse_programs(verify, planes, columns, terms)
+    for row in range(num_queries):
+        pages = _probed_pages(probes[row], table, planes.shape[1])  # (M,)
+        asked = torch.from_numpy(pages).to(planes.device)
+        live = planes[LIVE_PLANE].index_select(0, asked)
+        words = accepted_words([filters[filter_numbers[row]]], planes, columns, terms, asked)[0]
+        if excluded.shape[1]:
+            barred = excluded_words(excluded[row : row + 1], *planes.shape[1:])[0]
+            words &= ~barred.index_select(0, asked)
+        bits = _bits(words)
+        probed[row], eligible[row] = np.count_nonzero(_bits(live)), np.count_nonzero(bits)
+        found, slots_at = _scores(
+            queries[row], multipliers[row], pages, bits, host_codes, host_scales
         )
-    out_ids = torch.full_like(out_slots, -1)
-    if item_ids.numel():
-        known = item_ids.view(-1).index_select(0, out_slots.clamp_min(0).flatten()).view(shape)
-        out_ids = torch.where(out_slots >= 0, known, -1)
-    return out_scores, out_ids, out_slots, probed, eligible
+        check = checks[check_numbers[row]]
+        passes = partial(_passes, check, planes, columns, terms) if check else None
+        best = _best_verified(found, slots_at, flat_ids, passes, num_results)
+        # Adding 0.0 turns -0.0 into 0.0.
+        out_scores[row, : len(best)] = found[best] + np.float32(0.0)
+        out_slots[row, : len(best)] = slots_at(best)
+    out_ids = np.full_like(out_slots, -1)
+    out_ids[out_slots >= 0] = flat_ids[out_slots[out_slots >= 0]]
+
+    def on_device(result: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(result).to(scales.device)
+
+    return (
+        on_device(out_scores),
+        on_device(out_ids),
+        on_device(out_slots),
+        on_device(probed),
+        on_device(eligible),
+    )
 
 
 def _checked_ivf_scan(
@@ -240,142 +262,108 @@ def _checked_ivf_scan(
 
 
 def _check_scores(result: ScanResult, *, verified: bool) -> None:
-    found = result.item_ids >= 0
-    if not bool(result.scores[found].isfinite().all()):
+    found = result.item_ids.numpy() >= 0
+    if not np.isfinite(result.scores.numpy()[found]).all():
         raise ValueError("scales must be finite at live slots, got a NaN or infinite score")
-    if not verified:
-        width = result.scores.shape[1]
-        if not torch.equal(found.sum(dim=1), result.eligible.clamp_max(width)):
-            raise ValueError("scales must be finite at live slots, got a score of -inf")
+    expected = np.minimum(result.eligible.numpy(), found.shape[1])
+    if not verified and (np.count_nonzero(found, axis=1) != expected).any():
+        raise ValueError("scales must be finite at live slots, got a score of -inf")
 
 
-def _probed_pages(clusters: Tensor, page_table: Tensor, num_pages: int) -> Tensor:
-    """The pages of every row, ascending and each once: ``(Q, M)`` int64, padded with -1."""
-    num_queries = clusters.shape[0]
-    if clusters.numel() * page_table.numel() * num_pages == 0:
-        return clusters.new_empty((num_queries, 0), dtype=torch.int64)
-    pages = page_table.index_select(0, clusters.clamp_min(0).flatten()).long()
-    pages = torch.where(clusters.reshape(-1, 1) >= 0, pages, -1).view(num_queries, -1)
-    asked = torch.zeros((num_queries, num_pages + 1), dtype=torch.bool, device=clusters.device)
-    asked = asked.scatter_(1, pages + 1, value=True)[:, 1:]
-    page = asked.nonzero()[:, 1]
-    if num_queries == 1:
-        return page[None]
-    source, valid = _row_layout(asked.sum(dim=1))
-    return torch.where(valid, page.index_select(0, source.flatten()).view_as(source), -1)
+def _probed_pages(
+    clusters: NDArray[np.int32], page_table: NDArray[np.int32], num_pages: int
+) -> NDArray[np.int64]:
+    """The pages of some clusters, ascending and each once: ``(M,)``."""
+    asked = np.zeros(num_pages + 1, dtype=np.bool_)
+    # What is no page, -1, marks the entry behind the last one.
+    asked[page_table[clusters[clusters >= 0]]] = True
+    return np.flatnonzero(asked[:-1])
 
 
-def _row_layout(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each cell of ``(Q, max count)`` is found in values that lie row after row.
+def _bits(words: Tensor) -> NDArray[np.bool_]:
+    """One truth value per slot: ``(M, W)`` to ``(M * G,)``."""
+    octets = words.numpy(force=True).view(np.uint8)
+    return np.unpackbits(octets, bitorder="little").view(np.bool_)
 
-    Returns the index of the value and whether the cell holds one.
+
+def _scores(
+    query: NDArray[np.float32],
+    multiplier: np.float32,
+    pages: NDArray[np.int64],
+    bits: NDArray[np.bool_],
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], SlotsAt]:
+    """Scores of slots of some pages, and the slots at positions among them.
+
+    Slots whose bit is not set are left out or have ``-inf``.
     """
-    offset = torch.arange(int(counts.max()), device=counts.device)
-    valid = offset < counts[:, None]
-    return torch.where(valid, offset + (counts.cumsum(0) - counts)[:, None], 0), valid
+    page_size, dim = codes.shape[1:]
+    # Whole pages are fetched faster than half as many slots one by one.
+    by_page = 2 * np.count_nonzero(bits) > len(bits)
+    chosen = None if by_page else np.flatnonzero(bits)
+
+    def slots_at(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        if chosen is not None:
+            positions = chosen[positions]
+        slots: NDArray[np.int64] = pages[positions // page_size] * page_size + positions % page_size
+        return slots
+
+    if chosen is None:
+        dots, factors = _integer_dots(query, codes, pages), scales[pages]  # (M, G)
+    else:
+        slots = slots_at(np.arange(len(chosen)))
+        dots = _integer_dots(query, codes.reshape(-1, dim), slots)
+        factors = scales.reshape(-1)[slots]
+    # Scores that are not finite are found by the check of the results.
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = (dots * factors).reshape(-1) * multiplier
+    if chosen is None:
+        found[~bits] = -np.inf
+    return found, slots_at
 
 
-def _set_slots(words: Tensor, pages: Tensor) -> Tensor:
-    """The slot of every set bit, row after row: ``(T,)`` int64."""
-    page_size = words.shape[2] * 64
-    flat = unpack_bits_reference(words).flatten().nonzero().squeeze(1)
-    shift = page_size.bit_length() - 1
-    first = pages.flatten() << shift
-    return first.index_select(0, flat >> shift) + (flat & (page_size - 1))
-
-
-def _integer_dots(query_codes: Tensor, codes: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
-    """Exact inner products of the int8 rows as float32: ``(T,)``.
+def _integer_dots(
+    query: NDArray[np.float32], codes: NDArray[np.int8], places: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Exact inner products of a query and the int8 rows at some places of the first axis.
 
     Every partial sum is an integer below 2**24, which float32 holds in any order of summation.
     """
-    queries = query_codes.float()
-    vectors = codes.view(-1, codes.shape[2])  # (N * G, D)
-    num_rows, num_slots = queries.shape[0], vectors.shape[0]
-    if num_rows == 1:
-        return torch.mv(vectors.index_select(0, slots).float(), queries[0])
-    # Where rows share enough slots, one product over the shared slots is cheaper than one per row:
-    # multiplying a row for one more query costs about a sixteenth of fetching the int8 row.
-    weight = 16 + num_rows
-    if 16 * slots.shape[0] >= weight * int(counts.max()):
-        asked = torch.zeros(num_slots, dtype=torch.bool, device=slots.device)
-        asked[slots] = True
-        shared = asked.nonzero().squeeze(1)
-        if 16 * slots.shape[0] >= weight * shared.shape[0]:
-            products = queries @ vectors.index_select(0, shared).float().T  # (Q, shared)
-            place = (asked.cumsum(0) - 1).index_select(0, slots)
-            row = torch.arange(num_rows, device=slots.device) * shared.shape[0]
-            return products.view(-1).index_select(0, place + row.repeat_interleave(counts))
-    dots = queries.new_empty(slots.shape[0])
-    start = 0
-    for number, count in enumerate(counts.tolist()):
-        mine = slice(start, start + count)
-        torch.mv(vectors.index_select(0, slots[mine]).float(), queries[number], out=dots[mine])
-        start += count
+    dots = np.empty((len(places), *codes.shape[1:-1]), dtype=np.float32)
+    step = max(1, _CHUNK_ELEMENTS // (codes[:1].size or 1))
+    for start in range(0, len(places), step):
+        part = slice(start, start + step)
+        dots[part] = codes.take(places[part], axis=0).astype(np.float32) @ query
     return dots
 
 
-def _by_row(found: Tensor, slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and slots as ``(Q, max count)``, padded with ``-inf`` and -1."""
-    if counts.shape[0] == 1:
-        return found[None], slots[None]
-    source, valid = _row_layout(counts)
-    scores = found.index_select(0, source.flatten()).view_as(source)
-    table = slots.index_select(0, source.flatten()).view_as(source)
-    return torch.where(valid, scores, -torch.inf), torch.where(valid, table, -1)
+def _passes(
+    program: Program, planes: Tensor, columns: Tensor, terms: Tensor, slots: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    asked = torch.from_numpy(slots).to(planes.device)
+    passed = evaluate(program, SlotLeaves(planes, columns, terms, asked))
+    return passed.numpy(force=True)
 
 
-def _select_verified(
-    scores: Tensor,
-    slots: Tensor,
-    item_ids: Tensor,
-    planes: Tensor,
-    columns: Tensor,
-    terms: Tensor,
-    distinct: list[Program],
-    numbers: list[int],
+def _best_verified(
+    scores: NDArray[np.float32],
+    slots_at: SlotsAt,
+    item_ids: NDArray[np.int64],
+    passes: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None,
     num_results: int,
-) -> tuple[Tensor, Tensor]:
-    """Scores and slots ``(Q, R)`` of the best candidates that pass their verify program."""
-    flat_ids = item_ids.view(-1)
-
-    def ids_at(rows: Tensor, positions: Tensor) -> Tensor:
-        return flat_ids[slots[rows].gather(1, positions)]
-
-    width = scores.shape[1]
-    if distinct == [()]:
-        best, positions = best_positions(scores, num_results, ids_at)
-        return best, _slots_at(slots, positions)
-    # Only the best candidates are verified; more of them while a row is short of results.
-    taken = 2 * num_results
+) -> NDArray[np.int64]:
+    """Positions of the best scores whose slots pass, best first."""
+    # Only the best are verified; more of them while there are too few results.
+    taken = 2 * num_results if passes else num_results
     while True:
-        taken = min(taken, width)
-        best, positions = best_positions(scores, taken, ids_at)
-        best_slots = _slots_at(slots, positions)
-        passed = best_slots >= 0
-        for number, program in enumerate(distinct):
-            if program:
-                mine = torch.tensor([other == number for other in numbers], device=slots.device)
-                asked = passed & mine[:, None]
-                leaves = SlotLeaves(planes, columns, terms, best_slots[asked])
-                passed[asked] = evaluate(program, leaves)
-        if taken == width or bool((passed.sum(dim=1) >= num_results).all()):
-            break
+        best = best_positions(scores, taken, lambda positions: item_ids[slots_at(positions)])
+        if passes is None:
+            return best
+        passed = passes(slots_at(best))
+        if taken >= len(scores) or np.count_nonzero(passed) >= num_results:
+            return best[passed][:num_results]
         taken *= 4
-    # Those that passed move to the front in the order that they have.
-    front = passed.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :num_results]
-    kept = passed.gather(1, front)
-    padding = (0, num_results - front.shape[1])
-    best = torch.where(kept, best.gather(1, front), -torch.inf)
-    best_slots = torch.where(kept, best_slots.gather(1, front), -1)
-    return (
-        torch.nn.functional.pad(best, padding, value=-torch.inf),
-        torch.nn.functional.pad(best_slots, padding, value=-1),
-    )
-
-
-def _slots_at(slots: Tensor, positions: Tensor) -> Tensor:
-    return torch.where(positions >= 0, slots.gather(1, positions.clamp_min(0)), -1)
 
 
 _ivf_scan = torch.library.custom_op("silvershard::ivf_scan", ivf_scan_reference, mutates_args=())

@@ -85,13 +85,13 @@ def load_library() -> NativeLibrary | None:
     if not LIBRARY_PATH.exists():
         _log.warning(
             "the native operators were not built (no C++ compiler at installation?): "
-            "CPU operators run in PyTorch, which is several times slower"
+            "CPU operators run in PyTorch and NumPy, which is several times slower"
         )
         return None
     try:
         return NativeLibrary(LIBRARY_PATH)
     except (OSError, AttributeError) as error:
-        _log.warning("the native operators cannot be used, PyTorch runs instead: %s", error)
+        _log.warning("the native operators cannot be used, references run instead: %s", error)
         return None
 
 

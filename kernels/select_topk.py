@@ -6,7 +6,9 @@ Shapes: Q query rows, M candidates per row, k results.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from silvershard.kernels.contract import check_devices, check_not_nan, check_tensor
@@ -55,62 +57,70 @@ def select_topk(scores: Tensor, item_ids: Tensor, k: int) -> TopK:
 def select_topk_reference(
     scores: Tensor, item_ids: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of ``select_topk``; same contract, plain PyTorch, no validation."""
-    ranked = torch.where(item_ids < 0, -torch.inf, scores)
-    best, positions = best_positions(ranked, k, lambda row, at: item_ids[row].gather(-1, at))
-    if item_ids.shape[1] == 0:
-        return best, torch.full_like(positions, -1), positions
-    ids = item_ids.gather(1, positions.clamp_min(0))
-    return best, torch.where(positions >= 0, ids, -1), positions
+    """The definition of ``select_topk``; same contract, plain NumPy, no validation."""
+    shape = (scores.shape[0], k)
+    best_scores = np.full(shape, -np.inf, dtype=np.float32)
+    best_ids = np.full(shape, -1, dtype=np.int64)
+    positions = np.full(shape, -1, dtype=np.int64)
+    host_scores, host_ids = scores.numpy(force=True), item_ids.numpy(force=True)
+    for row, (values, ids) in enumerate(zip(host_scores, host_ids, strict=True)):
+        best = best_positions(np.where(ids < 0, np.float32(-np.inf), values), k, ids.take)
+        best_scores[row, : len(best)] = values[best] + np.float32(0.0)
+        best_ids[row, : len(best)] = ids[best]
+        positions[row, : len(best)] = best
+    return (
+        torch.from_numpy(best_scores).to(scores.device),
+        torch.from_numpy(best_ids).to(scores.device),
+        torch.from_numpy(positions).to(scores.device),
+    )
 
 
 def best_positions(
-    scores: Tensor, k: int, ids_at: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Find the k best candidates of every row, looking ids up only where they decide.
+    scores: NDArray[np.float32],
+    k: int,
+    ids_at: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+) -> NDArray[np.int64]:
+    """Find the k best candidates of one row, looking ids up only where they decide.
 
     Args:
-        scores: ``(Q, M)`` float32; ``-inf`` marks padding.
-        k: results per row.
-        ids_at: the item ids at ``positions`` of the given rows: called with rows ``(n,)`` and
-            positions ``(n, m)``.
+        scores: ``(M,)``; ``-inf`` marks padding. A NaN ranks as ``inf``, so that no cut hides it.
+        k: results to find, >= 1.
+        ids_at: the item ids at some positions.
 
     Returns:
-        Scores ``(Q, k)`` and positions ``(Q, k)`` int64, padded with ``-inf`` and -1.
+        Positions, best first; fewer than k where fewer candidates are not padding.
     """
-    num_rows, num_candidates = scores.shape
-    kept = min(k, num_candidates)
-    # Adding 0.0 turns -0.0 into 0.0, so that equal scores also have equal bits.
-    best, positions = (scores + 0.0).topk(kept, dim=1)
-    if num_rows * kept == 0:
-        shape = (num_rows, k)
-        return scores.new_full(shape, -torch.inf), positions.new_full(shape, -1)
-    cut = best[:, -1:]
-    # At the cut, topk takes any of several equal candidates; settle those rows one by one.
-    crowded = ((scores >= cut).sum(dim=1, dtype=torch.int32) > kept) & (cut[:, 0] > -torch.inf)
-    tied = (best[:, 1:] == best[:, :-1]) & (best[:, 1:] > -torch.inf)
-    if bool(crowded.any()):
-        for row in crowded.nonzero():
-            candidates = (scores[row] >= cut[row]).nonzero()[None, :, 1]
-            order = _in_order(scores[row].gather(1, candidates), ids_at(row, candidates))
-            positions[row] = candidates.gather(1, order[:, :kept])
-    if bool(tied.any()):
-        rows = tied.any(dim=1).nonzero().squeeze(1)
-        ascending = positions[rows].sort(dim=1).values
-        order = _in_order(scores[rows].gather(1, ascending), ids_at(rows, ascending))
-        positions[rows] = ascending.gather(1, order)
-    positions = torch.where(best == -torch.inf, -1, positions)
-    if kept < k:
-        best = torch.nn.functional.pad(best, (0, k - kept), value=-torch.inf)
-        positions = torch.nn.functional.pad(positions, (0, k - kept), value=-1)
-    return best, positions
+    if k < len(scores):
+        # Everything that equals the last score to be kept is a candidate, and so is a NaN.
+        cut = np.partition(scores, -k)[-k]
+        positions = np.flatnonzero(~(scores < cut))
+    else:
+        positions = np.arange(len(scores))
+    found = scores[positions]
+    found[np.isnan(found)] = np.inf
+    order = _descending(found)
+    ranked = found[order]
+    same = ranked[1:] == ranked[:-1]
+    if same.any():
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        ids = ids_at(positions[order[tied]])
+        order[tied] = order[tied][np.lexsort((ids, -ranked[tied]))]
+    order = order[:k]
+    best: NDArray[np.int64] = positions[order[found[order] > -np.inf]]
+    return best
 
 
-def _in_order(scores: Tensor, item_ids: Tensor) -> Tensor:
-    """The permutation along the last dimension to score descending, then id, then position."""
-    by_id = item_ids.sort(dim=-1, stable=True).indices
-    by_score = scores.gather(-1, by_id).sort(dim=-1, stable=True, descending=True).indices
-    return by_id.gather(-1, by_score)
+def _descending(scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The stable permutation to descending order, for scores without NaN.
+
+    NumPy sorts plain integers several times as fast as it finds a permutation, so each position
+    travels as the low half of an integer whose high half orders like the negated score.
+    """
+    bits = (np.float32(0.0) - scores).view(np.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered.astype(np.int64) << 32) | np.arange(len(scores))
+    keys.sort()
+    return keys & 0xFFFFFFFF
 
 
 def _checked_select_topk(scores: Tensor, item_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

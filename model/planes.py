@@ -10,7 +10,6 @@ import hashlib
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -23,11 +22,12 @@ from torch import Tensor
 from silvershard.kernels.filter_ops import PAD_TERM
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
 from silvershard.model.dtypes import INT64_MAX, ValueType
-from silvershard.model.schema import Attribute, Schema, SchemaError
+from silvershard.model.schema import Schema, SchemaError
 
 LIVE_PLANE = 0
 FIRST_EXACT_PLANE = 1
 TERM_SLOTS_MULTIPLE = 4
+MAX_HASHES = 16
 
 TermValue = int | str
 NumberValue = int | float
@@ -77,7 +77,7 @@ class PlaneDictionary(BaseModel):
     num_bloom_planes: int = pydantic.Field(
         ge=0, description="width of the Bloom signature; 0: every value has an exact plane"
     )
-    num_hashes: int = pydantic.Field(ge=1, le=16, description="Bloom planes set per value")
+    num_hashes: int = pydantic.Field(ge=1, le=MAX_HASHES, description="Bloom planes set per value")
     seed: int = pydantic.Field(ge=0, le=INT64_MAX, description="seed of term keys and positions")
     columns: dict[str, int] = pydantic.Field(description="column of every number attribute")
     terms_width: int = pydantic.Field(
@@ -223,14 +223,19 @@ def choose_planes(
         )
     if not 0 <= min_exact_share <= 1:
         raise ValueError(f"min_exact_share must be in [0, 1], got {min_exact_share}")
-    if not 1 <= num_hashes <= 16:
-        raise ValueError(f"num_hashes must be in [1, 16], got {num_hashes}")
+    if not 1 <= num_hashes <= MAX_HASHES:
+        raise ValueError(f"num_hashes must be in [1, {MAX_HASHES}], got {num_hashes}")
     if max_exact_planes < 0 or max_bloom_planes < 1:
         raise ValueError(
             "max_exact_planes must be 0 or more and max_bloom_planes 1 or more, "
             f"got {max_exact_planes} and {max_bloom_planes}"
         )
-    counts = _value_counts(schema, catalogue)
+    held = _held_values(schema, catalogue)
+    counts = {
+        (name, value): count
+        for name, one in held.items()
+        for value, count in zip(one.values, np.bincount(one.codes).tolist(), strict=True)
+    }
     _refuse_collisions(seed, counts)
     frequent = sorted(
         (pair for pair, count in counts.items() if count >= min_exact_share * len(catalogue)),
@@ -243,10 +248,14 @@ def choose_planes(
     ):
         exact_planes[name][str(value)] = plane
     rare_terms = np.zeros(len(catalogue), dtype=np.int64)
-    for rows, _ in _pairs(schema, catalogue, exclude=exact):
-        rare_terms += np.bincount(rows, minlength=len(catalogue))
+    for name, one in held.items():
+        is_rare = np.array([(name, value) not in exact for value in one.values], dtype=np.bool_)
+        rare_terms += np.bincount(one.rows[is_rare[one.codes]], minlength=len(catalogue))
+    items_by_terms = Counter(
+        {terms: items for terms, items in enumerate(np.bincount(rare_terms).tolist()) if items}
+    )
     num_bloom_planes, rate = _choose_width(
-        Counter(rare_terms.tolist()), num_hashes, target_false_positive_rate, max_bloom_planes
+        items_by_terms, num_hashes, target_false_positive_rate, max_bloom_planes
     )
     widest = int(rare_terms.max(initial=0))
     return PlaneDictionary(
@@ -275,19 +284,33 @@ def encode_items(dictionary: PlaneDictionary, schema: Schema, catalogue: Catalog
     exact = np.zeros((num_items, dictionary.num_exact_planes), dtype=np.bool_)
     rows_parts: list[NDArray[np.int64]] = []
     keys_parts: list[NDArray[np.int64]] = []
-    for rows, (name, value) in _pairs(schema, catalogue):
-        plane = dictionary.exact_plane(name, value)
-        if plane is not None:
-            exact[rows, plane - FIRST_EXACT_PLANE] = True
-        elif not dictionary.num_bloom_planes:
+    for name, one in _held_values(schema, catalogue).items():
+        plane_of = np.array(
+            [dictionary.exact_plane(name, value) or LIVE_PLANE for value in one.values],
+            dtype=np.int64,
+        )
+        plane = plane_of[one.codes]
+        rare = plane == LIVE_PLANE
+        exact[one.rows[~rare], plane[~rare] - FIRST_EXACT_PLANE] = True
+        rows, codes = one.rows[rare], one.codes[rare]
+        if not len(rows):
+            continue
+        if not dictionary.num_bloom_planes:
+            first = rows.argmin()
             raise SchemaError(
                 name,
-                f"value {value!r} of item {catalogue.item_ids[rows[0]]} has no plane and this "
-                "generation has no Bloom planes; publish a new generation",
+                f"value {one.values[codes[first]]!r} of item {catalogue.item_ids[rows[first]]} has "
+                "no plane and this generation has no Bloom planes; publish a new generation",
             )
-        else:
-            rows_parts.append(rows)
-            keys_parts.append(np.full(len(rows), dictionary.term_key(name, value), dtype=np.int64))
+        key_of = np.array(
+            [
+                PAD_TERM if own else dictionary.term_key(name, value)
+                for own, value in zip(plane_of.tolist(), one.values, strict=True)
+            ],
+            dtype=np.int64,
+        )
+        rows_parts.append(rows)
+        keys_parts.append(key_of[codes])
     terms = np.full((num_items, dictionary.terms_width), PAD_TERM, dtype=np.int64)
     if rows_parts:
         item_rows, keys = np.concatenate(rows_parts), np.concatenate(keys_parts)
@@ -317,36 +340,38 @@ def _term_key(seed: int, attribute: str, value: TermValue) -> int:
     return key if key < PAD_TERM else PAD_TERM - 1
 
 
-def _pairs(
-    schema: Schema, catalogue: Catalogue, exclude: set[tuple[str, TermValue]] | None = None
-) -> Iterator[tuple[NDArray[np.int64], tuple[str, TermValue]]]:
-    """Every (attribute, value) with the ascending rows of the items that have it."""
+class _HeldValues(NamedTuple):
+    """The distinct values of an attribute and the items that have them, m pairs."""
+
+    values: list[TermValue]
+    codes: NDArray[np.int64]
+    """``(m,)`` which of ``values``, ascending."""
+    rows: NDArray[np.int64]
+    """``(m,)`` the item, ascending within a value; a list that repeats a value has it once."""
+
+
+def _held_values(schema: Schema, catalogue: Catalogue) -> dict[str, _HeldValues]:
+    """The values of every category attribute, without a step in Python per item."""
+    found = {}
     for attribute in schema.categories:
-        for value, rows in _rows_by_value(attribute, catalogue.categories[attribute.name]):
-            if exclude is None or (attribute.name, value) not in exclude:
-                yield rows, (attribute.name, value)
+        column = catalogue.categories[attribute.name]
+        values, codes = _factorized(column)
+        order = np.argsort(codes, kind="stable")
+        codes, rows = codes[order], column.row_of[order]
+        fresh = np.ones(len(codes), dtype=np.bool_)
+        fresh[1:] = (codes[1:] != codes[:-1]) | (rows[1:] != rows[:-1])
+        found[attribute.name] = _HeldValues(values, codes[fresh], rows[fresh])
+    return found
 
 
-def _rows_by_value(
-    attribute: Attribute, column: Ragged
-) -> Iterator[tuple[TermValue, NDArray[np.int64]]]:
-    if not len(column.values):
-        return
-    values: list[TermValue] = column.values.tolist()
-    codes: dict[TermValue, int] = {}
-    code_of = np.fromiter(
-        (codes.setdefault(value, len(codes)) for value in values), np.int64, len(values)
-    )
-    order = np.argsort(code_of, kind="stable")
-    rows = column.row_of[order]
-    starts = np.searchsorted(code_of[order], np.arange(len(codes) + 1))
-    for value, code in codes.items():
-        # A list may repeat a value; the item has it once.
-        yield value, np.unique(rows[starts[code] : starts[code + 1]])
-
-
-def _value_counts(schema: Schema, catalogue: Catalogue) -> dict[tuple[str, TermValue], int]:
-    return {pair: len(rows) for rows, pair in _pairs(schema, catalogue)}
+def _factorized(column: Ragged) -> tuple[list[TermValue], NDArray[np.int64]]:
+    """The distinct values of a column and the place of every entry among them."""
+    if column.values.dtype != object:
+        distinct, codes = np.unique(column.values, return_inverse=True)
+        return distinct.tolist(), codes.astype(np.int64, copy=False)
+    place = {value: code for code, value in enumerate(dict.fromkeys(column.values))}
+    codes = np.fromiter(map(place.__getitem__, column.values), np.int64, len(column.values))
+    return list(place), codes
 
 
 def _refuse_collisions(seed: int, counts: dict[tuple[str, TermValue], int]) -> None:
@@ -369,10 +394,15 @@ def _choose_width(
     while (rate := _false_positive_rate(items_by_terms, num_hashes, wide)) > target:
         if wide >= max_planes:
             total = sum(terms * items for terms, items in items_by_terms.items())
+            best, hashes = min(
+                (_false_positive_rate(items_by_terms, other, max_planes), other)
+                for other in range(1, MAX_HASHES + 1)
+            )
             raise ValueError(
-                f"a false-positive rate of {target} needs more than max_bloom_planes={max_planes}: "
-                f"{total} rare values on {items_by_terms.total()} items, at most "
-                f"{max(items_by_terms)} on one, give {rate:.3g} there; raise the target, "
+                f"a false-positive rate of {target} cannot be reached: {total} rare values on "
+                f"{items_by_terms.total()} items, at most {max(items_by_terms)} on one, give "
+                f"{rate:.3g} with max_bloom_planes={max_planes} and num_hashes={num_hashes}, and "
+                f"at best {best:.3g} with num_hashes={hashes}; raise target_false_positive_rate, "
                 "max_bloom_planes or max_exact_planes, or lower min_exact_share"
             )
         narrow, wide = wide, min(2 * wide, max_planes)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from silvershard.kernels import PAD_TERM, bloom_build, pack_bits
+from silvershard.kernels import PAD_TERM, bloom_build
 from silvershard.model.catalogue import NULL_INT
 from silvershard.model.index import LIVE_PLANE, IndexTensors, ItemIndex
 from silvershard.model.planes import FIRST_EXACT_PLANE
@@ -91,21 +91,22 @@ def _build_planes(
 ) -> Tensor:
     """Return the live, exact and Bloom planes, ``(J, N, W)`` int64."""
     dictionary = spec.planes
-    num_slots = num_pages * spec.page_slots
     words = spec.page_slots // 64
     planes = torch.zeros(dictionary.num_planes, num_pages, words, dtype=torch.int64)
+    flat = planes.view(dictionary.num_planes, num_pages * words)
 
-    def plane_of(holders: Tensor) -> Tensor:
-        bits = torch.zeros(num_slots, dtype=torch.bool)
-        bits[holders] = True
-        return pack_bits(bits.view(num_pages, spec.page_slots))
+    def set_bits(plane: int | Tensor, holders: Tensor) -> None:
+        # No slot comes twice for one plane, so that adding its bit sets it.
+        where = plane * flat.shape[1] + (holders >> 6)
+        flat.view(-1).index_add_(0, where, torch.ones_like(holders) << (holders & 63))
 
-    planes[LIVE_PLANE] = plane_of(slots)
+    set_bits(LIVE_PLANE, slots)
     if not partitions:
         return planes
-    exact = torch.cat([one.bits.exact for one in partitions])  # (n, exact planes)
-    for column in range(dictionary.num_exact_planes):
-        planes[FIRST_EXACT_PLANE + column] = plane_of(slots[exact[:, column]])
+    own_slots = slots.split([len(one.catalogue) for one in partitions])
+    for one, own in zip(partitions, own_slots, strict=True):
+        item, column = one.bits.exact.nonzero(as_tuple=True)
+        set_bits(FIRST_EXACT_PLANE + column, own[item])
     if dictionary.num_bloom_planes:
         bloom_build(
             planes,

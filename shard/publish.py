@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +107,9 @@ def publish_generation(
         raise ValueError("the item tower gave an embedding that is not finite")
     on_phase(PHASES[1])
     clustering = spherical_kmeans(embeddings, num_clusters, seed=seed)
+    codes, scales = (one.cpu() for one in quantize_rows(embeddings))
+    cache = embeddings.half().cpu()
+    assignment = clustering.assignment.cpu()
     on_phase(PHASES[2])
     planes = choose_planes(
         schema,
@@ -132,17 +134,18 @@ def publish_generation(
         defaults=defaults,
     )
     bits = encode_items(planes, schema, catalogue)
-    codes, scales = quantize_rows(embeddings)
     partitions = {}
-    for partition in owner.unique().tolist():
-        rows = torch.nonzero(owner == partition).flatten()
-        rows = rows[torch.argsort(clustering.assignment[rows], stable=True)]
+    by_cluster = torch.argsort(assignment, stable=True)
+    by_partition = by_cluster[torch.argsort(owner[by_cluster], stable=True)]
+    for partition, rows in enumerate(by_partition.split(spec.partition_documents)):
+        if not len(rows):
+            continue
         partitions[partition] = PartitionData(
-            catalogue=catalogue.take(rows.numpy().astype(np.int64)),
-            clusters=clustering.assignment[rows].to(torch.int32),
+            catalogue=catalogue.take(rows.numpy()),
+            clusters=assignment[rows].to(torch.int32),
             codes=codes[rows],
             scales=scales[rows],
-            cache=embeddings[rows].half(),
+            cache=cache[rows],
             bits=ItemBits(bits.exact[rows], bits.terms[rows], bits.columns[rows]),
         )
     on_phase(PHASES[3])
@@ -156,7 +159,7 @@ def publish_generation(
         code_version=importlib.metadata.version("silvershard"),
         created_unix_s=int(time.time()),
     )
-    sizes = torch.bincount(clustering.assignment, minlength=num_clusters)
+    sizes = torch.bincount(assignment, minlength=num_clusters)
     return Published(
         path=path,
         generation=generation,

@@ -1,9 +1,12 @@
 import importlib
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -70,26 +73,84 @@ def test_what_breaks_between_versions_is_pinned() -> None:
     assert pinned["fbgemm-gpu"].startswith("1.8.")
 
 
-def test_the_wheel_holds_the_folders_and_no_tests(tmp_path: Path) -> None:
-    # Built from a copy: setuptools builds in the tree and would package what earlier builds left.
-    source, out = tmp_path / "source", tmp_path / "out"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    for layer in LAYERS:
-        shutil.copytree(ROOT / layer, source / layer, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+def packaging(*command: str, directory: Path, **environment: str) -> None:
     done = subprocess.run(
-        [
-            *(sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"),
-            *("--no-build-isolation", "--disable-pip-version-check", "--wheel-dir"),
-            *(str(out), str(source)),
-        ],
+        [sys.executable, "-P", *command],
+        cwd=directory,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def build_wheel(source: Path, out: Path, **environment: str) -> Path:
+    packaging(
+        *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
+        *("--disable-pip-version-check", "--wheel-dir", str(out), str(source)),
+        directory=out.parent,
+        **environment,
+    )
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def implementations(wheel: Path, folder: Path) -> list[str]:
+    """What the CPU operators of a wheel can run, tried out."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    code = (
+        "import torch; from silvershard.kernels import native_library, quantize_rows\n"
+        f"assert native_library.__file__.startswith({str(folder)!r})\n"
+        "assert quantize_rows(torch.tensor([[1.0, -2.0]])).codes.tolist() == [[64, -127]]\n"
+        "print(*native_library.available())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (wheel,) = out.glob("*.whl")
+    assert ("native operators were not built" in done.stderr) == (done.stdout == "reference\n")
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, because setuptools builds in the tree and packages what earlier builds left."""
+    source = tmp_path_factory.mktemp("packaging") / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "*.so")
+    for layer in LAYERS:
+        shutil.copytree(ROOT / layer, source / layer, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="session")
+def sdist(source: Path) -> Path:
+    code = "from setuptools import build_meta; build_meta.build_sdist('../sdist')"
+    packaging("-c", code, directory=source)
+    (archive,) = (source.parent / "sdist").glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path) -> Path:
+    """The wheel that the source distribution makes, native operators and all."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    return build_wheel(sdist, sdist.parent.parent / "wheel")
+
+
+def test_without_a_compiler_the_wheel_holds_the_folders_and_runs_on_references(
+    source: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    wheel = build_wheel(copy, tmp_path / "out", CC="/bin/false", CXX="/bin/false")
     names = zipfile.ZipFile(wheel).namelist()
     for layer in LAYERS:
         assert f"silvershard/{layer}/__init__.py" in names
@@ -97,13 +158,40 @@ def test_the_wheel_holds_the_folders_and_no_tests(tmp_path: Path) -> None:
     assert "silvershard/cluster/retrieval.proto" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"silvershard", f"silvershard-{PROJECT['project']['version']}.dist-info"}
-    assert [name for name in names if "test" in name] == []
+    assert [name for name in names if "test" in name or name.endswith(".so")] == []
     modules = {
         f"silvershard/{layer}/{path.name}"
         for layer in LAYERS
-        for path in (ROOT / layer).glob("*.py")
+        for path in (source / layer).glob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
+    assert implementations(wheel, tmp_path / "installed") == ["reference"]
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_the_native_sources(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    expected = {
+        f"kernels/native/{path.name}"
+        for path in (ROOT / "kernels" / "native").iterdir()
+        if path.suffix in (".h", ".cpp")
+    }
+    assert expected
+    assert expected <= names
+    assert "setup.py" in names
+
+
+@pytest.mark.slow
+def test_with_a_compiler_the_wheel_holds_the_library_for_any_python(
+    wheel: Path, tmp_path: Path
+) -> None:
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert libraries == ["silvershard/kernels/libsilvershard_native.so"]
+    python, abi, platform = wheel.stem.split("-")[-3:]
+    assert (python, abi) == ("py3", "none")
+    assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert implementations(wheel, tmp_path / "installed")[:2] == ["reference", "scalar"]
 
 
 def test_no_data_set_is_committed() -> None:

@@ -188,7 +188,7 @@ inline int32_t refine(const RefineArgs& args) {
         std::fill_n(out, args.num_heads, -std::numeric_limits<float>::infinity());
         continue;
       }
-      if (u + 8 < last && slots[u + 8] >= 0)
+      if (u + 8 < last && slots[u + 8] >= 0 && slots[u + 8] < args.num_slots)
         __builtin_prefetch(args.cache + slots[u + 8] * args.dim);
       halves_to_floats(args.cache + slots[u] * args.dim, args.dim, row);
       for (int64_t h = 0; h < args.num_heads; ++h) {
@@ -217,7 +217,7 @@ inline int32_t gather_linear(const GatherLinearArgs& args) {
         std::fill_n(out, args.num_outputs, 0.0f);
         continue;
       }
-      if (u + 8 < last && slots[u + 8] >= 0)
+      if (u + 8 < last && slots[u + 8] >= 0 && slots[u + 8] < args.num_slots)
         prefetch_bytes(args.cache + slots[u + 8] * args.dim, 2 * args.dim);
       halves_to_floats(args.cache + slots[u] * args.dim, args.dim, row);
       linear_row(row, args.dim, args.weight + request * args.dim * args.num_outputs,

@@ -477,8 +477,9 @@ class IvfScan {
       const int64_t q = start + i;
       words[i] = {numbers + i * most, eligible + i * most, 0, starts + i * args_.num_probes};
       const int32_t status = find_eligible(q, &words[i]);
+      if (status != STATUS_OK) return status;
       dense[i] = kSharedFraction * args_.out_eligible[q] >= args_.out_probed[q];
-      return status != STATUS_OK || dense[i] ? status : scan_found(q, words[i], 1);
+      return dense[i] ? STATUS_OK : scan_found(q, words[i], 1);
     });
     if (found != STATUS_OK) return found;
     const Sharing sharing = group_by_cluster(start, size, dense.data());

@@ -180,10 +180,12 @@ class Pool:
         return (*queries[:3], *self.scan_arguments(), *queries[3:])
 
     def scan(self, queries: Queries, num_results: int) -> ScanResult:
-        return ivf_scan(*self.arguments(queries), num_results)
+        scan: Callable[..., ScanResult] = ivf_scan
+        return scan(*self.arguments(queries), num_results)
 
     def reference(self, queries: Queries, num_results: int) -> ScanResult:
-        return ScanResult(*ivf_scan_reference(*self.arguments(queries), num_results))
+        reference: Callable[..., tuple[Tensor, ...]] = ivf_scan_reference
+        return ScanResult(*reference(*self.arguments(queries), num_results))
 
     def score(self, queries: Queries, query: int, slot: int) -> float:
         page, offset = divmod(slot, self.page_size)

@@ -8,7 +8,7 @@ from silvershard.kernels.bloom_build_triton import bloom_build_triton
 
 @pytest.mark.parametrize("num_words", [1, 2])
 @pytest.mark.parametrize(("num_slots", "num_terms"), [(0, 3), (1, 0), (5, 2), (200, 3), (640, 1)])
-@pytest.mark.parametrize("seed", [0, -3, (1 << 63) - 1])
+@pytest.mark.parametrize("seed", [-3, (1 << 63) - 1])
 def test_planes_equal_the_reference(
     num_words: int, num_slots: int, num_terms: int, seed: int, device: torch.device
 ) -> None:
@@ -18,7 +18,7 @@ def test_planes_equal_the_reference(
     slots = torch.randperm(640, generator=generator)[:num_slots]
     terms = torch.randint(0, 1 << 62, (num_slots, num_terms), generator=generator)
     terms[torch.rand(terms.shape, generator=generator) < 0.3] = PAD_TERM
-    there = planes.to(device)
+    there = planes.clone().to(device)
     for num_planes, num_hashes in ((40, 3), (1, 1), (7, 2)):
         hashing = (2, num_planes, num_hashes, seed)
         bloom_build_triton(there, slots.to(device), terms.to(device), *hashing)

@@ -139,6 +139,22 @@ def test_a_list_too_short_or_too_long_is_made_again(
 
 
 @pytest.mark.usefixtures("sampled")
+def test_slots_that_tie_at_the_cut_are_cut_by_id_and_need_no_second_scan(
+    pool_of: PoolOf, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    class Idle:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(MODULE, "_rescan_kernel", Idle())
+    pool = pool_of(2, live=1.0)
+    pool.codes[:] = 0
+    arguments = make_queries(2, pool, 2)
+    every_cluster(arguments)
+    assert_equals_reference(arguments, 30, device)
+
+
+@pytest.mark.usefixtures("sampled")
 def test_results_are_full_when_verification_rejects_nearly_all(
     pool_of: PoolOf, programs_of: ProgramsOf, device: torch.device
 ) -> None:

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from silvershard.model.clustering import spherical_kmeans
+from silvershard.model import clustering
+from silvershard.model.clustering import Clustering, spherical_kmeans
 
 
 def mixture(num_items: int, num_centres: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -15,6 +18,31 @@ def mixture(num_items: int, num_centres: int, seed: int = 0) -> tuple[Tensor, Te
     return torch.nn.functional.normalize(centres[label] + noise, dim=1), label
 
 
+def spread(num_items: int, dim: int = 16, seed: int = 0) -> Tensor:
+    """Items without clusters, most of them near one pole, so that lists overflow."""
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randn(num_items, dim, generator=generator)
+    items[:, 0] += 2
+    return torch.nn.functional.normalize(items, dim=1)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_MIN_BATCH", 64)
+    monkeypatch.setattr(clustering, "_BATCH_PER_CLUSTER", 8)
+
+
+def same(one: Clustering, other: Clustering) -> bool:
+    return torch.equal(one.centroids, other.centroids) and torch.equal(
+        one.assignment, other.assignment
+    )
+
+
+def served(items: Tensor, found: Clustering) -> float:
+    """Mean inner product of the items and their centres."""
+    return float((items * found.centroids[found.assignment]).sum(1).mean())
+
+
 def test_planted_clusters_are_found() -> None:
     items, label = mixture(2000, 8)
     found = spherical_kmeans(items, 32, seed=1)
@@ -25,17 +53,131 @@ def test_planted_clusters_are_found() -> None:
     assert purity / 2000 > 0.99
 
 
+@pytest.mark.usefixtures("small_batches")
+def test_batches_serve_the_items_as_well_as_the_whole_sample_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    items = spread(6000)
+    batches = spherical_kmeans(items, 40, seed=1)
+    untrained = spherical_kmeans(items, 40, seed=1, iterations=0)
+    monkeypatch.setattr(clustering, "_MIN_BATCH", 6000)
+    whole = spherical_kmeans(items, 40, seed=1)
+    gained = served(items, whole) - served(items, untrained)
+    assert gained > 0.02
+    assert served(items, batches) > served(items, whole) - 0.1 * gained
+
+
 def test_items_lie_at_their_nearest_centre_when_no_list_is_full() -> None:
     items, _ = mixture(1000, 8)
     found = spherical_kmeans(items, 8, seed=1, max_imbalance=8)
     assert torch.equal(found.assignment, (items @ found.centroids.T).argmax(1))
 
 
-def test_the_same_arguments_give_the_same_bits() -> None:
-    items, _ = mixture(500, 5)
-    first, again = (spherical_kmeans(items, 20, seed=4) for _ in range(2))
+@pytest.mark.parametrize("num_clusters", [255, 256, 257, 300])
+def test_the_nearest_of_many_centres_is_found_among_those_that_are_open(num_clusters: int) -> None:
+    generator = torch.Generator().manual_seed(num_clusters)
+    codes, part = (
+        torch.randint(-900, 900, (count, 16), generator=generator).float()
+        for count in (num_clusters, 50)
+    )
+    codes[-1] = codes[0]
+    closed = torch.rand(num_clusters, generator=generator) < 0.4
+    for shut in (None, closed, ~closed):
+        scores = part @ codes.T
+        if shut is not None:
+            scores[:, shut] = -torch.inf
+        best, which = clustering._best(part, codes, shut)
+        assert torch.equal(best, scores.amax(1))
+        assert torch.equal(scores.gather(1, which[:, None])[:, 0], best)
+        assert shut is None or not bool(shut[which].any())
+
+
+def test_centres_are_of_unit_length() -> None:
+    found = spherical_kmeans(spread(500), 20, seed=0)
+    assert torch.allclose(found.centroids.norm(dim=1), torch.ones(20), atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_the_bits_do_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = spread(3000, 33)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count, chunk in ((1, 1 << 19), (1, 1 << 19), (2, 1 << 19), (2, 997), (1, 40_000)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr(clustering, "_CHUNK_ELEMENTS", chunk)
+            results.append(spherical_kmeans(items, 300, seed=4, iterations=12, max_imbalance=1.2))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(results[0], one) for one in results[1:])
+
+
+def test_every_product_that_decides_is_a_whole_number_that_float32_holds() -> None:
+    items = torch.nn.functional.normalize(torch.rand(4, clustering._MAX_DIM) + 0.5, dim=1)
+    codes = clustering._codes(items)
+    assert torch.equal(codes, codes.round())
+    assert int((codes.long() @ codes.long().T).max()) < 1 << 24
+
+
+def test_another_seed_gives_other_centres() -> None:
+    items = spread(500)
+    one, other = (spherical_kmeans(items, 20, seed=seed) for seed in (4, 5))
+    assert not torch.equal(one.centroids, other.centroids)
+
+
+def test_the_lengths_of_the_items_do_not_matter() -> None:
+    items = spread(500)
+    powers = 2.0 ** torch.arange(500).remainder(240).sub(120)[:, None]
+    assert same(spherical_kmeans(items, 20, seed=0), spherical_kmeans(items * powers, 20, seed=0))
+
+
+def test_only_a_sample_of_the_items_trains() -> None:
+    items = spread(4000)
+    sample = torch.randperm(4000, generator=torch.Generator().manual_seed(3))[:200]
+    others = torch.ones(4000, dtype=torch.bool).index_fill(0, sample, False)
+    changed = items.clone()
+    changed[others] = -items[others]
+    first, again = (
+        spherical_kmeans(one, 20, seed=3, sample_per_cluster=10, max_imbalance=20)
+        for one in (items, changed)
+    )
     assert torch.equal(first.centroids, again.centroids)
-    assert torch.equal(first.assignment, again.assignment)
+    assert torch.equal(first.assignment[sample], again.assignment[sample])
+
+
+def test_a_centre_that_starves_moves_to_an_item_of_a_large_cluster() -> None:
+    batch = spread(100, 4)
+    centroids = torch.eye(4)
+    sums, sizes = (100 * torch.eye(4)).long(), torch.tensor([60, 1, 0, 39])
+    assignment = torch.tensor([0] * 60 + [1] + [3] * 39)
+    clustering._reseed(centroids, sums, sizes, batch, assignment)
+    assert torch.allclose(centroids[2], batch[0])
+    assert torch.allclose(centroids[1], batch[61])
+    assert torch.equal(centroids[[0, 3]], torch.eye(4)[[0, 3]])
+    assert sizes.tolist() == [60, 0, 0, 39]
+    assert sums.any(1).tolist() == [True, False, False, True]
+
+
+def test_an_item_far_from_all_others_gets_no_list_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    items = spread(4000)
+    items[:, 0] = items[:, 0].abs() + 0.5
+    items[3] = torch.eye(16)[0] * -1
+    order = torch.arange(4000)
+    monkeypatch.setattr(torch, "randperm", lambda count, generator: order[:count])
+    found = spherical_kmeans(items, 20, seed=0)
+    assert int(torch.bincount(found.assignment, minlength=20).min()) > 10
+
+
+@pytest.mark.parametrize("max_imbalance", [1.0, 1.5, 4.0, float("inf")])
+@pytest.mark.parametrize("num_clusters", [1, 7, 300])
+def test_no_list_is_longer_than_allowed(max_imbalance: float, num_clusters: int) -> None:
+    items = spread(2000)
+    found = spherical_kmeans(items, num_clusters, seed=0, max_imbalance=max_imbalance)
+    sizes = torch.bincount(found.assignment, minlength=num_clusters)
+    assert int(sizes.sum()) == 2000
+    assert int(sizes.max()) <= math.ceil(min(2000 * max_imbalance / num_clusters, 2000))
 
 
 @pytest.mark.parametrize("max_imbalance", [1.0, 1.5, 4.0])
@@ -45,6 +187,41 @@ def test_no_list_is_longer_than_allowed_even_when_all_items_are_equal(max_imbala
     sizes = torch.bincount(found.assignment, minlength=10)
     assert int(sizes.sum()) == 300
     assert int(sizes.max()) <= 30 * max_imbalance
+
+
+def test_duplicates_in_huge_numbers_leave_the_other_items_where_they_belong() -> None:
+    items, _ = mixture(3000, 20)
+    items[:2000] = items[0]
+    items[2000:2010] = 0
+    found = spherical_kmeans(items, 30, seed=0, max_imbalance=2)
+    sizes = torch.bincount(found.assignment, minlength=30)
+    assert int(sizes.sum()) == 3000
+    assert int(sizes.max()) <= 200
+    nearest = (items[2010:] @ found.centroids.T).amax(1)
+    own = (items[2010:] * found.centroids[found.assignment[2010:]]).sum(1)
+    assert float((own > nearest - 0.01).float().mean()) > 0.7
+
+
+def test_a_list_that_is_too_long_turns_away_those_that_lose_least_ties_by_order() -> None:
+    # Scores at the centres (1, 0), (0, 1), (-1, 0): every item is nearest to the first.
+    rows = torch.tensor([[3.0, 1], [3, 2], [3, 1], [3, 2.5], [3, 2], [9, 1]])
+    codes = clustering._codes(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
+    start = torch.zeros(6, dtype=torch.int64)
+    assert clustering._balanced(rows, codes, start, 5).tolist() == [0, 0, 0, 1, 0, 0]
+    assert clustering._balanced(rows, codes, start, 4).tolist() == [0, 0, 0, 1, 1, 0]
+    assert clustering._balanced(rows, codes, start, 3).tolist() == [0, 1, 0, 1, 1, 0]
+    # The second list is full with three; the first keeps the two best, ties to the earlier item.
+    assert clustering._balanced(rows, codes, start, 2).tolist() == [0, 1, 2, 1, 2, 0]
+
+
+def test_what_no_round_can_place_fills_the_shortest_lists_evenly() -> None:
+    sizes = torch.tensor([5, 0, 2, 5, 1])
+    for count, grown in ((1, [0]), (3, [0, 0, 0]), (12, None)):
+        clusters = clustering._shortest(sizes, count, 5)
+        after = sizes + torch.bincount(clusters, minlength=5)
+        assert len(clusters) == count
+        assert int(after.max()) <= 5
+        assert grown is None or int(after.min()) >= 1
 
 
 def test_fewer_items_than_clusters_leave_clusters_empty() -> None:
@@ -60,11 +237,28 @@ def test_no_item_at_all_gives_empty_clusters() -> None:
     assert torch.equal(found.centroids, torch.zeros(4, 8))
 
 
+def test_items_without_a_direction_are_placed_somewhere() -> None:
+    found = spherical_kmeans(torch.zeros(10, 8), 4, seed=0, max_imbalance=1)
+    sizes = torch.bincount(found.assignment, minlength=4)
+    assert (int(sizes.sum()), int(sizes.max())) == (10, 3)
+
+
 def test_bad_arguments_are_refused() -> None:
     items = torch.zeros(4, 8)
     with pytest.raises(ValueError, match="items must be"):
         spherical_kmeans(items.double(), 2, seed=0)
+    with pytest.raises(ValueError, match="items must have D"):
+        spherical_kmeans(torch.zeros(4, 0), 2, seed=0)
     with pytest.raises(ValueError, match="num_clusters"):
         spherical_kmeans(items, 0, seed=0)
-    with pytest.raises(ValueError, match="max_imbalance"):
-        spherical_kmeans(items, 2, seed=0, max_imbalance=0.5)
+    with pytest.raises(ValueError, match="iterations"):
+        spherical_kmeans(items, 2, seed=0, iterations=-1)
+    with pytest.raises(ValueError, match="sample_per_cluster"):
+        spherical_kmeans(items, 2, seed=0, sample_per_cluster=0)
+    for wrong in (0.5, float("nan")):
+        with pytest.raises(ValueError, match="max_imbalance"):
+            spherical_kmeans(items, 2, seed=0, max_imbalance=wrong)
+    for value in (float("nan"), float("inf")):
+        items[3, 7] = value
+        with pytest.raises(ValueError, match="items must be finite"):
+            spherical_kmeans(items, 2, seed=0)

@@ -1,4 +1,5 @@
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -166,10 +167,45 @@ def planes_of(keys: torch.Tensor, dictionary: PlaneDictionary) -> torch.Tensor:
     )
 
 
+def test_a_target_out_of_reach_is_refused_with_the_best_that_can_be_had() -> None:
+    catalogue = zipf_catalogue(800)
+    with pytest.raises(ValueError, match="cannot be reached") as refused:
+        choose_planes(
+            SCHEMA, catalogue, target_false_positive_rate=1e-6, max_bloom_planes=40, num_hashes=9
+        )
+    said = str(refused.value)
+    for name in ("target_false_positive_rate", "max_bloom_planes=40", "max_exact_planes"):
+        assert name in said
+    found = re.search(r"give (\S+) with .* num_hashes=9, and at best (\S+) with .*=(\d+);", said)
+    assert found is not None
+    given, best, num_hashes = float(found[1]), float(found[2]), int(found[3])
+    assert 1e-6 < best < given
+    reached = choose_planes(
+        SCHEMA,
+        catalogue,
+        target_false_positive_rate=best * 1.01,
+        max_bloom_planes=40,
+        num_hashes=num_hashes,
+    )
+    assert reached.num_bloom_planes <= 40
+    assert reached.false_positive_rate == pytest.approx(best, rel=0.01)
+
+
+def test_every_item_may_have_a_value_of_its_own() -> None:
+    # A step over all items per value would be 2.5e9 of them here and outlast the time limit at 1e6.
+    count = 50_000
+    catalogue = catalogue_of([[]] * count, [[value] for value in range(count)])
+    dictionary = choose_planes(SCHEMA, catalogue, num_hashes=2, target_false_positive_rate=0.01)
+    terms = encode_items(dictionary, SCHEMA, catalogue).terms
+    assert terms.shape == (count, 4)
+    assert len(torch.unique(terms[:, 0])) == count
+    assert int(terms[49_999, 0]) == dictionary.term_key("code", 49_999)
+
+
 def test_one_plane_fewer_would_miss_the_target() -> None:
     catalogue = zipf_catalogue(800)
     dictionary = choose_planes(SCHEMA, catalogue, target_false_positive_rate=0.005)
-    with pytest.raises(ValueError, match=r"needs more than max_bloom_planes=\d+: \d+ rare values"):
+    with pytest.raises(ValueError, match=r"rate of 0.005 cannot be reached: \d+ rare values"):
         choose_planes(
             SCHEMA,
             catalogue,

@@ -96,6 +96,12 @@ def test_a_model_that_was_made_for_another_schema_is_refused(
     assert list_generations(tmp_path) == []
 
 
+def test_a_false_positive_rate_out_of_reach_publishes_nothing(tmp_path: Path, generation) -> None:
+    with pytest.raises(ValueError, match=r"1e-30 cannot be reached: .* at best .*; raise target"):
+        publish_again(tmp_path, generation, false_positive_rate=1e-30)
+    assert list_generations(tmp_path) == []
+
+
 def test_embeddings_that_are_not_finite_are_refused(
     tmp_path: Path, generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,8 @@ def bloom_rows(key: int, hashing: dict[str, int]) -> list[list[int]]:
 
 
 def has_term(pool: Any, key: int) -> Tensor:
-    return (pool.terms == key).any(-1).flatten()
+    has: Tensor = (pool.terms == key).any(-1).flatten()
+    return has
 
 
 def test_verification_rejects_exactly_the_false_positives_of_bloom_planes(

@@ -57,6 +57,10 @@ EXAMPLES = settings(
 )
 
 
+def filters(pool: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return pool.planes, pool.columns, pool.terms
+
+
 def meaning(expression: Expression, pool: Any) -> set[int]:
     """The slots that an expression accepts, dead ones too."""
     everything = set(range(pool.num_slots))
@@ -153,10 +157,10 @@ def test_eligible_slots_are_those_of_the_set(
     programs = programs_of([exact_rows(expression) for expression in expressions])
     pages = torch.arange(8, dtype=torch.int32).repeat(len(expressions), 1)
     none = torch.empty((len(expressions), 0), dtype=torch.int64)
-    words = eligibility(*pool.filters(), programs, pages, none)
+    words = eligibility(*filters(pool), programs, pages, none)
     for query, slots in enumerate(expected):
         assert set(unpack_bits(words[query]).flatten().nonzero().flatten().tolist()) == slots
-    counts = count_eligible(*pool.filters(), programs)
+    counts = count_eligible(*filters(pool), programs)
     assert counts.tolist() == [len(slots) for slots in expected]
 
 
@@ -206,7 +210,7 @@ def test_a_stack_of_the_full_depth_is_allowed_and_no_deeper(
     rows = [row for leaf in leaves for row in (leaf, [FilterOp.NOT, 0, 0, 0])]
     rows += [[op, 0, 0, 0]] * (MAX_STACK - 1)
     for program in (rows, leaves + [[op, 0, 0, 0]] * (MAX_STACK - 1)):
-        counts = count_eligible(*pool.filters(), programs_of([program]))
+        counts = count_eligible(*filters(pool), programs_of([program]))
         accepted = [pool.bit(0, slot) and pool.accepts(program, slot) for slot in range(8 * PAGE)]
         assert counts.tolist() == [sum(accepted)]
         queries = pool.everywhere(0, 1)._replace(verify=programs_of([program]))
@@ -215,7 +219,7 @@ def test_a_stack_of_the_full_depth_is_allowed_and_no_deeper(
         assert int((found >= 0).sum()) == sum(accepted[:everywhere])
     deeper = [[FilterOp.TRUE, 0, 0, 0], *rows, [FilterOp.AND, 0, 0, 0]]
     with pytest.raises(ValueError, match="stack must be at most 32 deep"):
-        count_eligible(*pool.filters(), programs_of([deeper]))
+        count_eligible(*filters(pool), programs_of([deeper]))
 
 
 @pytest.mark.parametrize(
@@ -247,8 +251,8 @@ def test_malformed_programs_are_refused(
     queries = pool.everywhere(0, num_queries)
     pages = torch.zeros((num_queries, 1), dtype=torch.int32)
     for refused in (
-        lambda: count_eligible(*pool.filters(), programs),
-        lambda: eligibility(*pool.filters(), programs, pages, queries.excluded),
+        lambda: count_eligible(*filters(pool), programs),
+        lambda: eligibility(*filters(pool), programs, pages, queries.excluded),
         lambda: pool.scan(queries._replace(programs=programs), 3),
         lambda: pool.scan(queries._replace(verify=programs), 3),
     ):
@@ -260,6 +264,6 @@ def test_a_term_without_term_slots_is_refused(pool_of: PoolOf, programs_of: Prog
     pool = pool_of(0, num_terms=0)
     programs = programs_of([[[FilterOp.TERM, 0, 0, 5]]])
     with pytest.raises(ValueError, match="row 0: TERM needs term slots, got none per item"):
-        count_eligible(*pool.filters(), programs)
+        count_eligible(*filters(pool), programs)
     with pytest.raises(ValueError, match="row 0: TERM needs term slots, got none per item"):
         pool.scan(pool.everywhere(0, 1)._replace(verify=programs), 3)

@@ -17,6 +17,7 @@ from silvershard.kernels import (
     quantize_rows,
     refine,
     select_topk,
+    value_program,
 )
 
 pytestmark = [
@@ -149,20 +150,25 @@ def test_inputs_other_than_the_index_may_have_any_strides(
     pool = pool_of(1, distinct_scores=True)
     queries = pool.everywhere(1, 9, exclusions=4)
     program = programs_of([[[FilterOp.COMPARE, 0, Relation.LT, 2]] * 2 + [[5, 0, 0, 0]]] * 9)
-    queries = queries._replace(programs=program, verify=program)
-    scan = scan_arguments(pool, queries, 20)
+    scan = scan_arguments(pool, queries._replace(programs=program, verify=program), 20)
     free = ("query_codes", "query_scales", "clusters", "page_table", "programs", "verify")
     check_strides(ivf_scan, scan, (*free, "excluded"))
-    names = ("planes", "columns", "terms", "programs", "pages", "excluded")
+    of_pages = ("planes", "columns", "terms", "programs", "pages", "excluded")
     pages = torch.arange(9, dtype=torch.int32).repeat(9, 1)
     values = (*pool.filters(), program, pages, queries.excluded)
-    check_strides(eligibility, dict(zip(names, values, strict=True)), names[3:])
+    check_strides(eligibility, dict(zip(of_pages, values, strict=True)), of_pages[3:])
     generator = torch.Generator().manual_seed(0)
     query, centroids = torch.randn((2, 5, 8), generator=generator)
-    names = ("query", "query_codes", "query_scales")
-    names += ("centroids", "centroid_codes", "centroid_scales")
-    values = (query, *quantize_rows(query), centroids, *quantize_rows(centroids))
-    check_strides(coarse_probe, dict(zip(names, values, strict=True)) | {"probes": 3}, names)
+    queries, clusters = quantize_rows(query), quantize_rows(centroids)
+    coarse = {
+        "query": query,
+        "query_codes": queries.codes,
+        "query_scales": queries.scales,
+        "centroids": centroids,
+        "centroid_codes": clusters.codes,
+        "centroid_scales": clusters.scales,
+    }
+    check_strides(coarse_probe, coarse | {"probes": 3}, tuple(coarse))
     check_strides(quantize_rows, {"x": query}, ("x",))
     scores = {"scores": torch.randn((3, 4, 5), generator=generator), "k": 7}
     scores["item_ids"] = torch.arange(60).view(3, 4, 5)
@@ -175,6 +181,14 @@ def test_inputs_other_than_the_index_may_have_any_strides(
         "slots": torch.tensor([[1, 2, -1], [127, 0, 5]]),
     }
     check_strides(refine, refined, ("query", "slots"))
+    value = torch.tensor([[[1, 0], [2, 0], [3, 0]], [[1, 1], [2, 0], [4, 0]]], dtype=torch.int32)
+    valued = {
+        "columns": query,
+        "request": torch.tensor([0, 1, 1, 0, 1]),
+        "programs": value,
+        "constants": torch.randn((2, 3), generator=generator),
+    }
+    check_strides(value_program, valued, tuple(valued))
 
 
 def test_a_page_that_clusters_share_is_no_danger_to_memory(pool_of: PoolOf) -> None:
