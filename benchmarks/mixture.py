@@ -171,7 +171,7 @@ class DataSet:
             progress(f"k-means: {count} lists of {rows} sampled items, D {self.dim}")
             chosen = np.random.default_rng(3).permutation(len(self))[:rows]
             sample = torch.from_numpy(self.vectors[np.sort(chosen)])
-            return spherical_kmeans(sample, count, seed=0, iterations=10).centroids.numpy()
+            return spherical_kmeans(sample, count, seed=0).centroids.numpy()
 
         centroids = _array(folder / "centroids.npy", train).astype(np.float32, copy=False)
 

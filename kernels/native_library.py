@@ -129,12 +129,12 @@ def use(name: str) -> Iterator[None]:
     """
     if name not in available():
         raise ValueError(f"implementation must be one of {available()}, got {name!r}")
-    before = in_use()
+    before = _native(), _choice.isa
     _choose(name)
     try:
         yield
     finally:
-        _choose(before)
+        _choice.library, _choice.isa = before
 
 
 def run_on_cpu(native: Callable[P, T], checked_reference: Callable[P, T]) -> Callable[P, T]:
