@@ -22,6 +22,8 @@ from silvershard.kernels.native_operators import count_eligible_native, eligibil
 
 LIVE_PLANE = 0
 PAGE_SIZES = (64, 128)
+# Implementations number slots with 32 bits, and one number more marks their end.
+MAX_SLOTS = (1 << 32) - 1
 # Slots x term slots that one pass looks at, which bounds its scratch memory.
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -191,6 +193,10 @@ def check_pool(planes: Tensor, columns: Tensor, terms: Tensor) -> None:
         raise ValueError("planes must hold the live plane, got J = 0")
     if page_size not in PAGE_SIZES:
         raise ValueError(f"planes must have W = G / 64 with G in {PAGE_SIZES}, got W = {num_words}")
+    if num_pages * page_size > MAX_SLOTS:
+        raise ValueError(
+            f"planes must hold at most {MAX_SLOTS} slots, got N G = {num_pages * page_size}"
+        )
     check_tensor("columns", columns, torch.int64, ("V", num_pages, page_size))
     check_tensor("terms", terms, torch.int64, (num_pages, page_size, "F"))
     check_devices(planes=planes, columns=columns, terms=terms)

@@ -293,8 +293,6 @@ def ivf_scan_triton(
         nothing = item_ids.new_zeros(num_queries)
         best = scales.new_full(shape, -torch.inf)
         return best, slots, slots.clone(), nothing, nothing.clone()
-    if num_pages * page_size >= 1 << 32:
-        raise ValueError(f"the pool must have under 2**32 slots, got {num_pages * page_size}")
     query_codes, query_scales = query_codes.contiguous(), query_scales.contiguous()
     verify = verify.contiguous()
     lists = list_pages(clusters, page_table, planes, columns, terms, programs, excluded)

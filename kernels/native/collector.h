@@ -2,8 +2,8 @@
 // position ascending. Included once per instruction set.
 //
 // Candidates that reach the threshold are appended; when the buffer is full a histogram over the
-// order keys finds the R best and the threshold rises to the last of them. Exclusively better
-// candidates than R verified ones can ever be dropped, so nothing is lost.
+// order keys finds the R best and the threshold rises to the last of them. A candidate is dropped
+// only when R others, verified where that is asked, are better; so nothing is lost.
 //
 // Source: Alabi et al., Fast k-Selection Algorithms for GPUs, JEA 17, 2012 (bucket selection).
 
@@ -65,7 +65,7 @@ class Collector {
   }
 
   // Leaves at most R candidates, the best R of those that `verify` accepts.
-  // `verify(positions, keys, count)` moves the accepted ones to the front and returns their number.
+  // `verify(keys, positions, count)` moves the accepted ones to the front and returns their number.
   template <class Verify>
   void settle(const Verify& verify) {
     // A few more than R, so that one round mostly suffices although some are rejected.

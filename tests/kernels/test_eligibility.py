@@ -286,3 +286,16 @@ def test_a_malformed_program_is_refused_though_no_page_is_asked_for(pool_of: Poo
         eligibility(
             *filters(pool_of(0)), programs, torch.empty((1, 0), dtype=torch.int32), no_exclusions(1)
         )
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_a_pool_has_no_more_slots_than_can_be_numbered(page_size: int) -> None:
+    def pool(num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
+        words = torch.empty((1, num_pages, page_size // 64), dtype=torch.int64, device="meta")
+        keys = torch.empty((0, num_pages, page_size), dtype=torch.int64, device="meta")
+        return words, keys, keys.view(num_pages, page_size, 0)
+
+    most = (1 << 32) // page_size
+    MODULE.check_pool(*pool(most - 1))
+    with pytest.raises(ValueError, match=r"at most 4294967295 slots, got N G = 4294967296"):
+        MODULE.check_pool(*pool(most))
