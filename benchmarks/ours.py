@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -29,9 +30,9 @@ from benchmarks.mixture import (
 )
 from silvershard.kernels import (
     PAD_TERM,
+    IvfIndex,
     ScanResult,
     coarse_probe,
-    ivf_scan,
     quantize_rows,
     refine,
     select_topk,
@@ -143,6 +144,22 @@ class OurIndex:
         """Return the bytes of all codes and scales, pads included."""
         return self.index.codes.numel() + 4 * self.index.scales.numel()
 
+    @cached_property
+    def searched(self) -> IvfIndex:
+        """The centroids and lists as one search needs them."""
+        return IvfIndex(
+            centroids=self.centroids.vectors,
+            centroid_codes=self.centroids.codes,
+            centroid_scales=self.centroids.scales,
+            page_table=self.index.page_table,
+            codes=self.index.codes,
+            scales=self.index.scales,
+            item_ids=self.index.item_ids,
+            planes=self.index.planes,
+            columns=self.index.columns,
+            terms=self.index.terms,
+        )
+
     def programs(self, which: Sequence[Filter] | None, batch: int) -> Programs:
         """Return the programs of a batch: no filter, or the filter of each query in turn."""
         if which is None:
@@ -178,23 +195,12 @@ class OurIndex:
             k: results per query.
             programs: compiled filters.
         """
-        codes, scales = quantize_rows(query)
-        clusters = self.probe(query, codes, scales, probes)
-        index = self.index
-        return ivf_scan(
-            codes,
-            scales,
-            clusters,
-            index.page_table,
-            index.codes,
-            index.scales,
-            index.item_ids,
-            index.planes,
-            index.columns,
-            index.terms,
+        return self.searched.search(
+            query,
             programs.scan,
             programs.verify,
             query.new_empty((query.shape[0], 0), dtype=torch.int64),
+            probes,
             k,
         )
 

@@ -19,7 +19,6 @@ STAGES = (
     "queue",
     "tower",
     "filter",
-    "probe",
     "ann",
     "refine",
     "rerank",

@@ -14,6 +14,7 @@ from silvershard.kernels.fixed_math import (
 )
 from silvershard.kernels.gather_linear import gather_linear
 from silvershard.kernels.ivf_scan import ScanResult, ivf_scan
+from silvershard.kernels.ivf_search import IvfIndex
 from silvershard.kernels.merge_topk import merge_topk
 from silvershard.kernels.quantize import MAX_CODE, QuantizedRows, quantize_rows
 from silvershard.kernels.refine import refine
@@ -30,6 +31,7 @@ __all__ = [
     "PAD_TERM",
     "PAGE_SIZES",
     "FilterOp",
+    "IvfIndex",
     "QuantizedRows",
     "Relation",
     "ScanResult",

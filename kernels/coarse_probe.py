@@ -86,7 +86,7 @@ def coarse_probe_reference(
     """The definition of ``coarse_probe``; same contract, plain PyTorch, no validation."""
     num_queries, dim = query.shape
     num_clusters = centroids.shape[0]
-    kept = _shortlist(probes, num_clusters)
+    kept = shortlist(probes, num_clusters)
     clusters = torch.arange(num_clusters, device=query.device)
     centroid_floats = centroid_codes.float().T  # (D, C)
     answer = torch.empty((num_queries, probes), dtype=torch.int32, device=query.device)
@@ -106,7 +106,8 @@ def coarse_probe_reference(
     return answer
 
 
-def _shortlist(probes: int, num_clusters: int) -> int:
+def shortlist(probes: int, num_clusters: int) -> int:
+    """Return how many clusters are scored exactly."""
     return min(num_clusters, probes + max(16, probes // 4))
 
 
@@ -142,7 +143,6 @@ def _native_coarse_probe(
     centroid_scales: Tensor,
     probes: int,
 ) -> Tensor:
-    shortlist = _shortlist(probes, centroids.shape[0])
     return coarse_probe_native(
         query,
         query_codes,
@@ -151,7 +151,7 @@ def _native_coarse_probe(
         centroid_codes,
         centroid_scales,
         probes,
-        shortlist,
+        shortlist(probes, centroids.shape[0]),
     )
 
 

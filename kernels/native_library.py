@@ -19,9 +19,10 @@ from torch import Tensor
 # Tests point this at a library that was built with sanitizers or with emulated instructions.
 LIBRARY_PATH = Path(__file__).with_name("libsilvershard_native.so")
 IMPLEMENTATIONS = ("reference", "scalar", "avx2", "avx512")
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _OPERATORS = (
     "ivf_scan",
+    "ivf_search",
     "eligibility",
     "coarse_probe",
     "select_topk",

@@ -17,6 +17,7 @@ from silvershard.kernels.native_library import call
 
 # The structures of abi.h hold pointers and 64-bit integers only, so they are packed as such.
 _IVF_SCAN = Struct("33q")
+_IVF_SEARCH = Struct("38q")
 _ELIGIBILITY = Struct("18q")
 _COARSE_PROBE = Struct("13q")
 _SELECT_TOPK = Struct("10q")
@@ -93,6 +94,72 @@ def ivf_scan_native(
             excluded.shape[1],
             num_results,
             torch.get_num_threads(),
+        ),
+    )
+    return scores, ids, slots, probed, eligible
+
+
+def ivf_search_native(
+    query: Tensor,
+    centroids: Tensor,
+    centroid_codes: Tensor,
+    centroid_scales: Tensor,
+    page_table: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    item_ids: Tensor,
+    planes: Tensor,
+    columns: Tensor,
+    terms: Tensor,
+    programs: Tensor,
+    verify: Tensor,
+    excluded: Tensor,
+    probes: int,
+    shortlist: int,
+    num_results: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Native ``quantize_rows``, ``coarse_probe`` and ``ivf_scan`` in one call."""
+    query, programs = query.contiguous(), programs.contiguous()
+    verify, excluded = verify.contiguous(), excluded.contiguous()
+    num_queries, dim = query.shape
+    scores = scales.new_empty(num_queries, num_results)
+    ids = item_ids.new_empty(num_queries, num_results)
+    slots = item_ids.new_empty(num_queries, num_results)
+    probed = item_ids.new_empty(num_queries)
+    eligible = item_ids.new_empty(num_queries)
+    call(
+        "ivf_search",
+        _IVF_SEARCH.pack(
+            *_filter_pool(planes, columns, terms),
+            0,
+            0,
+            0,
+            page_table.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            item_ids.data_ptr(),
+            programs.data_ptr(),
+            verify.data_ptr(),
+            excluded.data_ptr(),
+            scores.data_ptr(),
+            ids.data_ptr(),
+            slots.data_ptr(),
+            probed.data_ptr(),
+            eligible.data_ptr(),
+            num_queries,
+            dim,
+            probes,
+            *page_table.shape,
+            programs.shape[1],
+            verify.shape[1],
+            excluded.shape[1],
+            num_results,
+            torch.get_num_threads(),
+            query.data_ptr(),
+            centroids.data_ptr(),
+            centroid_codes.data_ptr(),
+            centroid_scales.data_ptr(),
+            shortlist,
         ),
     )
     return scores, ids, slots, probed, eligible

@@ -6,12 +6,14 @@ per head, U candidates of the union of the heads, T tasks, K results.
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from silvershard.kernels import (
+    IvfIndex,
+    ScanResult,
     coarse_probe,
     fixed_sigmoid,
     quantize_rows,
@@ -154,6 +156,33 @@ class Retriever(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.merge = Merge()
         self.spec = spec
+        self._searched: list[IvfIndex] = []
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # A move to another device replaces the buffers.
+        self._searched = []
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _search_indexes(self) -> list[IvfIndex]:
+        """Return the parts with the global centroids, checked once."""
+        if not self._searched:
+            self._searched = [
+                IvfIndex(
+                    centroids=self.centroids,
+                    centroid_codes=self.centroid_codes,
+                    centroid_scales=self.centroid_scales,
+                    page_table=part.page_table,
+                    codes=part.codes,
+                    scales=part.scales,
+                    item_ids=part.item_ids,
+                    planes=part.planes,
+                    columns=part.columns,
+                    terms=part.terms,
+                )
+                for part in self.indexes
+            ]
+        return self._searched
 
     @property
     def indexes(self) -> list[ItemIndex]:
@@ -175,16 +204,13 @@ class Retriever(nn.Module):
         """Return how many live documents pass each scan program ``(B, L, 4)``, ``(B,)`` int64."""
         return torch.stack([part.count(scan) for part in self.indexes]).sum(0)
 
-    def _probe(self, embedding: Tensor, codes: Tensor, scales: Tensor, probes: Tensor) -> Tensor:
+    def _probe(self, rows: Tensor, codes: Tensor, scales: Tensor, probes: Tensor) -> Tensor:
         """Return the clusters of each query row, ``(Q, P)`` int32, -1 beyond its probes."""
-        heads = embedding.shape[1]
-        rows = embedding.flatten(0, 1)  # (Q, D)
-        per_row = probes.repeat_interleave(heads)  # (Q,)
         num_clusters = self.centroids.shape[0]
         clusters = torch.full((rows.shape[0], int(probes.max())), -1, dtype=torch.int32)
         # The int8 shortlist depends on P, so rows of different plans are probed apart.
         for count in probes.unique().tolist():
-            at = torch.nonzero(per_row == count).flatten()
+            at = torch.nonzero(probes == count).flatten()
             if count == num_clusters:
                 clusters[at, :count] = torch.arange(num_clusters, dtype=torch.int32)
                 continue
@@ -199,6 +225,26 @@ class Retriever(nn.Module):
             )
         return clusters
 
+    def _scan(self, work: Work, width: int) -> list[ScanResult]:
+        """Return the best ``width`` slots of each query row in every part."""
+        heads = work.embedding.shape[1]
+        rows = work.embedding.flatten(0, 1)  # (Q, D)
+        programs = work.scan.repeat_interleave(heads, 0)  # (Q, L, 4)
+        verify = work.verify.repeat_interleave(heads, 0)
+        exclude = work.exclude.repeat_interleave(heads, 0)
+        fewest, most = int(work.probes.min()), int(work.probes.max())
+        if fewest == most:
+            return [
+                index.search(rows, programs, verify, part.slots_of(exclude), most, width)
+                for part, index in zip(self.indexes, self._search_indexes(), strict=True)
+            ]
+        codes, scales = quantize_rows(rows)
+        clusters = self._probe(rows, codes, scales, work.probes.repeat_interleave(heads))
+        return [
+            part.scan(codes, scales, clusters, programs, verify, exclude, width)
+            for part in self.indexes
+        ]
+
     @torch.inference_mode()
     def open(self, work: Work) -> tuple[RoundOne, list[PartCandidates]]:
         """Run round one: probe, filter and scan.
@@ -208,19 +254,12 @@ class Retriever(nn.Module):
         """
         watch = _Stopwatch()
         batch, heads, _ = work.embedding.shape
-        codes, scales = quantize_rows(work.embedding.flatten(0, 1))
-        clusters = self._probe(work.embedding, codes, scales, work.probes)
-        watch.mark("probe")
         width = int(work.ann_k.max())
-        programs = work.scan.repeat_interleave(heads, 0)  # (Q, L, 4)
-        verify = work.verify.repeat_interleave(heads, 0)
-        exclude = work.exclude.repeat_interleave(heads, 0)
         # A request with fewer candidates than its neighbours keeps some too many; none of those
         # passes its cutoffs, which are made for its own R.
         kept: list[PartCandidates] = []
         rounds: list[RoundOne] = []
-        for part in self.indexes:
-            found = part.scan(codes, scales, clusters, programs, verify, exclude, width)
+        for found in self._scan(work, width):
             candidates = PartCandidates(
                 found.scores.view(batch, heads, width),
                 found.item_ids.view(batch, heads, width),

@@ -77,6 +77,16 @@ struct CoarseProbeArgs {
   int64_t num_queries, dim, num_clusters, probes, shortlist, threads;
 };
 
+// Coding, probing and scanning in one call. The codes, scales and clusters of `scan` are not read.
+struct IvfSearchArgs {
+  IvfScanArgs scan;
+  const float* query;            // (Q, D)
+  const float* centroids;        // (C, D)
+  const int8_t* centroid_codes;  // (C, D)
+  const float* centroid_scales;  // (C)
+  int64_t shortlist;             // clusters that are scored exactly
+};
+
 struct SelectTopkArgs {
   const float* scores;      // (S, Q, M)
   const int64_t* item_ids;  // (S, Q, M)
@@ -133,6 +143,7 @@ SILVERSHARD_EXPORT int32_t silvershard_abi_version();
 SILVERSHARD_EXPORT int32_t silvershard_best_isa();
 
 SILVERSHARD_EXPORT int32_t silvershard_ivf_scan(int32_t isa, const IvfScanArgs* args);
+SILVERSHARD_EXPORT int32_t silvershard_ivf_search(int32_t isa, const IvfSearchArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_eligibility(int32_t isa, const EligibilityArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_coarse_probe(int32_t isa, const CoarseProbeArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_select_topk(int32_t isa, const SelectTopkArgs* args);

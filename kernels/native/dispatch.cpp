@@ -32,7 +32,7 @@ using silvershard::call;
 
 extern "C" {
 
-int32_t silvershard_abi_version() { return 1; }
+int32_t silvershard_abi_version() { return 2; }
 
 int32_t silvershard_best_isa() {
 #ifdef SILVERSHARD_X86
@@ -53,6 +53,9 @@ int32_t silvershard_best_isa() {
 
 int32_t silvershard_ivf_scan(int32_t isa, const IvfScanArgs* args) {
   return call(&Operators::ivf_scan, isa, args);
+}
+int32_t silvershard_ivf_search(int32_t isa, const IvfSearchArgs* args) {
+  return call(&Operators::ivf_search, isa, args);
 }
 int32_t silvershard_eligibility(int32_t isa, const EligibilityArgs* args) {
   return call(&Operators::eligibility, isa, args);

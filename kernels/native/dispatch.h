@@ -7,6 +7,7 @@ namespace silvershard {
 
 struct Operators {
   int32_t (*ivf_scan)(const IvfScanArgs&);
+  int32_t (*ivf_search)(const IvfSearchArgs&);
   int32_t (*eligibility)(const EligibilityArgs&);
   int32_t (*coarse_probe)(const CoarseProbeArgs&);
   int32_t (*select_topk)(const SelectTopkArgs&);

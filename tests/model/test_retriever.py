@@ -86,7 +86,7 @@ def test_counts_follow_an_item_through_the_stages(generation, retriever) -> None
 
 def test_stage_times_are_all_there(generation, retriever) -> None:
     times = retriever([Request(filter="genre:Drama")])[0].times
-    assert {"compile", "filter", "tower", "probe", "ann", "refine", "rerank", "value"} <= set(times)
+    assert {"compile", "filter", "tower", "ann", "refine", "rerank", "value"} <= set(times)
     assert all(spent >= 0 for spent in times.values())
 
 
