@@ -68,6 +68,7 @@ class QueryFields(TypedDict, total=False):
     exact: bool
     filter_mode: FilterMode
     task_weights: Mapping[str, float]
+    value: str
     return_fields: Sequence[str]
     return_task_scores: bool
     min_coverage: float | None

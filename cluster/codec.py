@@ -332,6 +332,7 @@ def request_from(message: retrieval_pb2.RetrieveRequest) -> Request:
         exact=search.exact,
         filter_mode=FilterMode(mode),
         task_weights=dict(message.task_weights),
+        value=message.value,
         return_fields=tuple(message.return_fields),
     )
 
@@ -351,6 +352,7 @@ def request_to(request: Request) -> retrieval_pb2.RetrieveRequest:
         filter=request.filter,
         exclude_ids=[int(one) for one in request.exclude_ids],
         return_fields=request.return_fields,
+        value=request.value,
         search=retrieval_pb2.SearchParams(
             nprobe=request.nprobe,
             ann_k=request.ann_k,

@@ -33,7 +33,7 @@ DEGRADE_REASON_SHARD_OVERLOADED: DegradeReason
 DEGRADE_REASON_VERSION_MISMATCH_DROPPED: DegradeReason
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage")
+    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage", "value")
     class ParamsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class RetrieveRequest(_message.Message):
     RETURN_FIELDS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TASK_SCORES_FIELD_NUMBER: _ClassVar[int]
     MIN_COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     alias: str
@@ -76,7 +77,8 @@ class RetrieveRequest(_message.Message):
     return_fields: _containers.RepeatedScalarFieldContainer[str]
     return_task_scores: bool
     min_coverage: float
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ...) -> None: ...
+    value: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ..., value: _Optional[str] = ...) -> None: ...
 
 class SearchParams(_message.Message):
     __slots__ = ("nprobe", "ann_k", "plan", "exact", "filter_mode")

@@ -137,6 +137,9 @@ def _query_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="value of $NAME in the filter",
     )
+    parser.add_argument(
+        "--value", default="", metavar="FORMULA", help="order by this instead of the model's value"
+    )
     parser.add_argument("--include-seen", action="store_true", help="do not exclude the history")
     parser.add_argument("--nprobe", type=int, default=0, metavar="P", help="clusters to probe")
     parser.add_argument("--exact", action="store_true", help="score every eligible item")
@@ -330,6 +333,7 @@ def _query(options: argparse.Namespace) -> int:
             features={"history": asker.history},
             k=options.k,
             filter=options.filter,
+            value=options.value,
             params=ask.parse_params(options.param),
             exclude_ids=asker.exclude,
             nprobe=options.nprobe,

@@ -73,7 +73,8 @@ def _checked_weights(request: Request, spec: ServingSpec) -> dict[str, float]:
     if request.task_weights and not schema.allow_task_weights:
         raise RequestError("task_weights", f"model {spec.model} does not allow them")
     unknown = sorted(set(request.task_weights) - set(schema.weights))
-    if unknown:
+    # A formula of the request may have weights of its own.
+    if unknown and not request.value:
         known = ", ".join(sorted(schema.weights)) or "none"
         raise RequestError("task_weights", f"unknown weight {unknown[0]!r}; the model has {known}")
     return {**schema.weights, **request.task_weights}
@@ -104,10 +105,12 @@ def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
     except FilterError as error:
         raise RequestError("filter", str(error)) from None
     weights = _checked_weights(request, spec)
+    if request.value and not schema.allow_value:
+        raise RequestError("value", f"model {spec.model} does not allow a formula of the request")
     try:
-        value = compile_value(schema.value, schema.value_columns, weights)
+        value = compile_value(request.value or schema.value, schema.value_columns, weights)
     except ValueFormulaError as error:
-        raise RequestError("task_weights", str(error)) from None
+        raise RequestError("value" if request.value else "task_weights", str(error)) from None
     if request.plan and (request.exact or request.nprobe or request.ann_k):
         raise RequestError("search.plan", "a pinned plan excludes exact, nprobe and ann_k")
     try:

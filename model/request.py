@@ -42,4 +42,6 @@ class Request:
     exact: bool = False
     filter_mode: FilterMode = FilterMode.DEFAULT
     task_weights: Mapping[str, float] = field(default_factory=dict)
+    value: str = ""
+    """A value formula in place of the model's; empty for the model's."""
     return_fields: Sequence[str] = ()

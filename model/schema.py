@@ -130,6 +130,9 @@ class Schema(BaseModel):
     allow_task_weights: bool = pydantic.Field(
         default=True, description="whether a request may override the weights"
     )
+    allow_value: bool = pydantic.Field(
+        default=True, description="whether a request may bring a formula of its own"
+    )
 
     @field_validator("signals", "heads", "tasks")
     @classmethod

@@ -8,8 +8,8 @@ Shapes: L program length.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ def compile_value(
 
     Raises:
         ValueFormulaError: with the position, if the formula is malformed, too long, too deep or too
-            wide, names an unknown column, weight or function, or holds a number that float32
-            cannot.
+            wide, names an unknown column, weight or function, holds a number that float32 cannot,
+            or has a part without columns that is not finite, such as a division by zero.
     """
     return _Compiler(formula, columns, weights).compile()
 
@@ -124,6 +124,31 @@ _POPPED: Mapping[ValueOp, int] = {
     ValueOp.CONST: 0,
 }
 
+_VALUES: Mapping[ValueOp, Callable[..., np.floating[Any] | np.bool_]] = {
+    ValueOp.ADD: np.add,
+    ValueOp.SUB: np.subtract,
+    ValueOp.MUL: np.multiply,
+    ValueOp.DIV: np.divide,
+    ValueOp.NEG: np.negative,
+    ValueOp.MIN: np.minimum,
+    ValueOp.MAX: np.maximum,
+    ValueOp.WHERE: lambda chosen, a, b: a if chosen else b,
+    ValueOp.LT: np.less,
+    ValueOp.LE: np.less_equal,
+    ValueOp.GT: np.greater,
+    ValueOp.GE: np.greater_equal,
+    ValueOp.EQ: np.equal,
+    ValueOp.NE: np.not_equal,
+    ValueOp.AND: np.logical_and,
+    ValueOp.OR: np.logical_or,
+    ValueOp.NOT: np.logical_not,
+    ValueOp.LOG: np.log,
+    ValueOp.EXP: np.exp,
+    ValueOp.ABS: np.abs,
+    ValueOp.SQRT: np.sqrt,
+}
+"""What an operation gives for numbers; only to find parts that no candidate can make finite."""
+
 VALUE_KEYWORDS = _KEYWORDS | _FUNCTIONS.keys()
 """Names that no column may have."""
 
@@ -137,7 +162,8 @@ class _Compiler:
         self._weights = weights
         self._ops: list[tuple[int, int]] = []
         self._constants: list[float] = []
-        self._stack = 0
+        # What waits on the stack: its value where no column is in it, else None.
+        self._stack: list[np.float32 | None] = []
         self._num_leaves = 0
         if len(formula) > MAX_TEXT:
             self._fail(
@@ -160,9 +186,12 @@ class _Compiler:
         self._operand(depth, loosest)
         while (binary := _BINARY.get(self._token.kind)) is not None and binary[0] >= loosest:
             binds, op = binary
+            position = self._token.position
             self._advance()
             self._expression(depth, binds + 1)
-            self._emit(op)
+            if op == ValueOp.DIV and self._stack[-1] == 0:
+                self._fail("formula divides by zero", position)
+            self._emit(op, position=position)
             following = _BINARY.get(self._token.kind, (0, op))[0]
             if binds == following == _COMPARISON_BINDS:
                 self._fail_here("comparisons do not chain; join them with 'and'")
@@ -216,12 +245,13 @@ class _Compiler:
             if count > (function.most or count):
                 self._fail(f"{name.text} takes {_arguments(function)}, got more", name.position)
             if function.between and count > 1:
-                self._emit(function.between[min(count - 2, len(function.between) - 1)])
+                between = function.between[min(count - 2, len(function.between) - 1)]
+                self._emit(between, position=name.position)
         self._expect(")", f"after the arguments of {name.text}")
         if count < function.fewest:
             self._fail(f"{name.text} takes {_arguments(function)}, got {count}", name.position)
         if function.last is not None:
-            self._emit(function.last)
+            self._emit(function.last, position=name.position)
 
     def _column(self, name: _Token) -> None:
         column = self._columns.get(name.text)
@@ -266,13 +296,32 @@ class _Compiler:
     ) -> None:
         self._ops.append((op, argument))
         self._constants.append(constant)
-        self._stack += 1 - _POPPED.get(op, 2)
-        if self._stack > MAX_VALUE_STACK:
+        popped = _POPPED.get(op, 2)
+        operands = self._stack[len(self._stack) - popped :]
+        del self._stack[len(self._stack) - popped :]
+        at = self._token.position if position is None else position
+        self._stack.append(self._known(op, operands, constant, at))
+        if len(self._stack) > MAX_VALUE_STACK:
             self._fail(
                 f"formula keeps more than {MAX_VALUE_STACK} values waiting here; "
                 "put the nested part first",
-                self._token.position if position is None else position,
+                at,
             )
+
+    def _known(
+        self, op: ValueOp, operands: Sequence[np.float32 | None], constant: float, position: int
+    ) -> np.float32 | None:
+        """The value of an operation if it is the same for every candidate."""
+        if op == ValueOp.CONST:
+            return np.float32(constant)
+        known = [operand for operand in operands if operand is not None]
+        if op == ValueOp.COLUMN or len(known) < len(operands):
+            return None
+        with np.errstate(all="ignore"):
+            value = np.float32(_VALUES[op](*known))
+        if not np.isfinite(value):
+            self._fail("this part of the formula is not finite, whatever the candidate", position)
+        return value
 
     def _accept(self, kind: str) -> bool:
         if self._token.kind != kind:

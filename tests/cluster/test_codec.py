@@ -166,6 +166,7 @@ def test_a_request_crosses_whole() -> None:
         exact=True,
         filter_mode=FilterMode.BLOOM,
         task_weights={"like": 0.5},
+        value="score + $like",
         return_fields=("title",),
     )
     assert crossed(request) == request

@@ -88,6 +88,27 @@ def test_weights_are_refused_where_the_model_forbids_them(spec: ServingSpec) -> 
         compile_request(Request(task_weights={"liked": 1.0}), fixed)
 
 
+def test_a_request_may_bring_a_formula_and_its_weights(spec: ServingSpec) -> None:
+    own = compile_request(Request(value="score * $mine", task_weights={"mine": 3.0}), spec)
+    assert own.value_constants.tolist() == [0.0, 3.0, 0.0]
+    assert compile_request(Request(), spec).value_ops.tolist() != own.value_ops.tolist()
+    with pytest.raises(RequestError, match="unknown weight") as caught:
+        compile_request(Request(value="score * $mine"), spec)
+    assert caught.value.field == "value"
+    with pytest.raises(RequestError, match="divides by zero") as caught:
+        compile_request(Request(value="score / $w", task_weights={"w": 0.0}), spec)
+    assert caught.value.field == "value"
+
+
+def test_a_formula_is_refused_where_the_model_forbids_it(spec: ServingSpec) -> None:
+    schema = spec.item_schema.model_copy(update={"allow_value": False})
+    fixed = spec.model_copy(update={"item_schema": schema})
+    compile_request(Request(), fixed)
+    with pytest.raises(RequestError, match="does not allow a formula") as caught:
+        compile_request(Request(value="score"), fixed)
+    assert caught.value.field == "value"
+
+
 def test_an_exact_search_that_is_too_large_is_the_requests_fault(spec: ServingSpec) -> None:
     large = spec.model_copy(update={"documents": 400_000})
     compiled = compile_request(Request(exact=True), large)

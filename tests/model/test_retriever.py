@@ -97,6 +97,29 @@ def test_an_unknown_user_is_served_from_defaults_and_told_so(retriever) -> None:
     assert stranger.warnings == ("feature history: 2 of 2 values unknown",)
 
 
+def test_every_request_of_a_batch_may_have_a_formula_of_its_own(generation, retriever) -> None:
+    features = history(generation, 0, 9)
+    formulas = ["", "score", "0 - score", "liked", "where(liked > rated, 1, 0) + $w * score"]
+    requests = [
+        Request(features=features, k=40, exact=True, value=value, task_weights={"w": 2.0})
+        if "$w" in value
+        else Request(features=features, k=40, exact=True, value=value)
+        for value in formulas
+    ]
+    together = retriever(requests)
+    for request, answer in zip(requests, together, strict=True):
+        alone = retriever([request])[0]
+        assert torch.equal(alone.item_ids, answer.item_ids)
+        assert torch.equal(alone.scores, answer.scores)
+    _, best, worst, liked, last = together
+    assert torch.equal(best.scores, best.refined)
+    assert torch.equal(worst.scores, -worst.refined)
+    assert best.scores[-1] > worst.refined[-1]
+    assert torch.equal(liked.scores, liked.task_scores["liked"])
+    more = (last.task_scores["liked"] > last.task_scores["rated"]).float()
+    assert torch.equal(last.scores, more + 2.0 * last.refined)
+
+
 def test_no_request_gives_no_answer(retriever) -> None:
     assert retriever([]) == []
 

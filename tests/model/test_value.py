@@ -1,7 +1,7 @@
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -120,7 +120,16 @@ def _quiet_numpy() -> Any:
 
 
 F32 = np.float32
-Case = tuple[str, Any]
+
+
+class Case(NamedTuple):
+    text: str
+    values: Any
+    constant: bool
+    refused: bool
+    """Whether a part without columns is not finite, or something is divided by a constant 0."""
+
+
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "+": np.add,
     "-": np.subtract,
@@ -142,40 +151,54 @@ def atoms(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["column", "number", "weight"]))
     if kind == "column":
         column = draw(st.integers(0, len(COLUMNS) - 1))
-        return COLUMNS[column], ROWS[:, column]
+        return Case(COLUMNS[column], ROWS[:, column], constant=False, refused=False)
     if kind == "weight":
         name = draw(st.sampled_from(sorted(WEIGHTS)))
-        return f"${name}", np.full(len(ROWS), WEIGHTS[name], F32)
-    number = draw(st.sampled_from(["0", "1", "0.1", "3.5", "1e-3", "16777217", "2e10"]))
-    return number, np.full(len(ROWS), float(number), F32)
+        text, number = f"${name}", str(WEIGHTS[name])
+    else:
+        number = draw(st.sampled_from(["0", "1", "0.1", "3.5", "1e-3", "16777217", "2e10"]))
+        text = number
+    return Case(text, np.full(len(ROWS), float(number), F32), constant=True, refused=False)
 
 
 @st.composite
 def compounds(draw: st.DrawFn, inner: st.SearchStrategy[Case]) -> Case:
-    (a, x), (b, y), (c, z) = draw(inner), draw(inner), draw(inner)
+    parts = [draw(inner), draw(inner), draw(inner)]
+    (a, b, c), (x, y, z) = [part.text for part in parts], [part.values for part in parts]
     kind = draw(st.sampled_from(["binary", "binary", "binary", "-", "not", "call"]))
+    calls = [
+        (1, f"-({a})", lambda: -x),
+        (1, f"not ({a})", lambda: F32(1) * (x == 0)),
+        (1, f"abs({a})", lambda: np.abs(x)),
+        (1, f"sqrt({a})", lambda: np.sqrt(x)),
+        (2, f"min({a}, {b})", lambda: np.minimum(x, y)),
+        (3, f"max({a}, {b}, {c})", lambda: np.maximum(np.maximum(x, y), z)),
+        (3, f"clip({a}, {b}, {c})", lambda: np.minimum(np.maximum(x, y), z)),
+        (3, f"where({a}, {b}, {c})", lambda: np.where(x != 0, y, z)),
+    ]
+    zero = False
     if kind == "binary":
         symbol = draw(st.sampled_from(sorted(BINARY)))
-        return f"({a}) {symbol} ({b})", BINARY[symbol](x, y)
-    if kind == "-":
-        return f"-({a})", -x
-    if kind == "not":
-        return f"not ({a})", F32(1) * (x == 0)
-    calls: list[Case] = [
-        (f"abs({a})", np.abs(x)),
-        (f"sqrt({a})", np.sqrt(x)),
-        (f"min({a}, {b})", np.minimum(x, y)),
-        (f"max({a}, {b}, {c})", np.maximum(np.maximum(x, y), z)),
-        (f"clip({a}, {b}, {c})", np.minimum(np.maximum(x, y), z)),
-        (f"where({a}, {b}, {c})", np.where(x != 0, y, z)),
-    ]
-    return draw(st.sampled_from(calls))
+        used, text, values = 2, f"({a}) {symbol} ({b})", BINARY[symbol](x, y)
+        zero = symbol == "/" and parts[1].constant and bool((y == 0).all())
+    else:
+        used, text, make = {"-": calls[0], "not": calls[1]}.get(kind) or draw(
+            st.sampled_from(calls[2:])
+        )
+        values = make()
+    constant = all(part.constant for part in parts[:used])
+    refused = zero or any(part.refused for part in parts[:used])
+    return Case(text, values, constant, refused or (constant and not np.isfinite(values).all()))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(atoms(), compounds, max_leaves=15))
 def test_random_formulas_equal_numpy_in_float32(case: Case) -> None:
-    formula, expected = case
+    formula, expected = case.text, case.values
+    if case.refused:
+        with pytest.raises(ValueFormulaError, match=r"divides by zero|is not finite"):
+            compile_value(formula, COLUMNS, WEIGHTS)
+        return
     with np.errstate(all="ignore"):
         wanted = np.where(np.isnan(expected), -np.inf, expected).astype(F32)
     got = np.array(run(compile_value(formula, COLUMNS, WEIGHTS)), dtype=F32)
@@ -231,6 +254,12 @@ def test_precedence_and_grouping_are_those_of_python(parts: list[tuple[str, str,
         ("like + not share", 7, "expected a number, a name, a $weight or '(', got 'not'"),
         ("and like", 0, "expected a number"),
         ("1e39", 0, "1e39 must be finite in float32"),
+        ("score / 0", 6, "formula divides by zero"),
+        ("like + score / (1 - 1)", 13, "formula divides by zero"),
+        ("score / $zero", 6, "formula divides by zero"),
+        ("like * exp(1000)", 7, "this part of the formula is not finite, whatever the candidate"),
+        ("like * log(0)", 7, "this part of the formula is not finite, whatever the candidate"),
+        ("like + 3e38 * 2", 12, "this part of the formula is not finite, whatever the candidate"),
         ("1e999", 0, "1e999 must be finite in float32"),
         ("1e-60", 0, "1e-60 is too small for float32"),
         ("1.2.3", 0, "malformed number"),
