@@ -294,7 +294,8 @@ class Retriever(nn.Module):
         watch = _Stopwatch()
         batch = work.embedding.shape[0]
         passing = passes(candidates.scores, candidates.item_ids, cutoffs)  # (B, H, R)
-        slots, valid = _union(candidates.slots, passing)  # (B, U)
+        needed = passing.shape[1] if self.spec.item_schema.head_merge == "intersection" else 1
+        slots, valid = _distinct(candidates.slots, passing, needed)  # (B, U)
         refined = part.refine(work.embedding, slots)  # (B, U, H)
         watch.mark("refine")
         by_head = refined.masked_fill(~valid[:, :, None], 0.0)
@@ -360,13 +361,24 @@ class Retriever(nn.Module):
         )
 
 
-def _union(slots: Tensor, passing: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct passing slots of all heads, ``(B, U)`` padded with -1, and their mask."""
+def _distinct(slots: Tensor, passing: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct slots that pass in at least ``needed`` heads, and their mask.
+
+    Args:
+        slots: ``(B, H, R)`` int64, distinct in each head.
+        passing: ``(B, H, R)`` bool.
+        needed: 1 unites the heads, H intersects them.
+
+    Returns:
+        ``(B, U)`` int64 padded with -1, and ``(B, U)`` bool.
+    """
     flat = slots.masked_fill(~passing, -1).flatten(1)  # (B, H * R)
     ordered = torch.sort(flat, 1, descending=True).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    ordered = ordered.masked_fill(repeated, -1)
+    # Equal slots stand side by side, so the first of enough of them sees itself further on.
+    later = torch.nn.functional.pad(ordered[:, needed - 1 :], (0, needed - 1), value=-1)
+    ordered = ordered.masked_fill(repeated | (ordered != later), -1)
     ordered = torch.sort(ordered, 1, descending=True).values
     width = max(int((ordered >= 0).sum(1).max()), 1)
     return ordered[:, :width], ordered[:, :width] >= 0

@@ -118,6 +118,11 @@ class Schema(BaseModel):
     heads: tuple[str, ...] = pydantic.Field(
         default=("user",), min_length=1, description="names of the query embeddings of a user"
     )
+    head_merge: Literal["union", "intersection"] = pydantic.Field(
+        default="union",
+        description="which candidates of several heads are reranked: those of any head, or those "
+        "that every head keeps",
+    )
     tasks: tuple[str, ...] = pydantic.Field(
         default=(), description="names of the reranker's outputs"
     )

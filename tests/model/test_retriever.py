@@ -120,6 +120,30 @@ def test_every_request_of_a_batch_may_have_a_formula_of_its_own(generation, retr
     assert torch.equal(last.scores, more + 2.0 * last.refined)
 
 
+@pytest.mark.parametrize("head_merge", ["union", "intersection"])
+def test_heads_are_united_or_intersected_without_duplicates(
+    head_merge: str, generation, retriever
+) -> None:
+    schema = retriever.spec.item_schema.model_copy(update={"head_merge": head_merge})
+    spec = retriever.spec.model_copy(update={"item_schema": schema})
+    centroids = Centroids(retriever.centroids, retriever.centroid_codes, retriever.centroid_scales)
+    merging = Retriever(retriever.model, centroids, retriever.indexes, spec)
+    request = Request(features=history(generation, 0, 9), k=600, nprobe=16, ann_k=80)
+    work = assemble(
+        [compile_request(request, spec)],
+        [compile_request(request, spec).plan(spec, None)],
+        *merging.encode([request.features])[:2],
+    )
+    first, _ = merging.open(work)
+    heads = [set(ids) for ids in first.item_ids[0].tolist()]
+    assert [len(ids) for ids in heads] == [80, 80]
+    expected = heads[0] | heads[1] if head_merge == "union" else heads[0] & heads[1]
+    assert 0 < len(expected) < 160
+    answer = merging([request])[0]
+    assert set(answer.item_ids.tolist()) == expected
+    assert len(answer.item_ids) == answer.counts.reranked == len(expected)
+
+
 def test_no_request_gives_no_answer(retriever) -> None:
     assert retriever([]) == []
 
