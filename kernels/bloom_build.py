@@ -137,7 +137,7 @@ def bloom_positions_reference(keys: Tensor, num_planes: int, num_hashes: int, se
     mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(_MIX_1)
     mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(_MIX_2)
     mixed = mixed ^ _shift_right(mixed, 31)
-    return (mixed & _MASK_63) % num_planes
+    return ((mixed & _MASK_63) % num_planes).contiguous()
 
 
 def _checked_bloom_build(

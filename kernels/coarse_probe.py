@@ -67,7 +67,7 @@ def coarse_probe(
     )
     if not 1 <= probes <= num_clusters:
         raise ValueError(f"probes must be in [1, {num_clusters}], got {probes}")
-    probe = _coarse_probe_cpu if is_plain_cpu(query) else _coarse_probe
+    probe = _coarse_probe_cpu if is_plain_cpu(query, centroids) else _coarse_probe
     answer: Tensor = probe(
         query, query_codes, query_scales, centroids, centroid_codes, centroid_scales, probes
     )
@@ -100,8 +100,11 @@ def coarse_probe_reference(
         dots = query_codes[rows].float() @ centroid_floats  # (Q, C)
         coarse = dots * centroid_scales * query_scales[rows, None]
         likely = select_topk_reference(coarse, clusters.expand_as(coarse), kept)[1]  # (Q, kept)
-        chosen = centroids.index_select(0, likely.flatten()).view(*likely.shape, dim)
+        # Where too few scores were above -inf the list is padded with -1.
+        places = likely.clamp_min(0)
+        chosen = centroids.index_select(0, places.flatten()).view(*likely.shape, dim)
         exact = fixed_dot_reference(query[rows, None], chosen)
+        exact = torch.where(likely >= 0, exact, -torch.inf)
         answer[rows] = select_topk_reference(exact, likely, probes)[1]
     return answer
 

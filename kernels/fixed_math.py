@@ -8,11 +8,14 @@ Shapes: D dimension that is reduced.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from silvershard.kernels.contract import check_devices
+from silvershard.kernels.native_library import is_plain_cpu, run_on_cpu
+from silvershard.kernels.native_operators import fixed_map_native
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -80,7 +83,7 @@ def fixed_exp(x: Tensor) -> Tensor:
         ValueError: if ``x`` is not float32.
     """
     _check_float32(x)
-    answer: Tensor = _fixed_exp(x)
+    answer: Tensor = _fixed_exp_cpu(x) if is_plain_cpu(x) else _fixed_exp(x)
     return answer
 
 
@@ -102,7 +105,7 @@ def fixed_log(x: Tensor) -> Tensor:
         ValueError: if ``x`` is not float32.
     """
     _check_float32(x)
-    answer: Tensor = _fixed_log(x)
+    answer: Tensor = _fixed_log_cpu(x) if is_plain_cpu(x) else _fixed_log(x)
     return answer
 
 
@@ -138,7 +141,7 @@ def fixed_sigmoid(x: Tensor) -> Tensor:
         ValueError: if ``x`` is not float32.
     """
     _check_float32(x)
-    answer: Tensor = _fixed_sigmoid(x)
+    answer: Tensor = _fixed_sigmoid_cpu(x) if is_plain_cpu(x) else _fixed_sigmoid(x)
     return answer
 
 
@@ -164,7 +167,7 @@ def fixed_sqrt(x: Tensor) -> Tensor:
         ValueError: if ``x`` is not float32.
     """
     _check_float32(x)
-    answer: Tensor = _fixed_sqrt(x)
+    answer: Tensor = _fixed_sqrt_cpu(x) if is_plain_cpu(x) else _fixed_sqrt(x)
     return answer
 
 
@@ -209,6 +212,16 @@ _fixed_sigmoid = torch.library.custom_op(
 _fixed_sqrt = torch.library.custom_op(
     "silvershard::fixed_sqrt", fixed_sqrt_reference, mutates_args=()
 )
+
+
+_fixed_exp_cpu = run_on_cpu(partial(fixed_map_native, function=0), fixed_exp_reference)
+_fixed_exp.register_kernel("cpu")(_fixed_exp_cpu)
+_fixed_log_cpu = run_on_cpu(partial(fixed_map_native, function=1), fixed_log_reference)
+_fixed_log.register_kernel("cpu")(_fixed_log_cpu)
+_fixed_sigmoid_cpu = run_on_cpu(partial(fixed_map_native, function=2), fixed_sigmoid_reference)
+_fixed_sigmoid.register_kernel("cpu")(_fixed_sigmoid_cpu)
+_fixed_sqrt_cpu = run_on_cpu(partial(fixed_map_native, function=3), fixed_sqrt_reference)
+_fixed_sqrt.register_kernel("cpu")(_fixed_sqrt_cpu)
 
 
 @_fixed_dot.register_fake

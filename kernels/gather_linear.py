@@ -54,7 +54,7 @@ def gather_linear(cache: Tensor, slots: Tensor, weight: Tensor, bias: Tensor) ->
     check_tensor("bias", bias, torch.float32, (slots.shape[0], weight.shape[2]))
     check_devices(cache=cache, slots=slots, weight=weight, bias=bias)
     check_contiguous(cache=cache)
-    multiply = _gather_linear_cpu if is_plain_cpu(cache) else _gather_linear
+    multiply = _gather_linear_cpu if is_plain_cpu(cache, weight, bias) else _gather_linear
     out: Tensor = multiply(cache, slots, weight, bias)
     return out
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from silvershard.kernels.bits import unpack_bits
 from silvershard.kernels.coarse_probe import MAX_CODE_DIM
 from silvershard.kernels.contract import (
     check_contiguous,
@@ -85,7 +86,7 @@ def ivf_scan(
         query_codes: ``(Q, D)`` int8 in [-127, 127], 1 <= D <= 1024.
         query_scales: ``(Q,)`` float32, finite and >= 0.
         clusters: ``(Q, P)`` int32 in [-1, C); -1 is no cluster. Duplicates count once.
-        page_table: ``(C, X)`` int32 in [-1, N); -1 is no page. A page belongs to one cluster.
+        page_table: ``(C, X)`` int32 in [-1, N); -1 is no page. A page stands in it once.
         codes: ``(N, G, D)`` int8 in [-127, 127], contiguous.
         scales: ``(N, G)`` float32, contiguous; finite and >= 0 at live slots.
         item_ids: ``(N, G)`` int64, contiguous; distinct and >= 0 at live slots.
@@ -261,7 +262,34 @@ def _checked_ivf_scan(
     return result
 
 
+def _explain(
+    query_codes: Tensor,
+    query_scales: Tensor,
+    clusters: Tensor,
+    page_table: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    item_ids: Tensor,
+    planes: Tensor,
+    columns: Tensor,
+    terms: Tensor,
+    programs: Tensor,
+    verify: Tensor,
+    excluded: Tensor,
+    num_results: int,
+) -> None:
+    """Refuse a pool that the reference can do with, although its contract does not allow it."""
+    pages = page_table[page_table >= 0]
+    if pages.unique().numel() < pages.numel():
+        raise ValueError("page_table must hold each page once, got a page more than once")
+    live = unpack_bits(planes[LIVE_PLANE])
+    if not bool(scales[live].isfinite().all()):
+        raise ValueError("scales must be finite at live slots, got a NaN or infinite scale")
+
+
 def _check_scores(result: ScanResult, *, verified: bool) -> None:
+    if bool((result.item_ids[result.slots >= 0] < 0).any()):
+        raise ValueError("item_ids must be at least 0 at live slots, got a negative id")
     found = result.item_ids.numpy() >= 0
     if not np.isfinite(result.scores.numpy()[found]).all():
         raise ValueError("scales must be finite at live slots, got a NaN or infinite score")
@@ -367,7 +395,7 @@ def _best_verified(
 
 
 _ivf_scan = torch.library.custom_op("silvershard::ivf_scan", ivf_scan_reference, mutates_args=())
-_ivf_scan_cpu = run_on_cpu(ivf_scan_native, _checked_ivf_scan)
+_ivf_scan_cpu = run_on_cpu(ivf_scan_native, _checked_ivf_scan, _explain)
 _ivf_scan.register_kernel("cpu")(_ivf_scan_cpu)
 
 

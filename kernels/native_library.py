@@ -19,7 +19,7 @@ from torch import Tensor
 # Tests point this at a library that was built with sanitizers or with emulated instructions.
 LIBRARY_PATH = Path(__file__).with_name("libsilvershard_native.so")
 IMPLEMENTATIONS = ("reference", "scalar", "avx2", "avx512")
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _OPERATORS = (
     "ivf_scan",
     "ivf_search",
@@ -29,6 +29,7 @@ _OPERATORS = (
     "refine",
     "gather_linear",
     "quantize_rows",
+    "fixed_map",
     "value_program",
     "bloom_build",
 )
@@ -114,8 +115,9 @@ def _native() -> NativeLibrary | None:
 
 
 def _choose(name: str) -> None:
-    _choice.isa = max(0, IMPLEMENTATIONS.index(name) - 1)
+    # The library first: another thread takes a number for a sign that both are chosen.
     _choice.library = None if name == "reference" else load_library()
+    _choice.isa = max(0, IMPLEMENTATIONS.index(name) - 1)
 
 
 @contextmanager
@@ -138,13 +140,18 @@ def use(name: str) -> Iterator[None]:
         _choice.library, _choice.isa = before
 
 
-def run_on_cpu(native: Callable[P, T], checked_reference: Callable[P, T]) -> Callable[P, T]:
+def run_on_cpu(
+    native: Callable[P, T],
+    checked_reference: Callable[P, T],
+    explain: Callable[P, None] | None = None,
+) -> Callable[P, T]:
     """Return the CPU implementation of an operator: the native one, or else its reference.
 
     Args:
         native: the native implementation; checks the values that it reads.
         checked_reference: the reference behind checks of all values, which name the clause that
             failed.
+        explain: looks further, after a refusal only, for what the reference does not mind.
 
     Returns:
         A function of the same arguments. It raises what ``checked_reference`` raises, and
@@ -158,6 +165,8 @@ def run_on_cpu(native: Callable[P, T], checked_reference: Callable[P, T]) -> Cal
             return native(*args, **kwargs)
         except ValueRefused:
             checked_reference(*args, **kwargs)
+            if explain is not None:
+                explain(*args, **kwargs)
             raise RuntimeError(
                 "the native operator refused values that its contract allows"
             ) from None
@@ -165,13 +174,25 @@ def run_on_cpu(native: Callable[P, T], checked_reference: Callable[P, T]) -> Cal
     return run
 
 
-def is_plain_cpu(tensor: Tensor) -> bool:
-    """Return whether an operator on this tensor may skip torch's dispatcher.
+def is_plain_cpu(tensor: Tensor, *others: Tensor) -> bool:
+    """Return whether an operator on these tensors may skip torch's dispatcher.
 
-    That is so for an ordinary tensor in eager mode, and saves 10 us and more per operator, which is
-    a tenth of a whole search. Tracing, export and fake tensors need the registered operator.
+    That is so for ordinary tensors in eager mode, and saves 10 us and more per operator, which is a
+    tenth of a whole search. Everything that watches the dispatcher needs the registered operator:
+    compilation, export, tracers, fake tensors and function transforms, and gradients, which the
+    registered operator refuses to lose.
     """
-    return tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    if not tensor.is_cpu or type(tensor) is not Tensor or tensor.requires_grad:
+        return False
+    for other in others:
+        if other.requires_grad:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def call(operator: str, arguments: bytes) -> None:

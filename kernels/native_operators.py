@@ -24,6 +24,7 @@ _SELECT_TOPK = Struct("10q")
 _REFINE = Struct("10q")
 _GATHER_LINEAR = Struct("11q")
 _QUANTIZE_ROWS = Struct("6q")
+_FIXED_MAP = Struct("5q")
 _VALUE_PROGRAM = Struct("10q")
 _BLOOM_BUILD = Struct("11q")
 
@@ -331,6 +332,20 @@ def quantize_rows_native(x: Tensor) -> tuple[Tensor, Tensor]:
         ),
     )
     return codes, scales
+
+
+def fixed_map_native(x: Tensor, function: int) -> Tensor:
+    """Native ``fixed_exp`` (0), ``fixed_log`` (1), ``fixed_sigmoid`` (2) or ``fixed_sqrt`` (3)."""
+    out = torch.empty_like(x)
+    # Dense memory of any order of dimensions is one run of floats for both.
+    source = x if x.stride() == out.stride() else out.copy_(x)
+    call(
+        "fixed_map",
+        _FIXED_MAP.pack(
+            source.data_ptr(), out.data_ptr(), x.numel(), function, torch.get_num_threads()
+        ),
+    )
+    return out
 
 
 def value_program_native(

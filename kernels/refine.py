@@ -45,7 +45,7 @@ def refine(query: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
     check_tensor("slots", slots, torch.int64, (query.shape[0], "U"))
     check_devices(query=query, cache=cache, slots=slots)
     check_contiguous(cache=cache)
-    score = _refine_cpu if is_plain_cpu(cache) else _refine
+    score = _refine_cpu if is_plain_cpu(query) else _refine
     scores: Tensor = score(query, cache, slots)
     return scores
 
@@ -62,7 +62,7 @@ def refine_reference(query: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
     for start in range(0, num_candidates, step):
         part = slots[:, start : start + step]  # (B, U)
         items = rows.index_select(0, part.clamp_min(0).flatten()).float()
-        items = items.view(num_requests, -1, 1, dim)  # (B, U, 1, D)
+        items = items.view(num_requests, part.shape[1], 1, dim)  # (B, U, 1, D)
         found = fixed_dot_reference(query[:, None], items)  # (B, U, H)
         scores[:, start : start + step] = torch.where(part[:, :, None] >= 0, found, -torch.inf)
     return scores

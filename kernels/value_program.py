@@ -93,7 +93,7 @@ def value_program(columns: Tensor, request: Tensor, programs: Tensor, constants:
     check_tensor("programs", programs, torch.int32, ("B", "L", 2))
     check_tensor("constants", constants, torch.float32, tuple(programs.shape[:2]))
     check_devices(columns=columns, request=request, programs=programs, constants=constants)
-    run = _value_program_cpu if is_plain_cpu(columns) else _value_program
+    run = _value_program_cpu if is_plain_cpu(columns, constants) else _value_program
     answer: Tensor = run(columns, request, programs, constants)
     return answer
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from silvershard.kernels import fixed_dot
+from silvershard.kernels import fixed_dot, fixed_sqrt
 
 SAMPLE_PER_CLUSTER = 1024
 """Most items that train one centre; the number of batches, not this, bounds the work."""
@@ -45,6 +45,11 @@ class Clustering(NamedTuple):
     """``(C, D)`` float32, unit length."""
     assignment: Tensor
     """``(n,)`` int64."""
+
+
+def default_clusters(num_items: int) -> int:
+    """Return a power of two near 2.6 times the root of the number of items."""
+    return 1 << max(round(math.log2(2.6 * math.sqrt(max(num_items, 1)))), 0)
 
 
 def spherical_kmeans(
@@ -220,7 +225,7 @@ def _unit(rows: Tensor) -> Tensor:
     # Scaled by its largest value first, no row is too long or too short to be squared.
     scaled = rows / rows.abs().amax(1, keepdim=True)
     return torch.where(
-        rows.any(1, keepdim=True), scaled / fixed_dot(scaled, scaled).sqrt()[:, None], 0.0
+        rows.any(1, keepdim=True), scaled / fixed_sqrt(fixed_dot(scaled, scaled))[:, None], 0.0
     )
 
 

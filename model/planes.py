@@ -28,6 +28,8 @@ LIVE_PLANE = 0
 FIRST_EXACT_PLANE = 1
 TERM_SLOTS_MULTIPLE = 4
 MAX_HASHES = 16
+# Rates are sums of alternating sign in float64: below this they are rounding noise.
+_LEAST_RATE = 1e-9
 
 TermValue = int | str
 NumberValue = int | float
@@ -217,9 +219,10 @@ def choose_planes(
         ValueError: if an argument is out of range, if the target needs more than
             ``max_bloom_planes``, or if two values share a term key (another seed cures that).
     """
-    if not 0 < target_false_positive_rate < 1:
+    if not _LEAST_RATE <= target_false_positive_rate < 1:
         raise ValueError(
-            f"target_false_positive_rate must be in (0, 1), got {target_false_positive_rate}"
+            f"target_false_positive_rate must be in [{_LEAST_RATE:g}, 1), "
+            f"got {target_false_positive_rate}"
         )
     if not 0 <= min_exact_share <= 1:
         raise ValueError(f"min_exact_share must be in [0, 1], got {min_exact_share}")

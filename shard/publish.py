@@ -109,6 +109,11 @@ def publish_generation(
     clustering = spherical_kmeans(embeddings, num_clusters, seed=seed)
     codes, scales = (one.cpu() for one in quantize_rows(embeddings))
     cache = embeddings.half().cpu()
+    if not bool(torch.isfinite(cache).all()):
+        raise ValueError(
+            "the item tower gave an embedding beyond float16, whose largest magnitude is 65504, "
+            f"got {float(embeddings.abs().max()):.6g}"
+        )
     assignment = clustering.assignment.cpu()
     on_phase(PHASES[2])
     planes = choose_planes(

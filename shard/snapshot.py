@@ -30,6 +30,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
+from silvershard.kernels import MAX_CODE
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.planes import ItemBits
 from silvershard.model.spec import ServingSpec
@@ -133,12 +134,16 @@ def _partition_path(partition: int) -> str:
     return f"partitions/p-{partition:05d}.safetensors"
 
 
+# Where TorchRec keeps pooled tables, and tables of sequences.
+_COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
+
+
 def _table_name(key: str) -> str | None:
     """Return the table that a parameter holds, if it is the weight of an embedding table."""
     parts = key.split(".")
-    if "embedding_bags" not in parts or parts[-1] != "weight":
+    if _COLLECTIONS.isdisjoint(parts) or parts[-1] != "weight":
         return None
-    return ".".join(part for part in parts[:-1] if part not in ("embedding_bags", "tables"))
+    return ".".join(part for part in parts[:-1] if part not in _COLLECTIONS and part != "tables")
 
 
 def content_hash(spec: ServingSpec, builder: Builder, files: Mapping[str, FileEntry]) -> str:
@@ -309,6 +314,8 @@ class Snapshot:
         name = _partition_path(partition)
         tensors = self._load(name)
         try:
+            if tensors["codes"].numel() and int(tensors["codes"].min()) < -MAX_CODE:
+                raise ValueError(f"codes must be in [{-MAX_CODE}, {MAX_CODE}]")
             catalogue = unpack_catalogue(tensors, self.spec.item_schema)
             counts = tensors["exact_counts"]
             exact = torch.zeros(len(counts), self.spec.planes.num_exact_planes, dtype=torch.bool)

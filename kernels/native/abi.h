@@ -120,6 +120,14 @@ struct QuantizeRowsArgs {
   int64_t num_rows, dim, threads;
 };
 
+enum FixedFunction : int64_t { FIXED_EXP = 0, FIXED_LOG = 1, FIXED_SIGMOID = 2, FIXED_SQRT = 3 };
+
+struct FixedMapArgs {
+  const float* x;  // (n)
+  float* out;      // (n)
+  int64_t count, function, threads;
+};
+
 struct ValueProgramArgs {
   const float* columns;      // (n, V)
   const int64_t* request;    // (n)
@@ -150,6 +158,7 @@ SILVERSHARD_EXPORT int32_t silvershard_select_topk(int32_t isa, const SelectTopk
 SILVERSHARD_EXPORT int32_t silvershard_refine(int32_t isa, const RefineArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_gather_linear(int32_t isa, const GatherLinearArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_quantize_rows(int32_t isa, const QuantizeRowsArgs* args);
+SILVERSHARD_EXPORT int32_t silvershard_fixed_map(int32_t isa, const FixedMapArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_value_program(int32_t isa, const ValueProgramArgs* args);
 SILVERSHARD_EXPORT int32_t silvershard_bloom_build(int32_t isa, const BloomBuildArgs* args);
 

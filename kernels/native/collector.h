@@ -92,7 +92,7 @@ class Collector {
   }
 
   // Writes the candidates as (R best) scores, ids and positions, padded; call settle() before.
-  // Returns whether all scores are finite.
+  // Returns whether all scores are finite and no id is negative.
   bool write(float* scores, int64_t* ids, int64_t* positions) const;
 
  private:
@@ -268,15 +268,15 @@ inline bool Collector::write(float* scores, int64_t* ids, int64_t* positions) co
       i = end;
     }
   }
-  // NaN would be the first score, and infinities are the first or the last.
-  const bool finite =
-      count_ == 0 || (std::isfinite(scores[0]) && std::isfinite(scores[count_ - 1]));
+  // NaN would be the first score, and infinities are the first or the last. No id is negative.
+  bool valid = count_ == 0 || (std::isfinite(scores[0]) && std::isfinite(scores[count_ - 1]));
+  for (int64_t i = 0; i < count_; ++i) valid &= ids[i] >= 0;
   for (int64_t i = count_; i < wanted_; ++i) {
     scores[i] = -std::numeric_limits<float>::infinity();
     ids[i] = -1;
     positions[i] = -1;
   }
-  return finite;
+  return valid;
 }
 
 }  // namespace silvershard::SILVERSHARD_ISA

@@ -15,6 +15,15 @@ const Operators& operators_of(int32_t isa) {
   return scalar_operators();
 }
 
+#if defined(SILVERSHARD_X86) && !defined(SILVERSHARD_EMULATED)
+// What both vector sets are compiled with beside their vectors; a hypervisor may hide any of it.
+bool has_common_extensions() {
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
+}
+#endif
+
 template <class Args>
 int32_t call(int32_t (*Operators::*operation)(const Args&), int32_t isa, const Args* args) {
   try {
@@ -29,10 +38,13 @@ int32_t call(int32_t (*Operators::*operation)(const Args&), int32_t isa, const A
 
 using silvershard::Operators;
 using silvershard::call;
+#if defined(SILVERSHARD_X86) && !defined(SILVERSHARD_EMULATED)
+using silvershard::has_common_extensions;
+#endif
 
 extern "C" {
 
-int32_t silvershard_abi_version() { return 2; }
+int32_t silvershard_abi_version() { return 3; }
 
 int32_t silvershard_best_isa() {
 #ifdef SILVERSHARD_X86
@@ -41,11 +53,9 @@ int32_t silvershard_best_isa() {
 #else
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      has_common_extensions())
     return ISA_AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return ISA_AVX2;
+  if (__builtin_cpu_supports("avx2") && has_common_extensions()) return ISA_AVX2;
 #endif
 #endif
   return ISA_SCALAR;
@@ -74,6 +84,9 @@ int32_t silvershard_gather_linear(int32_t isa, const GatherLinearArgs* args) {
 }
 int32_t silvershard_quantize_rows(int32_t isa, const QuantizeRowsArgs* args) {
   return call(&Operators::quantize_rows, isa, args);
+}
+int32_t silvershard_fixed_map(int32_t isa, const FixedMapArgs* args) {
+  return call(&Operators::fixed_map, isa, args);
 }
 int32_t silvershard_value_program(int32_t isa, const ValueProgramArgs* args) {
   return call(&Operators::value_program, isa, args);

@@ -14,6 +14,7 @@ struct Operators {
   int32_t (*refine)(const RefineArgs&);
   int32_t (*gather_linear)(const GatherLinearArgs&);
   int32_t (*quantize_rows)(const QuantizeRowsArgs&);
+  int32_t (*fixed_map)(const FixedMapArgs&);
   int32_t (*value_program)(const ValueProgramArgs&);
   int32_t (*bloom_build)(const BloomBuildArgs&);
 };

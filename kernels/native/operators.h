@@ -14,7 +14,8 @@ const Operators& SILVERSHARD_TABLE() {
       SILVERSHARD_ISA::eligibility,   SILVERSHARD_ISA::coarse_probe,
       SILVERSHARD_ISA::select_topk,   SILVERSHARD_ISA::refine,
       SILVERSHARD_ISA::gather_linear, SILVERSHARD_ISA::quantize_rows,
-      SILVERSHARD_ISA::value_program, SILVERSHARD_ISA::bloom_build,
+      SILVERSHARD_ISA::fixed_map,     SILVERSHARD_ISA::value_program,
+      SILVERSHARD_ISA::bloom_build,
   };
   return table;
 }

@@ -23,7 +23,8 @@ inline double exp_float64(double x) {
   const double rest = clamped - power * 0.6931471805599453;
   double result = rest * kCoefficients[0] + kCoefficients[1];
   for (int i = 2; i < 11; ++i) result = result * rest + kCoefficients[i];
-  const int64_t bits = (static_cast<int64_t>(power) + 1023) << 52;
+  // By way of 32 bits, because AVX2 has no conversion to 64.
+  const int64_t bits = (static_cast<int64_t>(static_cast<int32_t>(power)) + 1023) << 52;
   double scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x != x ? x : result * scale;
@@ -56,6 +57,36 @@ inline float fixed_log(float x) {
   double series = square * kCoefficients[0] + kCoefficients[1];
   for (int i = 2; i < 9; ++i) series = series * square + kCoefficients[i];
   return static_cast<float>(s * series + static_cast<double>(exponent) * 0.6931471805599453);
+}
+
+inline float fixed_sigmoid(float x) {
+  const double tail = exp_float64(-std::fabs(static_cast<double>(x)));
+  return round_to_float32((x < 0.0f ? tail : 1.0) / (tail + 1.0));
+}
+
+template <class Function>
+inline void map_floats(const float* x, int64_t count, float* out, const Function& function) {
+  for (int64_t i = 0; i < count; ++i) out[i] = function(x[i]);
+}
+
+inline int32_t fixed_map(const FixedMapArgs& args) {
+  constexpr int64_t kPerTask = 1 << 14;
+  const int64_t tasks = (args.count + kPerTask - 1) / kPerTask;
+  return for_each_task(tasks, args.threads, [&](int64_t task) -> int32_t {
+    const float* x = args.x + task * kPerTask;
+    float* out = args.out + task * kPerTask;
+    const int64_t count = std::min(kPerTask, args.count - task * kPerTask);
+    switch (args.function) {
+      case FIXED_EXP: map_floats(x, count, out, [](float v) { return fixed_exp(v); }); break;
+      case FIXED_LOG: map_floats(x, count, out, [](float v) { return fixed_log(v); }); break;
+      case FIXED_SIGMOID:
+        map_floats(x, count, out, [](float v) { return fixed_sigmoid(v); });
+        break;
+      case FIXED_SQRT: map_floats(x, count, out, [](float v) { return std::sqrt(v); }); break;
+      default: return STATUS_BAD_VALUE;
+    }
+    return STATUS_OK;
+  });
 }
 
 // Checks a program of L rows [op, arg]; one value must be left.

@@ -71,6 +71,35 @@ def test_codes_alone_decide_who_is_scored_again() -> None:
     assert got.tolist() == [[1, 2]]
 
 
+def test_a_quarter_of_many_probes_is_scored_again() -> None:
+    # By the codes cluster 99 has rank 100: within 80 + 80 / 4, beyond 80 + 16.
+    query = torch.ones(1, 1)
+    centroids = torch.full((130, 1), 0.5)
+    centroids[99] = 5.0
+    codes = torch.full((130, 1), 127, dtype=torch.int8)
+    scales = torch.linspace(2.0, 1.0, 130)
+    got = coarse_probe(query, *quantize_rows(query), centroids, codes, scales, 80)
+    assert got[0, 0].item() == 99
+    scales[99] = scales[100] - 1e-3
+    got = coarse_probe(query, *quantize_rows(query), centroids, codes, scales, 80)
+    assert 99 not in got[0].tolist()
+
+
+def test_coarse_scores_below_every_float_leave_the_others() -> None:
+    query = torch.ones(1, 4)
+    centroids = -torch.ones(40, 4)
+    centroids[:6] = 1.0
+    codes, scales = quantize_rows(centroids)
+    scales[6:] = 3e38
+    assert probe_with(query, centroids, codes, scales, 4).tolist() == [[0, 1, 2, 3]]
+
+
+def probe_with(
+    query: Tensor, centroids: Tensor, codes: Tensor, scales: Tensor, probes: int
+) -> Tensor:
+    return coarse_probe(query, *quantize_rows(query), centroids, codes, scales, probes)
+
+
 def test_a_batch_equals_its_rows_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn((64, 48), generator=generator)

@@ -8,8 +8,22 @@ import torch
 from torch import Tensor
 
 from silvershard.kernels import fixed_dot, fixed_exp, fixed_log, fixed_sigmoid, fixed_sqrt
+from silvershard.kernels.fixed_math import (
+    fixed_exp_reference,
+    fixed_log_reference,
+    fixed_sigmoid_reference,
+    fixed_sqrt_reference,
+)
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 ELEMENTWISE = [fixed_exp, fixed_log, fixed_sigmoid, fixed_sqrt]
+REFERENCES = {
+    fixed_exp: fixed_exp_reference,
+    fixed_log: fixed_log_reference,
+    fixed_sigmoid: fixed_sigmoid_reference,
+    fixed_sqrt: fixed_sqrt_reference,
+}
 SMALLEST_NORMAL = 2.0**-126
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -38,6 +52,24 @@ def random_floats(seed: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32)
     return bits.view(torch.float32)
+
+
+@pytest.mark.parametrize("function", ELEMENTWISE)
+def test_every_implementation_gives_the_bits_of_the_reference(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    special = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 88.7229, -87.3366, -104.1, 90.0]
+    subnormal = [SMALLEST_NORMAL / 2, -SMALLEST_NORMAL / 2, 1e-45, SMALLEST_NORMAL, 2.0]
+    ordinary = torch.linspace(-110, 110, 70_001)
+    x = torch.cat([torch.tensor(special + subnormal), random_floats(3, 300_000), ordinary])
+    expected = REFERENCES[function](x)
+    got = function(x)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert same_bits(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+    wide = x[: 4 * 50 * 7].view(4, 50, 7)
+    for view in (wide.transpose(0, 2), wide[:, ::3], wide[:, :, 2], x[:1][0], x[:0]):
+        assert same_bits(function(view).nan_to_num(7.0), REFERENCES[function](view).nan_to_num(7.0))
+        assert function(view).stride() == torch.empty_like(view).stride()
 
 
 def test_exp_is_within_half_an_ulp() -> None:

@@ -1,7 +1,7 @@
 """Values outside a contract: every implementation refuses them and names the same clause."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from silvershard.kernels import (
     PAD_TERM,
+    ValueOp,
     bloom_build,
     coarse_probe,
     count_eligible,
@@ -238,3 +239,66 @@ def test_bad_values_that_nobody_asks_for_do_no_harm() -> None:
         arguments["cache"][1, 3] = NAN
         for mine, other in zip(tensors_of(operator(**arguments)), expected, strict=True):
             assert torch.equal(mine, other)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("operator", ["quantize_rows", "refine", "value_program", "ivf_scan"])
+def test_a_bad_value_that_one_of_several_threads_finds(operator: str, pool_of: PoolOf) -> None:
+    if operator == "quantize_rows":
+        check_refusal(quantize_rows, {"x": torch.ones(5000, 8)}, "x", -1, NAN)
+    elif operator == "refine":
+        slots = torch.zeros(1, 600, dtype=torch.int64)
+        good = {"query": torch.ones(1, 1, 4), "cache": torch.ones(1, 64, 4).half(), "slots": slots}
+        check_refusal(refine, good, "slots", -1, 64)
+    elif operator == "value_program":
+        request = torch.zeros(5000, dtype=torch.int64)
+        programs = torch.tensor([[[ValueOp.COLUMN, 0]]], dtype=torch.int32)
+        good = {"columns": torch.ones(5000, 1), "request": request, "programs": programs}
+        check_refusal(value_program, good | {"constants": torch.ones(1, 1)}, "request", -1, 1)
+    else:
+        pool = pool_of(4, num_pages=12, live=1.0)
+        queries = pool.everywhere(4, 9, exclusions=0)
+        names = ["query_codes", "query_scales", "clusters", "page_table", "codes", "scales"]
+        names += ["item_ids", "planes", "columns", "terms", "programs", "verify", "excluded"]
+        good = dict(zip(names, pool.arguments(queries), strict=True)) | {"num_results": 20}
+        check_refusal(ivf_scan, good, "page_table", 0, 12)
+
+
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_a_negative_id_of_a_live_slot(num_queries: int, pool_of: PoolOf) -> None:
+    pool = pool_of(4, live=1.0)
+    pool.item_ids.sub_(1 << 40)
+    arguments = (*pool.arguments(pool.everywhere(4, num_queries)), 20)
+    for name in (native_library.in_use(), "reference"):
+        with (
+            native_library.use(name),
+            pytest.raises(ValueError, match="item_ids must be at least 0 at live slots"),
+        ):
+            ivf_scan(*arguments)
+
+
+def test_a_page_that_stands_twice_is_never_called_allowed(pool_of: PoolOf) -> None:
+    pool = pool_of(4, live=1.0)
+    pool.page_table[1] = pool.page_table[0]
+    arguments = (*pool.arguments(pool.everywhere(4, 9)), 20)
+    with pytest.raises(ValueError, match="page_table must hold each page once"):
+        ivf_scan(*arguments)
+
+
+def test_an_infinite_scale_beside_a_verify_program(pool_of: PoolOf) -> None:
+    pool = pool_of(4, live=1.0)
+    pool.scales[0, 3] = -INF
+    queries = pool.everywhere(4, 1)
+    queries.codes[:] = 1
+    pool.codes[0, 3] = 1
+    queries = queries._replace(verify=torch.zeros((1, 1, 4), dtype=torch.int64))
+    with pytest.raises(ValueError, match="scales must be finite"):
+        ivf_scan(*pool.arguments(queries), 20_000)

@@ -171,7 +171,14 @@ def test_holes_in_the_page_table_are_no_pages(
     expected = check(pool, queries, 300)
     table = pool.page_table
     # Rows are skipped eight entries at a time where all of them are empty.
-    for width, first, step in ((60, 1, 3), (20, 0, 1), (29, 9, 1), (36, 16, 1), (180, 8, 9)):
+    for width, first, step in (
+        (60, 1, 3),
+        (20, 0, 1),
+        (29, 9, 1),
+        (36, 16, 1),
+        (180, 8, 9),
+        (170, 7, 8),
+    ):
         pool.page_table = torch.full((5, width), -1, dtype=torch.int32)
         pool.page_table[:, first : first + 20 * step : step] = table
         assert_same(check(pool, queries, 300), expected)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from silvershard import kernels
 from silvershard.kernels import PAD_TERM, FilterOp, ValueOp
@@ -174,3 +176,46 @@ def test_a_compiled_chain_of_operators_takes_batches_of_any_size(pool_of: PoolOf
         queries = pool.queries(15, num_queries, exclusions=4)
         for mine, other in zip(compiled(queries), search(queries), strict=True):
             assert torch.equal(mine, other)
+
+
+def test_fake_tensor_mode_reaches_the_registered_operator() -> None:
+    scores, ids = torch.randn(2, 9), torch.arange(18).view(2, 9)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = kernels.select_topk(scores, ids, 3)
+    assert isinstance(found.scores, FakeTensor)
+    assert found.scores.shape == (2, 3)
+
+
+def test_a_tracer_sees_the_operators() -> None:
+    cache, slots = torch.ones(1, 64, 8).half(), torch.zeros(2, 3, dtype=torch.int64)
+    graph = make_fx(lambda query: kernels.refine(query, cache, slots))(torch.ones(2, 1, 8))
+    assert "silvershard.refine" in graph.code
+    query = torch.randn(2, 1, 8)
+    assert torch.equal(graph(query), kernels.refine(query, cache, slots))
+
+
+@pytest.mark.parametrize("operator", ["refine", "gather_linear", "value_program", "fixed_exp"])
+def test_a_gradient_is_refused_rather_than_lost(operator: str) -> None:
+    half, slots = torch.ones(1, 64, 4).half(), torch.zeros(1, 3, dtype=torch.int64)
+    trained = torch.ones(1, 4, 5, requires_grad=True)
+    column = [[[ValueOp.COLUMN, 0]]]
+    found = {
+        "refine": lambda: kernels.refine(trained[:, :, :4], half, slots),
+        "gather_linear": lambda: kernels.gather_linear(half, slots, trained, torch.ones(1, 5)),
+        "value_program": lambda: kernels.value_program(
+            trained[0],
+            torch.zeros(4, dtype=torch.int64),
+            torch.tensor(column, dtype=torch.int32),
+            torch.zeros(1, 1),
+        ),
+        "fixed_exp": lambda: kernels.fixed_exp(trained),
+    }[operator]()
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"autograd|backward|grad"):
+        found.sum().backward()
+
+
+def test_strided_keys_have_the_positions_of_their_copies() -> None:
+    keys = torch.tensor([[1, 2], [3, 4]]).T
+    found = positions(keys, 24, 3, 11)
+    assert torch.equal(found, positions(keys.contiguous(), 24, 3, 11))
+    torch.library.opcheck(torch.ops.silvershard.bloom_positions.default, (keys, 24, 3, 11))
