@@ -13,7 +13,7 @@ DEMO_ARGS = $(if $(DATA),--data '$(DATA)')
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 # fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
 TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
-PROTOS := retrieval shard
+PROTOS := retrieval shard table
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu check fmt setup proto proto-check wheel clean

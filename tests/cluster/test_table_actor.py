@@ -1,0 +1,157 @@
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from silvershard.cluster.config import PingSection
+from silvershard.cluster.table_client import EMBEDDING_FALLBACK, RemoteTable
+from silvershard.cluster.table_config import RemoteTableSection
+from silvershard.cluster.table_map import TableEntry, TableShardMap
+from silvershard.shard.table import TableShard
+from silvershard.shard.table_plan import TablePlan
+from silvershard.shard.table_rows import dequantize_rows, quantize_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+CONFIG = RemoteTableSection(
+    deadline_ms=5000, poll_ms=5, ping=PingSection(every_ms=20, suspect_after=50, eject_after=250)
+)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """A Ray of this test alone, whatever else runs on the machine."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as home:
+        token = Path(home) / "token"
+        token.write_text(secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray = pytest.importorskip("ray")
+        ray.init(
+            # Without it Ray would join any other Ray that it finds here.
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100_000_000,
+            _temp_dir=home,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        yield ray
+        ray.shutdown()
+
+
+def make_map(version: int, plan: TablePlan, *described: dict[str, Any]) -> TableShardMap:
+    entries = tuple(TableEntry.model_validate(one) for one in described)
+    return TableShardMap(version=version, plan=plan, entries=entries)
+
+
+def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_crash(
+    ray: Any, tmp_path: Path
+) -> None:
+    from silvershard.cluster.table_actor import TableActor
+
+    plan = TablePlan(name="users", num_rows=10_000_000, dim=64, num_shards=2)
+    actors = [TableActor.remote(plan.model_dump(), shard, seed=3) for shard in range(2)]
+    local = TableShard.generated(plan.model_copy(update={"num_shards": 1}), 0, seed=3)
+
+    def expected(ids: np.ndarray) -> np.ndarray:
+        return dequantize_rows(local.take(plan.positions(ids)))
+
+    described = ray.get([actor.describe.remote() for actor in actors], timeout=120)
+    assert [one["rows"] for one in described] == [5_000_000, 5_000_000]
+    assert len({one["pid"] for one in described} | {os.getpid()}) == 3
+    for one in described:
+        # The rows of a shard are 340 MB; the process beside them is small without torch.
+        assert resident_bytes(one["pid"]) < 600e6
+
+    path = tmp_path / "users.json"
+    make_map(1, plan, *described).write_atomic(path)
+    generator = np.random.default_rng(0)
+    try:
+        with RemoteTable.follow(path, CONFIG) as table:
+            table.wait_until_ready(30)
+            for size in (1, 1000, 100_000):
+                ids = generator.integers(0, plan.num_rows, size)
+                lookup = table.lookup(ids)
+                assert lookup.reasons == ()
+                np.testing.assert_array_equal(lookup.values, expected(ids))
+
+            fresh = generator.choice(plan.num_rows, 2000, replace=False)
+            values = generator.standard_normal((2000, 64)).astype(np.float32)
+            table.update(fresh, values)
+            local.update(fresh, values)
+            np.testing.assert_array_equal(table.lookup(fresh).values, expected(fresh))
+
+            os.kill(described[0]["pid"], signal.SIGKILL)
+            lost = plan.owners(plan.positions(ids)) == 0
+            # Rows in the cache still count, so ask for others until some are missing.
+            while not (lookup := table.lookup(generator.integers(0, plan.num_rows, 50))).reasons:
+                time.sleep(0.005)
+            assert lookup.reasons == (EMBEDDING_FALLBACK,)
+            np.testing.assert_array_equal(table.lookup(ids[~lost]).values, expected(ids[~lost]))
+
+            again = None
+            while again is None:
+                try:
+                    again = ray.get(actors[0].describe.remote(), timeout=120)
+                except ray.exceptions.ActorUnavailableError:
+                    time.sleep(0.01)
+            assert again["epoch"] > described[0]["epoch"]
+            assert again["pid"] != described[0]["pid"]
+            make_map(2, plan, again, described[1]).write_atomic(path)
+            while table.lookup(generator.integers(0, plan.num_rows, 50)).reasons:
+                time.sleep(0.005)
+            # The new incarnation has the rows of the source, without the updates.
+            source = TableShard.generated(plan, 0, seed=3)
+            back = plan.positions(fresh)
+            mine = back < 5_000_000
+            local.put(back[mine], source.take(back[mine]))
+            for asked in (ids, fresh):
+                lookup = table.lookup(asked)
+                assert lookup.reasons == ()
+                np.testing.assert_array_equal(lookup.values, expected(asked))
+
+            ray.get(actors[1].stop.remote(0.1), timeout=30)
+            while not table.lookup(generator.integers(0, plan.num_rows, 50)).reasons:
+                time.sleep(0.005)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def test_actors_load_a_file_and_refuse_two_sources(ray: Any, tmp_path: Path) -> None:
+    from silvershard.cluster.table_actor import TableActor
+
+    plan = TablePlan(name="users", num_rows=1000, dim=8, num_shards=2)
+    values = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
+    path = tmp_path / "users.safetensors"
+    save_file({"weight": values}, path)
+    actors = [TableActor.remote(plan.model_dump(), shard, path=str(path)) for shard in range(2)]
+    refused = TableActor.remote(plan.model_dump(), 0, path=str(path), seed=1)
+    try:
+        described = ray.get([actor.describe.remote() for actor in actors], timeout=60)
+        with RemoteTable(make_map(1, plan, *described), CONFIG) as table:
+            table.wait_until_ready(10)
+            lookup = table.lookup(np.arange(1000))
+            np.testing.assert_array_equal(lookup.values, dequantize_rows(quantize_rows(values, 8)))
+        with pytest.raises(ray.exceptions.RayActorError, match="either path or seed"):
+            ray.get(refused.describe.remote(), timeout=60)
+    finally:
+        for actor in (*actors, refused):
+            ray.kill(actor)
+
+
+def resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
