@@ -1,17 +1,38 @@
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
+from silvershard.model import embeddings
 from silvershard.model.embeddings import (
     Bags,
     PooledTables,
-    Vocabulary,
-    mean_bags,
-    spread,
-    string_key,
+    QuantizedSequences,
+    QuantizedTables,
+    Sequences,
+    SequenceTables,
+    ShardedSequences,
+    ShardedTables,
 )
+from silvershard.model.errors import FieldError
+from silvershard.model.placement import (
+    Kind,
+    PlacedShard,
+    PlacedTable,
+    Precision,
+    Sharding,
+    TablePlan,
+    TablePlanError,
+    TableTopology,
+)
+
+# Odd numbers of rows, so that no cut is even.
+ROWS = {"films": 1001, "genres": 17, "tags": 101}
+DIM = 48
 
 
 def longs(*values: int) -> torch.Tensor:
@@ -27,59 +48,6 @@ def test_importing_the_model_imports_no_torchrec() -> None:
     command = [sys.executable, "-P", "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "0"
-
-
-def test_string_keys_are_the_same_everywhere_and_never_negative() -> None:
-    assert string_key("Comedy") == 4157779672809187837
-    assert string_key("\ud800") >= 0
-    assert all(0 <= string_key(str(number)) < 2**63 for number in range(1000))
-
-
-def test_spread_counts_up_from_every_start() -> None:
-    assert spread(longs(5, 0, 9), longs(2, 0, 3)).tolist() == [5, 6, 9, 10, 11]
-    assert spread(longs(), longs()).tolist() == []
-
-
-@pytest.mark.parametrize("dtype", ["int", "string"])
-def test_a_vocabulary_numbers_its_ids_from_one(dtype: str) -> None:
-    values = [-(2**63), -1, 7, 2**63 - 1] if dtype == "int" else ["", "a", "b", "ä"]
-    unknown = 8 if dtype == "int" else "c"
-    vocabulary = Vocabulary(4, "int" if dtype == "int" else "string")
-    vocabulary.fill(reversed(values))
-    rows = vocabulary.rows([*values, unknown, values[0]]).tolist()
-    assert sorted(rows[:4]) == [1, 2, 3, 4]
-    assert rows[4:] == [0, rows[0]]
-
-
-def test_a_vocabulary_is_whole_in_its_tensors() -> None:
-    first, second = Vocabulary(3, "string"), Vocabulary(3, "string")
-    first.fill(["x", "y", "z"])
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(first.rows(["y", "q", "x"]), second.rows(["y", "q", "x"]))
-
-
-def test_an_empty_vocabulary_knows_nothing() -> None:
-    assert Vocabulary(0, "int").rows([1, 2]).tolist() == [0, 0]
-    assert Vocabulary(2, "int").rows([]).tolist() == []
-
-
-def test_a_vocabulary_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="must have 3 distinct ids, got 2"):
-        Vocabulary(3, "int").fill([1, 2, 2])
-
-
-def test_mean_bags_leave_unknown_rows_out() -> None:
-    bags = mean_bags(longs(4, 0, 5, 0, 0, 6), longs(3, 0, 2, 1))
-    assert bags.lengths.tolist() == [2, 1, 1, 1]
-    assert bags.rows.tolist() == [4, 5, 0, 0, 6]
-    assert bags.weights.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
-
-
-def test_bags_can_be_taken_in_any_order() -> None:
-    bags = Bags(longs(1, 2, 3), torch.tensor([0.1, 0.2, 0.3]), longs(2, 0, 1)).take(longs(2, 0, 2))
-    assert bags.rows.tolist() == [3, 1, 2, 3]
-    assert bags.lengths.tolist() == [1, 2, 1]
-    assert torch.equal(bags.weights, torch.tensor([0.3, 0.1, 0.2, 0.3]))
 
 
 def random_bags(num_bags: int, rows: int, seed: int) -> Bags:
@@ -134,3 +102,416 @@ def test_every_table_learns() -> None:
         assert gradient is not None
         assert gradient[1].tolist() == [1.0, 1.0, 1.0]
         assert not gradient[2:].any()
+
+
+def random_sequences(num_sequences: int, rows: int, seed: int) -> Sequences:
+    bags = random_bags(num_sequences, rows, seed)
+    return Sequences(bags.rows, bags.lengths)
+
+
+def all_bags(num_bags: int, seed: int = 1) -> dict[str, Bags]:
+    return {name: random_bags(num_bags, count, seed) for name, count in ROWS.items()}
+
+
+def all_sequences(num_sequences: int, seed: int = 1) -> dict[str, Sequences]:
+    return {name: random_sequences(num_sequences, count, seed) for name, count in ROWS.items()}
+
+
+def cut(sharding: Sharding, num_devices: int, name: str) -> tuple[PlacedShard, ...]:
+    rows = [ROWS[name] * place // num_devices for place in range(num_devices + 1)]
+    words = [DIM // 8 * place // num_devices * 8 for place in range(num_devices + 1)]
+    device = len(name) % num_devices
+    parts = {
+        "table": [(device, 0, ROWS[name], 0, DIM)],
+        "row": [
+            (place, rows[place], rows[place + 1] - rows[place], 0, DIM)
+            for place in range(num_devices)
+        ],
+        # The first columns on the last device, so that no order can be mistaken for the other.
+        "column": [
+            (num_devices - 1 - place, 0, ROWS[name], words[place], words[place + 1] - words[place])
+            for place in range(num_devices)
+        ],
+    }[sharding]
+    return tuple(
+        PlacedShard(
+            device=at,
+            first_row=row,
+            num_rows=count,
+            first_column=column,
+            num_columns=width,
+            hbm_bytes=0,
+            host_bytes=0,
+        )
+        for at, row, count, column, width in parts
+    )
+
+
+def plan_of(
+    shardings: dict[str, Sharding], num_devices: int, precision: Precision, kind: Kind = "pooled"
+) -> TablePlan:
+    return TablePlan(
+        topology=TableTopology(device="cpu", num_devices=num_devices, host_bytes=1 << 30),
+        kind=kind,
+        dim=DIM,
+        precision=precision,
+        tables=tuple(
+            PlacedTable(
+                name=name,
+                num_rows=ROWS[name],
+                sharding=sharding,
+                tier="host",
+                shards=cut(sharding, num_devices, name),
+            )
+            for name, sharding in shardings.items()
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def float_tables() -> PooledTables:
+    torch.manual_seed(3)
+    return PooledTables(ROWS, DIM)
+
+
+@pytest.fixture(scope="module")
+def float_sequences() -> SequenceTables:
+    torch.manual_seed(4)
+    return SequenceTables(ROWS, DIM)
+
+
+def largest_step(tables: PooledTables | SequenceTables, name: str, levels: int) -> float:
+    weight = tables.weight(name).detach()
+    return float((weight.amax(1) - weight.amin(1)).max()) / levels
+
+
+@pytest.mark.parametrize(("precision", "levels"), [("int8", 255), ("int4", 15)])
+def test_a_quantised_row_is_within_a_step_of_its_float_row(
+    precision: Precision, levels: int, float_tables: PooledTables
+) -> None:
+    tables = QuantizedTables.from_float(float_tables, precision)
+    for name, count in ROWS.items():
+        found = tables.take(name, torch.arange(count))
+        wanted = float_tables.weight(name).detach()
+        # Half a step of the codes, and as much again for the rounding of scale and bias.
+        assert float((found - wanted).abs().max()) <= largest_step(float_tables, name, levels)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantised_bags_are_the_weighted_sums_of_their_rows(
+    precision: Precision, float_tables: PooledTables
+) -> None:
+    tables = QuantizedTables.from_float(float_tables, precision)
+    bags = all_bags(30)
+    pooled = tables(bags)
+    for name, bag in bags.items():
+        rows = tables.take(name, bag.rows).double() * bag.weights[:, None]
+        of = torch.arange(30).repeat_interleave(bag.lengths)
+        wanted = torch.zeros(30, DIM, dtype=torch.float64).index_add_(0, of, rows)
+        assert pooled[name].dtype == torch.float32
+        assert torch.allclose(pooled[name].double(), wanted, atol=1e-6)
+        assert not pooled[name][bag.lengths == 0].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("sharding", ["whole", "table", "row", "column"])
+def test_a_quantised_bag_has_the_same_bits_whatever_bags_surround_it(
+    sharding: str, precision: Precision, threads: int, float_tables: PooledTables
+) -> None:
+    tables = QuantizedTables.from_float(float_tables, precision)
+    if sharding in ("table", "row", "column"):
+        sharded = ShardedTables(plan_of(dict.fromkeys(ROWS, sharding), 2, precision))
+        sharded.load_state_dict(tables.state_dict())
+        tables = sharded
+    bags = all_bags(40)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = tables(bags)
+        for chosen in (*torch.arange(40).split(1), torch.randperm(40)[:33], longs(7, 3, 7)):
+            apart = tables({name: bag.take(chosen) for name, bag in bags.items()})
+            for name in ROWS:
+                assert torch.equal(apart[name], together[name][chosen])
+    finally:
+        torch.set_num_threads(before)
+
+
+SHARDINGS = [
+    dict.fromkeys(ROWS, "table"),
+    dict.fromkeys(ROWS, "row"),
+    dict.fromkeys(ROWS, "column"),
+    {"films": "row", "genres": "column", "tags": "table"},
+    {"films": "table", "genres": "row", "tags": "column"},
+]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("shardings", SHARDINGS)
+def test_every_cut_of_pooled_tables_gives_the_bits_of_one_piece(
+    shardings: dict[str, Sharding],
+    precision: Precision,
+    num_devices: int,
+    float_tables: PooledTables,
+) -> None:
+    whole = QuantizedTables.from_float(float_tables, precision)
+    sharded = ShardedTables(plan_of(shardings, num_devices, precision))
+    sharded.load_state_dict(whole.state_dict())
+    nothing = {name: Bags(longs(), torch.zeros(0), longs(0, 0)) for name in ROWS}
+    for bags in (all_bags(40), all_bags(1, seed=5), nothing, all_bags(0)):
+        wanted, found = whole(bags), sharded(bags)
+        assert list(found) == list(wanted)
+        for name in ROWS:
+            assert torch.equal(found[name], wanted[name])
+    for name in ROWS:
+        assert torch.equal(sharded.records(name), whole.records(name))
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "shardings", [*SHARDINGS[:2], {"films": "row", "genres": "table", "tags": "row"}]
+)
+def test_every_cut_of_sequences_gives_the_bits_of_one_piece(
+    shardings: dict[str, Sharding],
+    precision: Precision,
+    num_devices: int,
+    float_sequences: SequenceTables,
+) -> None:
+    whole = QuantizedSequences.from_float(float_sequences, precision)
+    sharded = ShardedSequences(plan_of(shardings, num_devices, precision, kind="sequence"))
+    sharded.load_state_dict(whole.state_dict())
+    nothing = {name: Sequences(longs(), longs(0, 0)) for name in ROWS}
+    for sequences in (all_sequences(20), all_sequences(1, seed=5), nothing, all_sequences(0)):
+        wanted, found = whole(sequences), sharded(sequences)
+        for name, count in ROWS.items():
+            assert torch.equal(found[name], wanted[name])
+            assert torch.equal(wanted[name], whole.take(name, sequences[name].rows))
+            assert wanted[name].shape == (sequences[name].rows.shape[0], DIM)
+            assert count == whole.records(name).shape[0]
+
+
+def test_sequences_are_the_rows_of_their_values(float_sequences: SequenceTables) -> None:
+    sequences = all_sequences(20)
+    found = float_sequences(sequences)
+    for name, one in sequences.items():
+        assert torch.equal(found[name], float_sequences.weight(name)[one.rows])
+    empty = float_sequences(all_sequences(0))
+    assert [part.shape for part in empty.values()] == [(0, DIM)] * 3
+
+
+def test_every_table_of_sequences_learns() -> None:
+    tables = SequenceTables({"films": 9, "genres": 4}, 3)
+    one = Sequences(longs(1, 1), longs(2))
+    sum(value.sum() for value in tables({"films": one, "genres": one}).values()).backward()
+    for name in ("films", "genres"):
+        gradient = tables.weight(name).grad
+        assert gradient is not None
+        assert gradient[1].tolist() == [2.0, 2.0, 2.0]
+        assert not gradient[2:].any()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("shardings", [None, *SHARDINGS[1:]])
+def test_updated_rows_are_those_of_tables_quantised_afterwards(
+    shardings: dict[str, Sharding] | None, precision: Precision
+) -> None:
+    torch.manual_seed(5)
+    floats = PooledTables(ROWS, DIM)
+    tables = QuantizedTables.from_float(floats, precision)
+    if shardings is not None:
+        sharded = ShardedTables(plan_of(shardings, 3, precision))
+        sharded.load_state_dict(tables.state_dict())
+        tables = sharded
+    bags = all_bags(20)
+    before = tables(bags)
+    for name, count in ROWS.items():
+        rows = torch.randperm(count)[: count // 2]
+        values = 3.0 * torch.randn(rows.shape[0], DIM)
+        tables.update_rows(name, rows, values)
+        with torch.no_grad():
+            floats.weight(name)[rows] = values
+    afterwards = QuantizedTables.from_float(floats, precision)
+    found, wanted = tables(bags), afterwards(bags)
+    for name in ROWS:
+        assert torch.equal(found[name], wanted[name])
+        assert not torch.equal(found[name], before[name])
+        assert torch.equal(tables.records(name), afterwards.records(name))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantised_tables_come_back_from_a_file_with_the_same_bits(
+    precision: Precision, float_tables: PooledTables, tmp_path: Path
+) -> None:
+    whole = QuantizedTables.from_float(float_tables, precision)
+    sharded = ShardedTables(plan_of(SHARDINGS[3], 3, precision))
+    sharded.load_state_dict(whole.state_dict())
+    width = 4 + DIM * (8 if precision == "int8" else 4) // 8
+    for tables in (whole, sharded):
+        path = tmp_path / "tables.safetensors"
+        safetensors.torch.save_file(tables.state_dict(), path)
+        state = safetensors.torch.load_file(path)
+        assert {key: tuple(one.shape) for key, one in state.items()} == {
+            f"tables.embedding_bags.{name}.weight": (count, width) for name, count in ROWS.items()
+        }
+        again = QuantizedTables(ROWS, DIM, precision)
+        again.load_state_dict(state)
+        bags = all_bags(10)
+        for name in ROWS:
+            assert torch.equal(again(bags)[name], whole(bags)[name])
+
+
+def test_a_state_that_does_not_fit_is_refused(float_tables: PooledTables) -> None:
+    tables = QuantizedTables(ROWS, DIM, "int8")
+    state = QuantizedTables.from_float(float_tables, "int8").state_dict()
+    key = "tables.embedding_bags.tags.weight"
+    with pytest.raises(RuntimeError, match=rf"{key} must be \(101, 52\) uint8, got \(101, 48\)"):
+        tables.load_state_dict(float_tables.state_dict())
+    with pytest.raises(RuntimeError, match=r"\(101, 52\) uint8, got \(101, 28\)"):
+        tables.load_state_dict(QuantizedTables.from_float(float_tables, "int4").state_dict())
+    damaged = state[key].clone()
+    damaged[7, 1] = 0x7E
+    with pytest.raises(RuntimeError, match=f"{key} must have finite scales and biases"):
+        tables.load_state_dict({**state, key: damaged})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*tables.embedding_bags.more.weight"):
+        tables.load_state_dict({**state, "tables.embedding_bags.more.weight": damaged})
+    del state[key]
+    with pytest.raises(RuntimeError, match=f"Missing key.*{key}"):
+        tables.load_state_dict(state)
+
+
+def test_a_state_can_lie_inside_a_larger_model(float_tables: PooledTables) -> None:
+    outer = torch.nn.Module()
+    outer.user = QuantizedTables.from_float(float_tables, "int8")
+    assert f"user.tables.embedding_bags.{next(iter(ROWS))}.weight" in outer.state_dict()
+    assert len(outer.state_dict()) == len(ROWS)
+    outer.load_state_dict(outer.state_dict())
+
+
+def test_tables_hold_zeros_until_they_are_filled() -> None:
+    tables = QuantizedTables(ROWS, DIM, "int8")
+    assert not tables(all_bags(5))["films"].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -70000.0])
+def test_weights_that_cannot_be_quantised_name_their_table(value: float) -> None:
+    floats = PooledTables({"films": 9, "genres": 4}, 8)
+    with torch.no_grad():
+        floats.weight("genres")[2, 5] = value
+    with pytest.raises(FieldError, match=r"genres: must be finite and within ±65504, .* row 2"):
+        QuantizedTables.from_float(floats, "int8")
+
+
+def test_a_dimension_that_does_not_fit_the_precision_is_refused() -> None:
+    with pytest.raises(FieldError, match="dim: must be a multiple of 4 for int8, got 6"):
+        QuantizedTables({"films": 9}, 6, "int8")
+    with pytest.raises(FieldError, match="dim: must be a multiple of 8 for int4, got 12"):
+        QuantizedTables.from_float(PooledTables({"films": 9}, 12), "int4")
+
+
+def test_a_lookup_of_other_features_or_rows_is_refused(float_tables: PooledTables) -> None:
+    tables = QuantizedTables.from_float(float_tables, "int8")
+    bags = all_bags(3)
+    with pytest.raises(FieldError, match="features: must be"):
+        tables({"films": bags["films"]})
+    beyond = bags["tags"]._replace(rows=bags["tags"].rows + 101)
+    with pytest.raises(FieldError, match="tags: rows must be from 0 to 100"):
+        tables({**bags, "tags": beyond})
+    with pytest.raises(FieldError, match="songs: must be one of the tables"):
+        tables.update_rows("songs", longs(1), torch.zeros(1, DIM))
+    with pytest.raises(FieldError, match="tags: rows must be from 0 to 100, got 101"):
+        tables.take("tags", longs(101))
+
+
+def test_a_plan_of_the_other_kind_is_refused() -> None:
+    with pytest.raises(TablePlanError, match="kind: must be pooled, got sequence"):
+        ShardedTables(plan_of(SHARDINGS[0], 2, "int8", kind="sequence"))
+    with pytest.raises(TablePlanError, match="kind: must be sequence, got pooled"):
+        ShardedSequences(plan_of(SHARDINGS[0], 2, "int8"))
+
+
+def test_a_plan_for_devices_that_are_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cpu = plan_of(SHARDINGS[0], 2, "int8")
+    topology = TableTopology(device="cuda", num_devices=2, hbm_bytes=1 << 30, host_bytes=1 << 30)
+    plan = cpu.model_copy(update={"topology": topology})
+    with pytest.raises(TablePlanError, match="devices: must be 2 of cuda, got 1"):
+        ShardedTables(plan)
+
+
+def test_a_gpu_plan_reaches_torchrec_with_its_kernels_places_and_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+
+    class Sharder:
+        def __init__(self, kind: str, settings: dict[str, Any]) -> None:
+            seen.update(kind=kind, settings=settings)
+
+        def shard(self, whole: Any, parameters: Any, env: Any, device: Any) -> None:
+            seen.update(parameters=parameters, world_size=env.world_size, device=device)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(embeddings, "_sharder", Sharder)
+    topology = TableTopology(device="cuda", num_devices=2, hbm_bytes=1 << 30, host_bytes=1 << 30)
+    tiers = {"films": "host_cached", "genres": "hbm", "tags": "host"}
+    tables = [
+        table.model_copy(
+            update={
+                "tier": tiers[table.name],
+                "cache_ratio": 0.05 if table.name == "films" else None,
+            }
+        )
+        for table in plan_of(
+            {"films": "column", "genres": "row", "tags": "table"}, 2, "int8"
+        ).tables
+    ]
+    plan = TablePlan(
+        topology=topology, kind="pooled", dim=DIM, precision="int8", tables=tuple(tables)
+    )
+    embeddings._sharded_collection(plan, list(ROWS))
+    found = {
+        name: (
+            one.sharding_type,
+            one.compute_kernel,
+            [
+                (str(shard.placement), shard.shard_offsets, shard.shard_sizes)
+                for shard in one.sharding_spec.shards
+            ],
+        )
+        for name, one in seen["parameters"].items()
+    }
+    assert found == {
+        "films": (
+            "column_wise",
+            "quant_uvm_caching",
+            [("rank:1/cuda:1", [0, 0], [1001, 24]), ("rank:0/cuda:0", [0, 24], [1001, 24])],
+        ),
+        "genres": (
+            "row_wise",
+            "quant",
+            [("rank:0/cuda:0", [0, 0], [8, 48]), ("rank:1/cuda:1", [8, 0], [9, 48])],
+        ),
+        "tags": ("table_wise", "quant_uvm", [("rank:0/cuda:0", [0, 0], [101, 48])]),
+    }
+    assert (seen["kind"], seen["world_size"], seen["device"].type) == ("pooled", 2, "cuda")
+    assert seen["settings"] == {"cache_load_factor": pytest.approx(0.05)}
+
+
+def test_caches_forget_rows_that_were_written_behind_them(float_tables: PooledTables) -> None:
+    tables = QuantizedTables.from_float(float_tables, "int8")
+    forgotten = []
+
+    class Memory:
+        def reset_cache_states(self) -> None:
+            forgotten.append(tables.records("tags")[7].tolist())
+
+    tables._memories.append(Memory())
+    before = tables.records("tags")[7].tolist()
+    tables.update_rows("tags", longs(7), torch.randn(1, DIM))
+    tables.load_state_dict(QuantizedTables(ROWS, DIM, "int8").state_dict())
+    assert [row == before for row in forgotten] == [False, False]
+    assert not any(forgotten[1])
