@@ -49,3 +49,10 @@ def _two_tower(config: Mapping[str, Any]) -> nn.Module:
     from silvershard.model.two_tower import TwoTower, TwoTowerConfig
 
     return TwoTower(TwoTowerConfig.model_validate(config))
+
+
+@register_builder("text_tower")
+def _text_tower(config: Mapping[str, Any]) -> nn.Module:
+    from silvershard.model.text_tower import TextTower, TextTowerConfig
+
+    return TextTower(TextTowerConfig.model_validate(config))

@@ -28,25 +28,38 @@ class SchemaError(FieldError):
 
 
 class UserFeature(BaseModel):
-    """A list of ids that a tower looks up in an embedding table; users and items alike."""
+    """What a tower reads of a user or an item: ids to look up in a table, or texts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = pydantic.Field(description="identifier of the feature")
-    kind: Literal["ids"] = pydantic.Field(
-        default="ids", description="how the feature is encoded; ids: a list of ids to look up"
+    kind: Literal["ids", "text"] = pydantic.Field(
+        default="ids",
+        description="how the feature is encoded; ids: a list of ids to look up; "
+        "text: a list of texts for a text encoder, which dtype string goes with",
     )
     dtype: Literal["int", "string"] = pydantic.Field(
         default="int", description="type of the ids; strings are hashed into the table"
     )
     max_length: int = pydantic.Field(
-        default=128, ge=1, description="ids kept; a longer list keeps its last max_length"
+        default=128, ge=1, description="values kept; a longer list keeps its last max_length"
+    )
+    max_characters: int = pydantic.Field(
+        default=4096, ge=1, description="longest text of a request that is not refused"
     )
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
         return _identifier(name)
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> Self:
+        if self.kind == "text" and self.dtype != "string":
+            raise ValueError(
+                f"feature {self.name!r}: dtype of a text must be string, got {self.dtype}"
+            )
+        return self
 
 
 class Attribute(BaseModel):
@@ -194,10 +207,10 @@ class Schema(BaseModel):
     def check_features(
         self, features: Mapping[str, Sequence[Any]]
     ) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
-        """Every declared user feature with its checked ids; ``()`` where none were given.
+        """Every declared user feature with its checked values; ``()`` where none were given.
 
-        Lists longer than ``max_length`` keep their last ids. numpy integers count as ints;
-        bools, floats and numbers in strings do not.
+        Lists longer than ``max_length`` keep their last values. numpy integers count as ints;
+        bools, floats and numbers in strings do not. A text that is given must say something.
 
         Raises:
             SchemaError: naming the feature that is unknown or of the wrong type.
@@ -210,7 +223,7 @@ class Schema(BaseModel):
                     f"unknown user feature; the schema has {', '.join(sorted(known)) or 'none'}",
                 )
         return {
-            feature.name: _check_ids(feature, features.get(feature.name, ()))
+            feature.name: _check_values(feature, features.get(feature.name, ()))
             for feature in self.user_features
         }
 
@@ -229,15 +242,16 @@ def _unique(what: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def _check_ids(feature: UserFeature, values: Sequence[Any]) -> tuple[int, ...] | tuple[str, ...]:
+def _check_values(feature: UserFeature, values: Sequence[Any]) -> tuple[int, ...] | tuple[str, ...]:
     if isinstance(values, np.ndarray) and values.ndim == 1:
         values = values.tolist()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise SchemaError(
-            feature.name, f"must be a list of {feature.dtype} ids, got {type(values).__name__}"
-        )
+        what = "texts" if feature.kind == "text" else f"{feature.dtype} ids"
+        raise SchemaError(feature.name, f"must be a list of {what}, got {type(values).__name__}")
     for position, value in enumerate(values):
         problem = _id_problem(feature.dtype, value)
+        if problem is None and feature.kind == "text":
+            problem = _text_problem(value, feature.max_characters)
         if problem:
             raise SchemaError(feature.name, f"position {position} must be {problem}")
     kept = values[-feature.max_length :]
@@ -251,6 +265,17 @@ def _id_problem(dtype: Literal["int", "string"], value: object) -> str | None:
         return f"an int, got {_described(value)}"
     if not INT64_MIN <= value <= INT64_MAX:
         return f"a 64-bit signed int, got {value}"
+    return None
+
+
+def _text_problem(text: str, max_characters: int) -> str | None:
+    if not text.strip():
+        return f"a text that is not blank, got {_described(text)}"
+    if len(text) > max_characters:
+        return f"a text of at most {max_characters} characters, got {len(text)}"
+    # A lone surrogate, as Python makes of undecodable bytes, is no character of any alphabet.
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return f"a text of valid Unicode, got {_described(text)}"
     return None
 
 

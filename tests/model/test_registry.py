@@ -43,7 +43,7 @@ def test_the_two_tower_builder_is_there() -> None:
 
 @pytest.mark.parametrize("name", ["os.system", "", "Two_Tower"])
 def test_an_unknown_builder_is_refused_with_the_known_names(name: str) -> None:
-    with pytest.raises(ValueError, match="builder must be one of two_tower, got"):
+    with pytest.raises(ValueError, match="builder must be one of text_tower, two_tower, got"):
         build(name, {})
 
 

@@ -119,6 +119,44 @@ def test_a_wrong_feature_is_named(features: dict[str, object], field: str, messa
     assert message in caught.value.message
 
 
+TEXTS = Schema(
+    user_features=(
+        UserFeature(name="query", kind="text", dtype="string", max_length=2, max_characters=9),
+    )
+)
+
+
+def test_texts_pass_as_they_are_and_the_last_are_kept() -> None:
+    checked = TEXTS.check_features({"query": ["first", "two\nlines", "übergrö"]})
+    assert checked == {"query": ("two\nlines", "übergrö")}
+    assert TEXTS.check_features({}) == {"query": ()}
+    assert TEXTS.check_features({"query": np.array(["a", "b"])}) == {"query": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a heist", "must be a list of texts, got str"),
+        ([b"heist"], "position 0 must be a string, got bytes b'heist'"),
+        (["heist", 3], "position 1 must be a string, got int 3"),
+        ([""], "position 0 must be a text that is not blank, got str ''"),
+        ([" \n\t"], r"position 0 must be a text that is not blank, got str ' \n\t'"),
+        (["0123456789"], "position 0 must be a text of at most 9 characters, got 10"),
+        (["a\ud83d"], r"position 0 must be a text of valid Unicode, got str 'a\ud83d'"),
+    ],
+)
+def test_a_wrong_text_is_named(texts: object, message: str) -> None:
+    with pytest.raises(SchemaError) as caught:
+        TEXTS.check_features({"query": texts})  # type: ignore[dict-item]
+    assert caught.value.field == "query"
+    assert caught.value.message == message
+
+
+def test_a_text_feature_of_ints_is_refused() -> None:
+    with pytest.raises(ValidationError, match="feature 'query': dtype of a text must be string"):
+        UserFeature(name="query", kind="text")
+
+
 def test_a_wrong_id_is_found_even_where_the_list_is_cut() -> None:
     with pytest.raises(SchemaError, match="position 0"):
         SCHEMA.check_features({"history": ["old", 1, 2, 3]})
