@@ -20,7 +20,8 @@ from silvershard.model.catalogue import Catalogue
 from silvershard.model.request import Request
 from silvershard.model.retriever import Retriever
 from silvershard.model.spec import SearchDefaults
-from silvershard.model.training_data import Interactions, TrainingConfig, prepare
+from silvershard.model.training_config import TrainingConfig
+from silvershard.model.training_data import Interactions, prepare
 from silvershard.shard.load import load_retriever
 from silvershard.shard.publish import publish_generation
 
@@ -96,16 +97,11 @@ class Workload:
             scores = encoded.embedding @ self.embeddings.T  # (B, H, n)
             scores = scores.masked_fill(~mask, float("-inf"))
             best = torch.topk(scores, 256, 2).indices.flatten(1)  # (B, H * R)
-            batch, width = best.shape
-            rows = best.flatten()
-            request = torch.arange(batch).repeat_interleave(width)
-            items = self.embeddings[rows]
-            refined = (encoded.embedding[request] * items[:, None]).sum(2)
-            signals = torch.from_numpy(self.items.signals)[rows]
-            logits = self.model.rank(
-                encoded.embedding, encoded.user_state, request, items, refined, signals
-            )
-            value = fixed_sigmoid(logits).sum(1).view(batch, width)
+            items = self.embeddings[best]  # (B, H * R, D)
+            refined = (encoded.embedding[:, None] * items[:, :, None]).sum(3)
+            signals = torch.from_numpy(self.items.signals)[best]
+            logits = self.model.rank(encoded.embedding, encoded.user_state, items, refined, signals)
+            value = fixed_sigmoid(logits).sum(2)
             return torch.topk(value, 10, 1).indices
 
 

@@ -10,13 +10,14 @@ import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection
+from silvershard.model.training_config import TrainingConfig
 from silvershard.shard.errors import ConfigError
 
 ENV_PREFIX = "SILVERSHARD__"
@@ -53,10 +54,10 @@ class ModelSection(BaseModel):
     name: str = Field(
         default="movielens", min_length=1, description="logical model name that requests can give"
     )
-    dim: int = Field(default=64, ge=8, le=1024, description="embedding dimension")
-    steps: int = Field(default=450, ge=1, description="batches that train the towers")
-    ranker_steps: int = Field(default=150, ge=0, description="batches that train the reranker")
     seed: int = Field(default=17, ge=0, description="seed of training, clustering and hashing")
+    checkpoint_every: int = Field(
+        default=100, ge=1, description="training steps between checkpoints, which --resume needs"
+    )
 
 
 class IndexSection(BaseModel):
@@ -80,7 +81,7 @@ class IndexSection(BaseModel):
         default=8, ge=1, description="most shards to cut a generation into without republishing"
     )
     false_positive_rate: float = Field(
-        default=0.001, gt=0, lt=1, description="target of one Bloom term, before verification"
+        default=0.001, ge=1e-9, lt=1, description="target of one Bloom term, before verification"
     )
 
 
@@ -138,6 +139,7 @@ class Config(BaseModel):
 
     paths: PathsSection = Field(default=PathsSection(), description="where data come from")
     model: ModelSection = Field(default=ModelSection(), description="what is trained")
+    training: TrainingConfig = Field(default=TrainingConfig(), description="how a model is trained")
     index: IndexSection = Field(default=IndexSection(), description="how items are indexed")
     sharding: ShardingSection = Field(
         default=ShardingSection(), description="how a generation is served"
@@ -308,8 +310,23 @@ def _reason(problem: Any) -> str:
 def _section_keys(key: Key) -> list[str]:
     section: Any = Config
     for part in key:
-        section = section.model_fields[str(part)].annotation
-    return list(section.model_fields)
+        choices = _sections(section)
+        if len(choices) > 1:
+            # The part is the kind of one of several sections.
+            section = next(one for one in choices if one.model_fields["kind"].default == part)
+        else:
+            section = choices[0].model_fields[str(part)].annotation
+    return list(_sections(section)[0].model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a type admits."""
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        parts = get_args(annotation)
+        parts = parts[:1] if get_origin(annotation) is Annotated else parts
+        return [section for part in parts for section in _sections(part)]
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_section else []
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
@@ -363,7 +380,7 @@ def settings() -> list[Setting]:
         Setting(
             key=f"{name}.{key}",
             type=_type_name(field.annotation),
-            default=_as_yaml(field.get_default()),
+            default=_as_yaml(field.get_default(call_default_factory=True)),
             description=field.description or "",
         )
         for name, section in Config.model_fields.items()
@@ -378,8 +395,16 @@ def _model_of(annotation: Any) -> type[BaseModel]:
 
 def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if sections := _sections(annotation):
+        kinds = " or ".join(f"`{one.model_fields['kind'].default}`" for one in sections)
+        nothing = " or null" if type(None) in get_args(annotation) else ""
+        return f"section of kind {kinds}{nothing}"
     if origin is tuple:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if origin is dict:
+        return f"{_type_name(get_args(annotation)[1])} by name"
+    if origin is Literal:
+        return " or ".join(f"`{one}`" for one in get_args(annotation))
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(one) for one in get_args(annotation))
     names = {"str": "text", "int": "integer", "float": "number", "bool": "boolean"}
@@ -387,7 +412,8 @@ def _type_name(annotation: Any) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    plain = list(plain) if isinstance(plain, tuple) else plain
     text: str = yaml.safe_dump(plain, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("...").strip()
 

@@ -1,10 +1,13 @@
 """The MovieLens recipe: from a data set to a trained model, and from there to a generation.
 
 ``<state>/model`` holds ``model.safetensors`` and ``model.json``; nothing in it can run code.
+``<state>/training`` holds the log and the last checkpoint of the training.
 
 Shapes: N movies, U users, R ratings.
 """
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -26,13 +29,16 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens import MovieLens, Popularity, Split
 from silvershard.deploy.state import StateDir
+from silvershard.deploy.training_files import TrainingFiles
 from silvershard.deploy.users import write_users
 from silvershard.model.catalogue import Catalogue
+from silvershard.model.clustering import default_clusters
 from silvershard.model.registry import build
 from silvershard.model.schema import Schema
 from silvershard.model.spec import SearchDefaults
-from silvershard.model.training import Trained, train
-from silvershard.model.training_data import Interactions, TrainingConfig
+from silvershard.model.training import Trained, Watch, train
+from silvershard.model.training_config import TrainingConfig
+from silvershard.model.training_data import Interactions
 from silvershard.shard.publish import PHASES, Published, publish_generation
 
 BUILDER = "two_tower"
@@ -135,20 +141,41 @@ def num_clusters(config: Config, documents: int) -> int:
     """Return the clusters of an index: as configured, or a power of two near 2.6 root of items."""
     if config.index.clusters:
         return config.index.clusters
-    return 1 << max(round(math.log2(2.6 * math.sqrt(max(documents, 1)))), 0)
+    return default_clusters(documents)
 
 
 def train_model(
-    state: StateDir, config: Config, prepared: Prepared, *, progress: bool = True
+    state: StateDir,
+    config: Config,
+    prepared: Prepared,
+    *,
+    progress: bool = True,
+    resume: bool = False,
 ) -> Trained:
-    """Train on the training split and write the model into the state directory."""
-    recipe = TrainingConfig(
-        dim=config.model.dim,
-        steps=config.model.steps,
-        ranker_steps=config.model.ranker_steps,
-        clusters=num_clusters(config, len(prepared.catalogue)),
-    )
+    """Train on the training split and write the model into the state directory.
+
+    Args:
+        state: gets the model, the log and the checkpoints.
+        config: its ``training`` section is the recipe.
+        prepared: the data.
+        progress: show progress bars.
+        resume: go on from the checkpoint in the state directory.
+
+    Raises:
+        CommandError: if ``resume`` is set and there is no checkpoint of this training.
+    """
+    clusters = config.training.clusters or num_clusters(config, len(prepared.catalogue))
+    recipe = config.training.model_copy(update={"clusters": clusters})
     rows = prepared.split.train_rows
+    files = TrainingFiles(state.training_dir, _training(config, recipe, prepared))
+    if not resume:
+        files.start()
+    watch = Watch(
+        on_log=files.log,
+        on_checkpoint=files.write_checkpoint,
+        checkpoint_every=config.model.checkpoint_every,
+        progress=progress,
+    )
     trained = train(
         prepared.schema,
         prepared.catalogue.features,
@@ -157,7 +184,8 @@ def train_model(
         recipe,
         validation=_validation(prepared),
         seed=config.model.seed,
-        progress=progress,
+        watch=watch,
+        resume=files.resume() if resume else None,
     )
     description = ModelDescription(
         builder=BUILDER,
@@ -172,6 +200,18 @@ def train_model(
     )
     save_model(state.model_dir, trained.model, description)
     return trained
+
+
+def _training(config: Config, recipe: TrainingConfig, prepared: Prepared) -> str:
+    """Return what tells one training from another."""
+    parts = {
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": config.model.seed,
+        "schema": prepared.schema.model_dump(mode="json"),
+        "data": prepared.source.summary,
+        "interactions": len(prepared.split.train_rows),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _interactions(data: MovieLens, rows: NDArray[np.int64]) -> Interactions:

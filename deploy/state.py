@@ -126,6 +126,11 @@ class StateDir:
         return self.root / "model"
 
     @property
+    def training_dir(self) -> Path:
+        """Return where the log and the checkpoint of a training are."""
+        return self.root / "training"
+
+    @property
     def generations(self) -> Path:
         """Return the repository of generations."""
         return self.root / "generations"

@@ -91,7 +91,13 @@ def _arguments() -> argparse.ArgumentParser:
     demo.add_argument("--user", type=int, metavar="ID", help="user to show")
     _serving_options(demo)
     train = verb("train", "train a model on MovieLens", _train, state, config)
+    train.add_argument(
+        "config_file", nargs="?", type=Path, metavar="CONFIG", help="the same as --config"
+    )
     train.add_argument("--data", **data)
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint of a stopped training"
+    )
     text = "write the trained model and its items as a new generation"
     publish = verb("publish", text, _publish, state, config)
     publish.add_argument("--data", **data)
@@ -241,13 +247,17 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from silvershard.deploy import recipe
 
+    if options.config_file and options.config:
+        raise CommandError("CONFIG and --config are the same: give one of them", ExitCode.USAGE)
+    options.config = options.config_file or options.config
     state = _state(options)
     config = _load(options, state).config
     with state.working("train"):
         prepared = recipe.prepare(config, data=options.data, report=_report(options))
-        trained = recipe.train_model(state, config, prepared)
+        trained = recipe.train_model(state, config, prepared, resume=options.resume)
     document = {
         "model": str(state.model_dir),
+        "log": str(state.training_dir / "log.csv"),
         "seconds": round(trained.seconds, 1),
         "tower_ndcg_at_10": recipe.finite(trained.tower_ndcg),
         "ranker_ndcg_at_10": recipe.finite(trained.ranker_ndcg),

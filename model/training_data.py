@@ -1,4 +1,4 @@
-"""What training works on: its settings, the interactions, and the tensors made of them.
+"""What training works on: the interactions, and the tensors made of them.
 
 Shapes: N items of the catalogue, M interactions, H heads, T tasks, D embedding dimension, B users,
 Vs signals.
@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from silvershard.model.bags import DEFAULT_ROW, Bags, spread
 from silvershard.model.catalogue import Ragged
-from silvershard.model.embeddings import DEFAULT_ROW, Bags, spread
 from silvershard.model.schema import Schema
+from silvershard.model.training_config import TrainingConfig
 from silvershard.model.two_tower import (
     HISTORY_TABLE,
     RECENT_TABLE,
+    SESSION,
     HistoryPool,
     ItemTable,
     TwoTower,
@@ -30,69 +31,6 @@ _CONTENT_SCALE = 0.4
 _FEWEST_TO_RESERVE = 4
 _ID_NOISE = 0.02
 _POOL_SCALE = 0.3
-
-
-class TrainingConfig(BaseModel):
-    """What a person decides about training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    history: str = Field(default="history", description="user feature that lists item ids")
-    item: str = Field(default="movie_id", description="item feature whose ids the history names")
-    pooled: tuple[str, ...] = Field(
-        default=("genres",), description="item features pooled over the history"
-    )
-    min_rating: dict[str, float] = Field(
-        default={"liked": 4.0},
-        description="least rating of a positive, by head or task; every interaction where none",
-    )
-    threads: int = Field(
-        default=1,
-        ge=1,
-        description="threads of torch; on busy cores one is several times faster than two, which "
-        "wait for each other",
-    )
-    dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension")
-    recent: int = Field(default=3, ge=1, description="last ids that are also pooled by themselves")
-    half_life: float = Field(default=10.0, gt=0, description="ids after which a weight has halved")
-    steps: int = Field(default=450, ge=1, description="batches that train the towers")
-    batch: int = Field(default=512, ge=1, description="positions of a batch")
-    negatives: int = Field(default=2048, ge=1, description="sampled items that a batch shares")
-    negative_power: float = Field(
-        default=0.5, ge=0, le=1, description="negatives are drawn by popularity to this power"
-    )
-    user_power: float = Field(
-        default=0.5, ge=0, le=1, description="users are drawn by their positions to this power"
-    )
-    learning_rate: float = Field(default=3e-3, gt=0, description="of Adam, at its highest")
-    temperature: float = Field(default=0.12, gt=0, description="of the softmax over cosines")
-    dropout: float = Field(default=0.2, ge=0, lt=1, description="of the pooled user features")
-    history_dropout: float = Field(default=0.2, ge=0, lt=1, description="of ids of a history")
-    empty_history: float = Field(
-        default=0.03, ge=0, lt=1, description="positions that are trained without their history"
-    )
-    item_dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="items that are trained without their id"
-    )
-    clusters: int = Field(
-        default=256, ge=1, description="clusters that items are pulled together in"
-    )
-    cluster_pull: float = Field(default=16.0, ge=0, description="weight of the pull")
-    cluster_start: float = Field(
-        default=0.0, ge=0, le=1, description="share of the steps after which the pull begins"
-    )
-    ranker_share: float = Field(
-        default=0.05,
-        ge=0,
-        lt=1,
-        description="share of each user's interactions, the latest, that only the reranker learns",
-    )
-    ranker_steps: int = Field(default=150, ge=0, description="batches that train the reranker")
-    ranker_batch: int = Field(default=128, ge=1, description="positions of a batch")
-    ranker_hard: int = Field(default=32, ge=0, description="candidates that the towers rank high")
-    ranker_random: int = Field(default=4, ge=1, description="candidates drawn by popularity")
-    ranker_depth: int = Field(default=200, ge=1, description="ranks that hard candidates come from")
-    ranker_learning_rate: float = Field(default=2e-3, gt=0, description="of Adam, at its highest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +219,8 @@ def _tower_config(
         max_history=lengths[config.history],
         recent=config.recent,
         half_life=config.half_life,
+        encoder=config.encoder,
+        ranker=config.ranker,
     )
     return tower, known
 
@@ -321,6 +261,10 @@ def _fill_weights(
     ids[item_rows] = factors + _ID_NOISE * torch.randn_like(factors)
     for name in (HISTORY_TABLE, RECENT_TABLE):
         model.user_tables.weight(name)[item_rows] = factors
+    if model.session_table is not None:
+        session = model.session_table.weight(SESSION)
+        session.normal_(std=_CONTENT_SCALE * dim**-0.5)
+        session[item_rows] = factors
     # Each head starts as a weighted sum of the pooled features, so that histories start out near
     # the items that share their factors.
     model.user_head.weight.zero_()
@@ -330,6 +274,10 @@ def _fill_weights(
         for head in range(len(model.config.heads)):
             block = model.user_head.weight[place * dim :, head * dim :]
             block[:dim, :dim].diagonal().fill_(scale)
+    if model.encoder is not None:
+        for head in range(len(model.config.heads)):
+            block = model.user_head.weight[len(model.user_tables.features) * dim :, head * dim :]
+            block[:dim, :dim].diagonal().fill_(_POOL_SCALE)
 
 
 def _item_factors(items: Tensor, users: Tensor, num_items: int, dim: int) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: B requests, N items, H heads, D embedding dimension, T tasks, Us user st
 L history length, n values of all requests together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -13,21 +13,27 @@ from torch import Tensor, nn
 
 from silvershard.kernels import fixed_dot, fixed_sqrt
 from silvershard.kernels.fixed_math import fixed_dot_reference
-from silvershard.model.catalogue import Ragged
-from silvershard.model.dense import PaddedLinear
-from silvershard.model.embeddings import (
+from silvershard.model.bags import (
     DEFAULT_ROW,
     Bags,
-    PooledTables,
+    Sequences,
     Vocabulary,
     mean_bags,
     spread,
 )
-from silvershard.model.ranker import MLPRanker
+from silvershard.model.catalogue import Ragged
+from silvershard.model.dense import PaddedLinear
+from silvershard.model.embeddings import PooledTables, SequenceTables
+from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
+from silvershard.model.encoders import SequenceEncoder, build_encoder
+from silvershard.model.ranker import build_ranker
+from silvershard.model.ranker_config import MLPConfig, RankerConfig, check_ranker, session_rows
+from silvershard.model.ranker_session import pack_session, session_width
 
 BAND_TABLE = "popularity_band"
 HISTORY_TABLE = "history"
 RECENT_TABLE = "recent"
+SESSION = "session"
 
 _ITEM_CHUNK = 4096
 _SMALLEST_SQUARE = 1e-24
@@ -42,6 +48,15 @@ class Encoded(NamedTuple):
     """``(B, Us)`` float32, the user side of the reranker."""
     warnings: tuple[tuple[str, ...], ...]
     """What was wrong with the features of each request; empty where nothing was."""
+
+
+class History(NamedTuple):
+    """The histories of a batch of users, as the user tower reads them."""
+
+    bags: dict[str, Bags]
+    """What the user tables pool, B bags each."""
+    session: Sequences
+    """The newest rows of each history, oldest first; empty where nothing reads them."""
 
 
 class ItemTable(BaseModel):
@@ -84,8 +99,13 @@ class TwoTowerConfig(BaseModel):
     )
     half_life: float = Field(default=10.0, gt=0, description="ids after which a weight has halved")
     bands: int = Field(default=24, ge=1, description="number of popularity bands")
-    ranker_hidden: tuple[int, int] = Field(
-        default=(64, 32), description="widths of the reranker's hidden layers"
+    encoder: SequenceEncoderConfig | None = Field(
+        default=None,
+        description="sequence encoder of the newest ids of a history, whose state after the last "
+        "of them stands beside the pooled features; none: those alone",
+    )
+    ranker: RankerConfig = Field(
+        default_factory=MLPConfig, description="the reranker and its settings"
     )
 
     @model_validator(mode="after")
@@ -101,6 +121,14 @@ class TwoTowerConfig(BaseModel):
         for field, name in (("item", self.item), *(("pooled", feature) for feature in pooled)):
             if name not in names:
                 raise ValueError(f"{field} must be one of the tables {names}, got {name!r}")
+        check_ranker(self.ranker, dim=self.dim, session_length=self.max_history)
+        if self.encoder is not None:
+            check_encoder(self.encoder, dim=self.dim)
+            if self.encoder.max_length > self.max_history:
+                raise ValueError(
+                    f"encoder.max_length must be at most max_history={self.max_history}, "
+                    f"got {self.encoder.max_length}"
+                )
         return self
 
     def table(self, name: str) -> ItemTable:
@@ -122,13 +150,43 @@ class TwoTowerConfig(BaseModel):
         return {**{table.name: table.size + 1 for table in self.tables}, BAND_TABLE: self.bands}
 
     @property
+    def profile_dim(self) -> int:
+        """Width of what the query embeddings are made of, which the user state begins with."""
+        return (len(self.user_tables) + (self.encoder is not None)) * self.dim
+
+    @property
     def state_dim(self) -> int:
-        """Width Us of the user state."""
-        return len(self.user_tables) * self.dim
+        """Width Us of the user state: the profile, then the session of the reranker."""
+        return self.profile_dim + session_width(session_rows(self.ranker), self.dim)
+
+    @property
+    def session_length(self) -> int:
+        """Newest ids of a history that encoder or reranker read one by one."""
+        encoded = 0 if self.encoder is None else self.encoder.max_length
+        return max(encoded, session_rows(self.ranker))
 
 
 def _pool_table(feature: str) -> str:
     return f"{HISTORY_TABLE}_{feature}"
+
+
+def _newest(embedded: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The last ``most`` rows of each list, left-aligned.
+
+    Args:
+        embedded: ``(n, D)`` float32, the rows of all lists.
+        lengths: ``(B,)`` int64, their sum is n.
+        most: M.
+
+    Returns:
+        ``(B, M, D)`` float32, zeros beyond a list, and ``(B,)`` int64.
+    """
+    counts = lengths.clamp(max=most)
+    chosen = embedded[spread(lengths.cumsum(0) - counts, counts)]
+    request = torch.arange(lengths.shape[0]).repeat_interleave(counts)
+    position = spread(torch.zeros_like(counts), counts)
+    rows = embedded.new_zeros(lengths.shape[0], most, embedded.shape[1])
+    return rows.index_put((request, position), chosen), counts
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -178,15 +236,36 @@ class TwoTower(nn.Module):
         self.user_tables = PooledTables(config.user_tables, config.dim)
         self.item_tables = PooledTables(config.item_tables, config.dim)
         num_heads = len(config.heads)
-        self.user_head = PaddedLinear(config.state_dim, num_heads * config.dim)
-        self.ranker = MLPRanker(
+        self.session_table: SequenceTables | None = None
+        if config.session_length:
+            self.session_table = SequenceTables({SESSION: num_items}, config.dim)
+        self.encoder: SequenceEncoder | None = None
+        if config.encoder is not None:
+            self.encoder = build_encoder(config.encoder, config.dim)
+        self.user_head = PaddedLinear(config.profile_dim, num_heads * config.dim)
+        self.ranker = build_ranker(
+            config.ranker,
             dim=config.dim,
             num_heads=num_heads,
-            state_dim=config.state_dim,
+            state_dim=config.profile_dim,
+            session_length=config.max_history,
             num_signals=len(config.signals),
             num_tasks=max(len(config.tasks), 1),
-            hidden=config.ranker_hidden,
         )
+
+    def tower_parameters(self) -> Iterator[nn.Parameter]:
+        """What towers learn: all parameters but those of the reranker."""
+        for part in (self.user_tables, self.item_tables, self.user_head):
+            yield from part.parameters()
+        if self.encoder is not None and self.session_table is not None:
+            yield from self.encoder.parameters()
+            yield from self.session_table.parameters()
+
+    @torch.no_grad()
+    def share_history_table(self) -> None:
+        """Give the session table the rows of the history table where no encoder trains it."""
+        if self.session_table is not None and self.encoder is None:
+            self.session_table.weight(SESSION).copy_(self.user_tables.weight(HISTORY_TABLE))
 
     def vocabulary(self, feature: str) -> Vocabulary:
         """The known ids of an item feature."""
@@ -198,8 +277,8 @@ class TwoTower(nn.Module):
         """Rows of a pooled feature per item row, ``(rows, width)`` int64 padded with -1."""
         return self.get_buffer(f"links_{feature}")
 
-    def history_bags(self, rows: Tensor, lengths: Tensor) -> dict[str, Bags]:
-        """What the user tables pool for each request.
+    def history(self, rows: Tensor, lengths: Tensor) -> History:
+        """The histories of a batch of users.
 
         Args:
             rows: ``(n,)`` int64 item rows of all histories, oldest first, none of them the default.
@@ -217,7 +296,9 @@ class TwoTower(nn.Module):
             weights = (history.weights / counts)[:, None].expand_as(links)
             values = torch.zeros_like(lengths).index_add_(0, request, counts)
             bags[_pool_table(pool.feature)] = Bags(links[known], weights[known], values)
-        return bags
+        counts = lengths.clamp(max=config.session_length)
+        newest = rows[spread(lengths.cumsum(0) - counts, counts)]
+        return History(bags, Sequences(newest, counts))
 
     @staticmethod
     def _last(rows: Tensor, lengths: Tensor, most: int, weights: Tensor | None) -> Bags:
@@ -233,14 +314,23 @@ class TwoTower(nn.Module):
         ends = (begins + filled - 1).repeat_interleave(filled)
         return Bags(out, weights[per_value, ends - torch.arange(out.shape[0])], filled)
 
-    def user_state(self, bags: Mapping[str, Bags]) -> Tensor:
-        """The pooled features of each user side by side, ``(B, Us)`` float32."""
-        pooled = self.user_tables(bags)
-        return torch.cat([pooled[name] for name in self.user_tables.features], 1)
+    def user_state(self, history: History) -> Tensor:
+        """The profile of each user, then the session of the reranker, ``(B, Us)`` float32."""
+        pooled = self.user_tables(history.bags)
+        parts = [pooled[name] for name in self.user_tables.features]
+        if self.session_table is not None:
+            lengths = history.session.lengths
+            embedded = self.session_table({SESSION: history.session})[SESSION]
+            if self.encoder is not None:
+                session, counts = _newest(embedded, lengths, self.encoder.max_length)
+                parts.append(self.encoder.forward_last(session, counts))
+            if self.ranker.session_rows:
+                parts.append(pack_session(*_newest(embedded, lengths, self.ranker.session_rows)))
+        return torch.cat(parts, 1)
 
     def user_embedding(self, user_state: Tensor) -> Tensor:
         """Query embeddings ``(B, H, D)`` float32 of unit length."""
-        heads = self.user_head(user_state)
+        heads = self.user_head(user_state[:, : self.config.profile_dim])
         return unit_rows(heads.view(-1, len(self.config.heads), self.config.dim))
 
     def encode(self, features: Sequence[Mapping[str, Sequence[Any]]]) -> Encoded:
@@ -259,7 +349,7 @@ class TwoTower(nn.Module):
         request = torch.arange(len(histories)).repeat_interleave(given)
         known = rows != DEFAULT_ROW
         lengths = torch.bincount(request[known], minlength=len(histories))
-        state = self.user_state(self.history_bags(rows[known], lengths))
+        state = self.user_state(self.history(rows[known], lengths))
         name = self.config.history
         warnings = tuple(
             (f"feature {name}: {asked - found} of {asked} values unknown",) if found < asked else ()
@@ -321,23 +411,21 @@ class TwoTower(nn.Module):
         self,
         query: Tensor,
         user_state: Tensor,
-        request: Tensor,
         items: Tensor,
         refined: Tensor,
         signals: Tensor,
     ) -> Tensor:
-        """Return task logits ``(n, T)`` float32 of n (request, item) pairs.
+        """Return task logits ``(B, U, T)`` float32 of candidates.
 
         Args:
             query: ``(B, H, D)`` float32, as encoded.
             user_state: ``(B, Us)`` float32, as encoded.
-            request: ``(n,)`` int64, the request of each pair.
-            items: ``(n, D)`` float32.
-            refined: ``(n, H)`` float32 scores.
-            signals: ``(n, Vs)`` float32.
+            items: ``(B, U, D)`` float32.
+            refined: ``(B, U, H)`` float32 scores.
+            signals: ``(B, U, Vs)`` float32.
         """
-        logits: Tensor = self.ranker(query, user_state, request, items, refined, signals)
-        return logits[:, : len(self.config.tasks)]
+        logits: Tensor = self.ranker(query, user_state, items, refined, signals)
+        return logits[:, :, : len(self.config.tasks)]
 
     def rank_slots(
         self,
@@ -354,7 +442,7 @@ class TwoTower(nn.Module):
             query: ``(B, H, D)`` float32, as encoded.
             user_state: ``(B, Us)`` float32, as encoded.
             cache: ``(N, G, D)`` float16 item embeddings.
-            slots: ``(B, U)`` int64 in [-1, N G); -1 is padding, whose rows hold no meaning.
+            slots: ``(B, U)`` int64 in [-1, N G); -1 is padding, whose logits are zeros.
             refined: ``(B, U, H)`` float32 scores.
             signals: ``(B, U, Vs)`` float32.
         """

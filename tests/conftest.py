@@ -10,6 +10,7 @@ import torch
 
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
 from silvershard.model.dense import PaddedLinear
+from silvershard.model.ranker_config import MLPConfig
 from silvershard.model.request import Request
 from silvershard.model.schema import Attribute, Field, Schema, UserFeature
 from silvershard.model.spec import SearchDefaults
@@ -123,7 +124,7 @@ def make_model(catalogue: Catalogue, seed: int = 0) -> TwoTower:
             ),
             pooled=(HistoryPool(feature="genres", width=3),),
             max_history=20,
-            ranker_hidden=(24, 12),
+            ranker=MLPConfig(hidden=(24, 12)),
         )
     )
     model.vocabulary("movie").fill(known.tolist())

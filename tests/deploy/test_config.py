@@ -85,6 +85,21 @@ def test_a_bad_key_is_named_with_its_path_and_line(
     assert message in str(caught.value)
 
 
+def test_sections_of_several_kinds_are_read_shown_and_checked(write: Write) -> None:
+    text = "training:\n  encoder: {kind: hstu, layers: 3}\n  ranker: {kind: mixture_of_logits}\n"
+    config = load(write(text), environ={})
+    assert (config.training.encoder.kind, config.training.encoder.layers) == ("hstu", 3)
+    shown = to_yaml(load_with_sources(write(text), environ={}))
+    assert load(write(shown), environ={}) == config
+    for section, message in (
+        ("encoder: {kind: hstu, leyers: 3}", r"line 2: .*leyers: unknown key; did you mean layers"),
+        ("ranker: {kind: gru}", "line 2: training.ranker: .*does not match any of the expected"),
+        ("encoder: {kind: mean, max_length: 0}", "line 2: .*max_length: input should be greater"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(write(f"training:\n  {section}\n"), environ={})
+
+
 def test_all_problems_are_counted(write: Write) -> None:
     with pytest.raises(ConfigError, match=r"\(and 2 more\)$"):
         load(write("a: 1\nb: 2\nc: 3\n"), environ={})

@@ -24,9 +24,9 @@ class Setup:
             None,
             environ={},
             options={
-                "model.steps": 8,
-                "model.ranker_steps": 4,
-                "model.dim": 16,
+                "training.steps": 8,
+                "training.ranker_steps": 4,
+                "training.dim": 16,
                 "index.clusters": 16,
             },
         )

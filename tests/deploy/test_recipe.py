@@ -9,15 +9,22 @@ from silvershard.deploy.config import Config, load
 from silvershard.deploy.csv_files import DataError
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
+from silvershard.deploy.training_files import TrainingFiles
 from silvershard.deploy.users import user_history
 from silvershard.model.request import Request
+from silvershard.model.training import Checkpoint
 from silvershard.shard.generations import generation_dir, list_generations
 from silvershard.shard.load import load_retriever
 
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    options = {"model.steps": 8, "model.ranker_steps": 4, "model.dim": 16, "index.clusters": 16}
+    options = {
+        "training.steps": 8,
+        "training.ranker_steps": 4,
+        "training.dim": 16,
+        "index.clusters": 16,
+    }
     return load(None, environ={}, options=options)
 
 
@@ -69,6 +76,43 @@ def test_the_trained_model_is_loaded_as_it_was_saved(
     again = recipe.load_model(state.model_dir)
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_a_stopped_training_goes_on_to_the_same_model(
+    state: StateDir,
+    config: Config,
+    prepared: recipe.Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    often = config.model_copy(
+        update={"model": config.model.model_copy(update={"checkpoint_every": 3})}
+    )
+    stopped = StateDir(tmp_path)
+
+    class Stopped(Exception):
+        pass
+
+    def write_then_stop(self: TrainingFiles, checkpoint: Checkpoint) -> None:
+        write(self, checkpoint)
+        if checkpoint.progress.done == 6:
+            raise Stopped
+
+    write = TrainingFiles.write_checkpoint
+    monkeypatch.setattr(TrainingFiles, "write_checkpoint", write_then_stop)
+    with pytest.raises(Stopped):
+        recipe.train_model(stopped, often, prepared, progress=False)
+    monkeypatch.undo()
+    assert not stopped.model_dir.exists()
+    recipe.train_model(stopped, often, prepared, progress=False, resume=True)
+    whole, again = recipe.load_model(state.model_dir), recipe.load_model(stopped.model_dir)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    lines = (stopped.training_dir / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["phase", "towers", *["reranker"] * 4]
+    other = often.model_copy(update={"training": often.training.model_copy(update={"steps": 9})})
+    with pytest.raises(CommandError, match="other settings"):
+        recipe.train_model(stopped, other, prepared, progress=False, resume=True)
 
 
 def test_a_model_that_is_missing_or_damaged_is_named(state: StateDir, tmp_path: Path) -> None:

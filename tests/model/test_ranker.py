@@ -1,127 +1,143 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from silvershard.model.ranker import MLPRanker
+from silvershard.model.catalogue import Ragged
+from silvershard.model.ranker import build_ranker
+from silvershard.model.ranker_attention import SelfAttentionRanker
+from silvershard.model.ranker_config import (
+    MixtureOfLogitsConfig,
+    MLPConfig,
+    RankerConfig,
+    SelfAttentionConfig,
+)
+from silvershard.model.ranker_interface import Ranker
+from silvershard.model.ranker_mixture import MixtureOfLogitsRanker
+from silvershard.model.ranker_mlp import MLPRanker
+from silvershard.model.ranker_session import session_width
+from silvershard.model.schema import Schema, UserFeature
+from silvershard.model.training import Watch, train
+from silvershard.model.training_data import Interactions, TrainingConfig
+
+CONFIGS = (MLPConfig(), SelfAttentionConfig(session_rows=5), MixtureOfLogitsConfig())
 
 
-def ranker(num_tasks: int = 2) -> MLPRanker:
+def build(config: RankerConfig, **changes: int) -> Ranker:
+    sizes = {
+        "dim": 12,
+        "num_heads": 2,
+        "state_dim": 20,
+        "session_length": 9,
+        "num_signals": 3,
+        "num_tasks": 2,
+    }
     torch.manual_seed(5)
-    made = MLPRanker(dim=12, num_heads=2, state_dim=20, num_signals=3, num_tasks=num_tasks)
-    return made.requires_grad_(requires_grad=False)
+    return build_ranker(config, **{**sizes, **changes})
 
 
-def trained(made: MLPRanker) -> MLPRanker:
-    made.out.weight[:32, :2].normal_()
-    made.signal_mean.uniform_()
-    made.signal_scale.uniform_()
-    return made
-
-
-def pairs(count: int, requests: int = 9) -> dict[str, Any]:
+def inputs(made: Ranker, batch: int = 4, width: int = 30) -> dict[str, Any]:
+    shape = made.shape
     generator = torch.Generator().manual_seed(8)
+    state = torch.zeros(batch, shape.state_dim + session_width(made.session_rows, shape.dim))
     return {
-        "query": torch.randn(requests, 2, 12, generator=generator),
-        "user_state": torch.randn(requests, 20, generator=generator),
-        "request": torch.randint(requests, (count,), generator=generator),
-        "items": torch.randn(count, 12, generator=generator),
-        "refined": torch.randn(count, 2, generator=generator),
-        "signals": torch.rand(count, 3, generator=generator),
+        "query": torch.randn(batch, shape.num_heads, shape.dim, generator=generator),
+        "user_state": state,
+        "items": torch.randn(batch, width, shape.dim, generator=generator),
+        "refined": torch.randn(batch, width, shape.num_heads, generator=generator),
+        "signals": torch.rand(batch, width, shape.num_signals, generator=generator),
     }
 
 
-def only(given: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    per_pair = ("request", "items", "refined", "signals")
-    return {name: value[rows] if name in per_pair else value for name, value in given.items()}
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    list(zip(CONFIGS, (MLPRanker, SelfAttentionRanker, MixtureOfLogitsRanker), strict=True)),
+)
+def test_a_config_builds_its_ranker(config: RankerConfig, kind: type[Ranker]) -> None:
+    assert type(build(config)) is kind
 
 
-def test_an_untrained_ranker_orders_each_task_as_its_head_does() -> None:
-    given = pairs(50)
-    logits = ranker()(**given)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_an_untrained_ranker_orders_each_task_as_its_head_does(config: RankerConfig) -> None:
+    made = build(config)
+    given = inputs(made)
+    logits = made(**given)
     for task in range(2):
-        assert torch.equal(logits[:, task].argsort(), given["refined"][:, task].argsort())
+        order = given["refined"][:, :, task].argsort(1)
+        assert torch.equal(logits[:, :, task].argsort(1), order)
 
 
-def test_an_untrained_ranker_with_other_tasks_orders_as_the_mean_of_the_heads() -> None:
-    given = pairs(50)
-    logits = ranker(num_tasks=3)(**given)
-    assert logits.shape == (50, 3)
-    assert torch.equal(logits[:, 2].argsort(), given["refined"].mean(1).argsort())
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_an_untrained_ranker_with_other_tasks_orders_as_the_mean_of_the_heads(
+    config: RankerConfig,
+) -> None:
+    made = build(config, num_tasks=3)
+    given = inputs(made)
+    logits = made(**given)
+    assert logits.shape == (4, 30, 3)
+    assert torch.equal(logits[:, :, 2].argsort(1), given["refined"].mean(2).argsort(1))
 
 
-def test_a_trained_ranker_reads_every_input() -> None:
-    made, given = trained(ranker()), pairs(20)
-    before = made(**given)
-    for name in ("query", "user_state", "items", "refined", "signals"):
-        changed = made(**{**given, name: given[name] + 1.0})
-        assert not torch.equal(before, changed), name
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_the_smallest_sizes_can_be_built(config: RankerConfig) -> None:
+    smallest = {"dim": 2, "num_heads": 1, "state_dim": 1, "num_signals": 0, "num_tasks": 1}
+    made = build(config, **smallest)
+    assert torch.isfinite(made(**inputs(made))).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_pair_has_the_same_bits_whatever_pairs_surround_it(threads: int) -> None:
-    made, given = trained(ranker()), pairs(400)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        together = made(**given)
-        for rows in (*torch.arange(0, 400, 29).split(1), torch.arange(17), torch.randperm(400)):
-            assert torch.equal(made(**only(given, rows)), together[rows])
-        alone = {**only(given, torch.tensor([3])), "request": torch.tensor([0])}
-        user = int(given["request"][3])
-        alone["query"] = given["query"][user : user + 1]
-        alone["user_state"] = given["user_state"][user : user + 1]
-        assert torch.equal(made(**alone), together[3:4])
-    finally:
-        torch.set_num_threads(threads_before)
+def test_only_self_attention_reads_a_session() -> None:
+    assert [build(config).session_rows for config in CONFIGS] == [0, 5, 0]
 
 
-def test_no_pairs_give_no_logits() -> None:
-    assert ranker()(**pairs(0)).shape == (0, 2)
+def test_a_ranker_that_does_not_fit_the_tower_is_not_built() -> None:
+    with pytest.raises(ValueError, match=r"ranker.session_rows .* 9 ids \(max_history\), got 31"):
+        build(SelfAttentionConfig())
+    with pytest.raises(ValueError, match=r"ranker.attention_heads must divide dim 12, got 8"):
+        build(SelfAttentionConfig(session_rows=5, attention_heads=8))
 
 
-def cached(given: dict[str, Any], width: int) -> dict[str, Any]:
-    """The pairs of ``given``, request by request, as slots of a cache with padding."""
-    requests = len(given["query"])
-    slots = torch.full((requests, width), -1)
-    refined = torch.zeros(requests, width, 2)
-    signals = torch.zeros(requests, width, 3)
-    for request in range(requests):
-        mine = (given["request"] == request).nonzero()[:, 0]
-        slots[request, : len(mine)] = mine
-        refined[request, : len(mine)] = given["refined"][mine]
-        signals[request, : len(mine)] = given["signals"][mine]
-    return {
-        "query": given["query"],
-        "user_state": given["user_state"],
-        "cache": given["items"].half()[None],
-        "slots": slots,
-        "refined": refined,
-        "signals": signals,
-    }
-
-
-def test_cached_candidates_have_the_logits_of_their_pairs() -> None:
-    made, given = trained(ranker()), pairs(100)
-    given["items"] = given["items"].half().float()
-    expected = made(**given)
-    got = made.rank_slots(**cached(given, 30))
-    slots = cached(given, 30)["slots"]
-    assert got.shape == (9, 30, 2)
-    assert torch.allclose(got[slots >= 0], expected[slots[slots >= 0]], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(got[slots >= 0], expected[slots[slots >= 0]].roll(1, 0), atol=1e-2)
-
-
-def test_a_cached_candidate_has_the_same_bits_in_any_company() -> None:
-    made, given = trained(ranker()), pairs(100)
-    whole = cached(given, 30)
-    together = made.rank_slots(**whole)
-    for request in range(9):
-        alone = {name: whole[name][request : request + 1] for name in whole if name != "cache"}
-        for columns in (slice(0, 1), slice(3, 9), slice(0, 30)):
-            some = {
-                name: value[:, columns] if name in ("slots", "refined", "signals") else value
-                for name, value in alone.items()
-            }
-            got = made.rank_slots(cache=whole["cache"], **some)
-            assert torch.equal(got, together[request : request + 1, columns])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_every_ranker_learns_from_interactions(config: RankerConfig) -> None:
+    """Users watch films of one of four groups; whoever saw an even film goes on with an odd one."""
+    rng = np.random.default_rng(0)
+    watched = np.stack(
+        [rng.permutation(20)[:10] // 2 * 8 + np.arange(10) % 2 * 4 + user % 4 for user in range(60)]
+    )
+    ratings = np.where(watched % 8 >= 4, 5.0, 3.0).astype(np.float32)
+    schema = Schema(
+        user_features=(UserFeature(name="history", max_length=10),),
+        item_features=(UserFeature(name="film", max_length=1),),
+        signals=("length",),
+        heads=("rated",),
+        tasks=("rated", "liked"),
+    )
+    trained = train(
+        schema,
+        {"film": Ragged.from_rows([[film] for film in range(80)])},
+        np.linspace(0, 1, 80, dtype=np.float32)[:, None],
+        Interactions(np.repeat(np.arange(60), 10), watched.ravel(), ratings.ravel()),
+        TrainingConfig(
+            item="film",
+            dim=16,
+            pooled=(),
+            min_rating={"liked": 4.0},
+            threads=1,
+            steps=30,
+            batch=64,
+            negatives=64,
+            clusters=4,
+            ranker=config,
+            ranker_share=0.5,
+            ranker_steps=60,
+            ranker_batch=32,
+            ranker_hard=8,
+            ranker_depth=30,
+            ranker_learning_rate=0.01,
+        ),
+        watch=Watch(progress=False),
+    )
+    assert type(trained.model.ranker) is type(build(config))
+    assert trained.ranker_losses[-1] < 0.85 * trained.ranker_losses[0]
+    state = trained.model.encode([{"history": watched[0].tolist()}]).user_state
+    assert state.shape == (1, trained.model.config.state_dim)

@@ -5,19 +5,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from silvershard.model import training
+from silvershard.model import training_batches
 from silvershard.model.catalogue import Ragged
+from silvershard.model.encoder_config import SequenceEncoderConfig
 from silvershard.model.quality import hit_rate_at_k, ndcg_at_k, popularity_ranking
+from silvershard.model.ranker_training import RankerTraining
 from silvershard.model.schema import Schema, UserFeature
-from silvershard.model.training import (
-    Trained,
-    _ranker_loss,
-    _RankerTraining,
-    _sampled_softmax,
-    train,
-)
-from silvershard.model.training_data import Interactions, TrainingConfig
+from silvershard.model.tower_training import TowerTraining
+from silvershard.model.training import Checkpoint, LogRow, Progress, Trained, Watch, train
+from silvershard.model.training_config import TrainingConfig
+from silvershard.model.training_data import Interactions
 
 NUM_FILMS, NUM_USERS, LENGTH, GROUPS = 120, 90, 14, 6
 
@@ -80,7 +79,12 @@ def interactions() -> Parts:
 PARTS = interactions()
 
 
-def run(seed: int = 0, **changes: Any) -> Trained:
+QUIET = Watch(progress=False)
+
+
+def run(
+    seed: int = 0, watch: Watch = QUIET, resume: Checkpoint | None = None, **changes: Any
+) -> Trained:
     return train(
         SCHEMA,
         FEATURES,
@@ -89,7 +93,8 @@ def run(seed: int = 0, **changes: Any) -> Trained:
         CONFIG.model_copy(update=changes),
         validation=PARTS.valid,
         seed=seed,
-        progress=False,
+        watch=watch,
+        resume=resume,
     )
 
 
@@ -121,6 +126,18 @@ def test_the_retriever_finds_planted_tastes_that_popularity_misses(trained: Trai
     theirs = hit_rate_at_k(np.stack(by_popularity), PARTS.test_items, 10).mean()
     assert mine > 0.9
     assert mine > 2 * theirs
+
+
+@pytest.mark.parametrize("kind", ["mean", "attention", "hstu"])
+def test_towers_learn_with_a_sequence_encoder(kind: str) -> None:
+    encoder = TypeAdapter(SequenceEncoderConfig).validate_python({"kind": kind, "max_length": 10})
+    before = run(encoder=encoder, steps=1, ranker_steps=0, learning_rate=1e-9)
+    after = run(encoder=encoder, ranker_steps=0)
+    assert after.tower_losses[-1] < after.tower_losses[0]
+    assert after.tower_ndcg > 0.2
+    for name, weight in after.model.encoder.named_parameters():
+        assert not torch.equal(weight, before.model.encoder.get_parameter(name)), name
+    assert after.model.config.encoder == encoder
 
 
 def test_losses_fall_and_validation_is_reported(trained: Trained) -> None:
@@ -174,7 +191,7 @@ def test_the_pull_brings_items_closer_to_their_centres() -> None:
 
 
 def test_training_goes_without_validation() -> None:
-    trained = train(SCHEMA, FEATURES, SIGNALS, PARTS.train, CONFIG, progress=False)
+    trained = train(SCHEMA, FEATURES, SIGNALS, PARTS.train, CONFIG, watch=QUIET)
     assert math.isnan(trained.tower_ndcg)
     assert math.isnan(trained.ranker_ndcg)
     assert trained.ranker_step == CONFIG.ranker_steps
@@ -182,7 +199,7 @@ def test_training_goes_without_validation() -> None:
 
 def test_a_model_without_tasks_trains_no_reranker() -> None:
     schema = SCHEMA.model_copy(update={"tasks": ()})
-    trained = train(schema, FEATURES, SIGNALS, PARTS.train, CONFIG, progress=False)
+    trained = train(schema, FEATURES, SIGNALS, PARTS.train, CONFIG, watch=QUIET)
     assert trained.ranker_losses == ()
     assert trained.model.config.tasks == ()
 
@@ -193,33 +210,19 @@ def test_a_trained_model_has_no_gradients_and_serves(trained: Trained) -> None:
     assert torch.isfinite(trained.model.encode([{}]).embedding).all()
 
 
-def test_sampled_softmax_estimates_the_loss_over_the_whole_catalogue() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(50)
-    targets = torch.tensor([3, 17])
-    odds = torch.rand(50).square() + 0.01
-    odds /= odds.sum()
-    negatives = torch.multinomial(odds, 200_000, replacement=True)
-    sampled = torch.cat([logits[targets, None], logits[negatives].expand(2, -1)], 1)[:, None]
-    found = _sampled_softmax(sampled, targets, negatives, odds[negatives].log())
-    exact = torch.nn.functional.cross_entropy(logits.expand(2, -1), targets, reduction="none")
-    assert torch.allclose(found[:, 0], exact, atol=0.02)
-
-
 @pytest.mark.parametrize(("reached", "kept"), [((0.5, 0.4, 0.7, 0.6), 10), ((0.9, 0.1), 0)])
 def test_the_reranker_is_restored_to_the_step_that_validates_best(
     monkeypatch: pytest.MonkeyPatch, reached: tuple[float, ...], kept: int
 ) -> None:
     states: list[torch.Tensor] = []
-    # One value for the towers, one for the untrained reranker, then one for each checkpoint.
-    values = iter((0.0, *reached, *(0.0 for _ in range(9))))
+    # One value for the untrained reranker, then one for each evaluation.
+    values = iter((*reached, *(0.0 for _ in range(9))))
 
-    def ndcg(self: _RankerTraining, *, rerank: bool) -> float:
-        if rerank:
-            states.append(self._model.ranker.out.weight.clone())
+    def evaluate(self: RankerTraining) -> float:
+        states.append(self._model.ranker.out.weight.clone())
         return next(values)
 
-    monkeypatch.setattr(_RankerTraining, "_ndcg", ndcg)
+    monkeypatch.setattr(RankerTraining, "evaluate", evaluate)
     trained = run(steps=2, ranker_steps=25)
     assert trained.ranker_step == kept
     assert trained.ranker_ndcg == max(reached)
@@ -227,29 +230,78 @@ def test_the_reranker_is_restored_to_the_step_that_validates_best(
     assert not torch.equal(states[0], states[1])
 
 
-def test_the_ranker_loss_ignores_what_the_towers_did_not_find() -> None:
-    torch.manual_seed(0)
-    logits, positive = torch.randn(4, 5, 2), torch.ones(4, 2, dtype=torch.bool)
-    repeated = torch.zeros(4, 5, dtype=torch.bool)
-    found = torch.tensor([True, True, False, False])
-    loss = _ranker_loss(logits, positive, repeated, found)
-    changed = logits.clone()
-    changed[2:] += 9.0
-    assert torch.equal(_ranker_loss(changed, positive, repeated, found), loss)
-    only = _ranker_loss(logits[:2], positive[:2], repeated[:2], found[:2])
-    assert loss.item() == pytest.approx(only.item())
-    nothing = _ranker_loss(logits, positive, repeated, torch.zeros(4, dtype=torch.bool))
-    assert nothing.item() == 0.0
+def test_evaluated_towers_are_restored_to_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[torch.Tensor] = []
+    values = iter((0.3, 0.6, 0.5, 0.4))
+
+    def evaluate(self: TowerTraining) -> float:
+        states.append(self._model.user_head.weight.clone())
+        return next(values)
+
+    monkeypatch.setattr(TowerTraining, "evaluate", evaluate)
+    trained = run(steps=8, evaluate_every=2, ranker_steps=0)
+    assert trained.tower_step == 4
+    assert trained.tower_ndcg == 0.6
+    assert torch.equal(trained.model.user_head.weight, states[1])
+    assert not torch.equal(states[3], states[1])
 
 
-def test_the_ranker_loss_leaves_out_repeated_candidates() -> None:
-    torch.manual_seed(0)
-    logits, positive = torch.randn(3, 4, 1), torch.ones(3, 1, dtype=torch.bool)
-    repeated = torch.zeros(3, 4, dtype=torch.bool)
-    repeated[:, 3] = True
-    found = torch.ones(3, dtype=torch.bool)
-    short = _ranker_loss(logits[:, :3], positive, repeated[:, :3], found)
-    assert _ranker_loss(logits, positive, repeated, found).item() == pytest.approx(short.item())
+def test_training_stops_early_where_validation_no_longer_improves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = iter((0.3, 0.6, 0.6, 0.5, 0.9))
+    monkeypatch.setattr(TowerTraining, "evaluate", lambda self: next(values))
+    trained = run(steps=50, evaluate_every=5, patience=2, ranker_steps=0)
+    assert trained.tower_step == 10
+    assert len(trained.tower_losses) == 10
+    assert next(values) == 0.9
+
+
+def test_an_interrupted_training_ends_in_the_same_bits() -> None:
+    checkpoints: list[Checkpoint] = []
+    watch = Watch(on_checkpoint=checkpoints.append, checkpoint_every=7, progress=False)
+    changes = {"steps": 24, "ranker_steps": 16, "evaluate_every": 10}
+    whole = run(watch=watch, **changes)
+    stops = [(one.progress.phase, one.progress.done) for one in checkpoints]
+    assert stops == [
+        *(("towers", done) for done in (7, 14, 21, 24)),
+        *(("reranker", done) for done in (7, 14, 16)),
+    ]
+    for checkpoint in checkpoints:
+        written = Checkpoint(
+            Progress.model_validate_json(checkpoint.progress.model_dump_json()), checkpoint.tensors
+        )
+        torch.manual_seed(5)
+        again = run(resume=written, **changes)
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], value), (name, checkpoint.progress)
+        assert again.tower_losses == whole.tower_losses
+        assert again.ranker_losses == whole.ranker_losses
+        assert again.tower_ndcg == whole.tower_ndcg
+        assert (again.tower_step, again.ranker_step) == (whole.tower_step, whole.ranker_step)
+        assert again.seconds > checkpoint.progress.seconds
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    checkpoints: list[Checkpoint] = []
+    watch = Watch(on_checkpoint=checkpoints.append, progress=False)
+    run(watch=watch, steps=1, ranker_steps=0)
+    with pytest.raises(ValueError, match="checkpoint must be of a model of this schema"):
+        run(resume=checkpoints[0], dim=8)
+
+
+def test_the_log_tells_phase_step_loss_rate_and_validation() -> None:
+    rows: list[LogRow] = []
+    trained = run(
+        watch=Watch(on_log=rows.append, progress=False), steps=25, evaluate_every=20, ranker_steps=5
+    )
+    towers = [row for row in rows if row.phase == "towers"]
+    assert [row.step for row in towers] == [10, 20, 25]
+    assert [math.isnan(row.ndcg) for row in towers] == [True, False, False]
+    assert [row.step for row in rows if row.phase == "reranker"] == [1, 2, 3, 4, 5]
+    assert towers[0].learning_rate > towers[1].learning_rate > towers[2].learning_rate > 0
+    assert towers[0].loss == pytest.approx(np.mean(trained.tower_losses[:4]), rel=0.5)
+    assert sorted(row.seconds for row in rows) == [row.seconds for row in rows]
 
 
 def test_held_out_ranks_are_as_good_as_ndcg_says(trained: Trained) -> None:
@@ -270,7 +322,7 @@ def test_held_out_ranks_are_as_good_as_ndcg_says(trained: Trained) -> None:
 def test_the_reranked_ndcg_is_that_of_the_summed_probabilities(
     monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
-    monkeypatch.setattr(training, "_SELECTION_DEPTH", depth)
+    monkeypatch.setattr(training_batches, "_SELECTION_DEPTH", depth)
     trained = run(steps=20)
     model, items = trained.model, trained.model.embed_items(FEATURES)
     histories = [history[:-1] for history in PARTS.histories]
@@ -284,11 +336,10 @@ def test_the_reranked_ndcg_is_that_of_the_summed_probabilities(
         logits = model.rank(
             encoded.embedding[user : user + 1],
             encoded.user_state[user : user + 1],
-            torch.zeros(len(union), dtype=torch.int64),
-            items[union],
-            refined[union],
-            torch.from_numpy(SIGNALS)[union],
-        )
+            items[union][None],
+            refined[union][None],
+            torch.from_numpy(SIGNALS)[union][None],
+        )[0]
         found.append(union[torch.sigmoid(logits).sum(1).topk(10).indices].tolist())
     reached = ndcg_at_k(found, PARTS.valid.item_ids, 10).mean()
     assert trained.ranker_ndcg == pytest.approx(reached, abs=1e-3)

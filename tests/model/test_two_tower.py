@@ -8,6 +8,7 @@ from torch import Tensor
 
 from silvershard.kernels import fixed_dot
 from silvershard.model.catalogue import Ragged
+from silvershard.model.ranker_session import unpack_session
 from silvershard.model.registry import build
 from silvershard.model.two_tower import TwoTower, TwoTowerConfig, recency_weights, unit_rows
 
@@ -133,23 +134,139 @@ def test_a_pair_has_the_same_logits_whatever_pairs_surround_it(
 ) -> None:
     encoded = model.encode(users(9))
     items = model.embed_items(film_features())
-    request = torch.arange(9).repeat_interleave(NUM_FILMS)
-    pairs = items.repeat(9, 1)
-    refined = fixed_dot(encoded.embedding[request], pairs[:, None])
-    signals = torch.rand(len(pairs), 3, generator=torch.Generator().manual_seed(1))
-    together = model.rank(encoded.embedding, encoded.user_state, request, pairs, refined, signals)
-    assert together.shape == (9 * NUM_FILMS, 2)
+    pairs = items.expand(9, -1, -1)
+    refined = fixed_dot(encoded.embedding[:, None], pairs[:, :, None])  # (B, U, H)
+    signals = torch.rand(9, NUM_FILMS, 3, generator=torch.Generator().manual_seed(1))
+    together = model.rank(encoded.embedding, encoded.user_state, pairs, refined, signals)
+    assert together.shape == (9, NUM_FILMS, 2)
     for user in range(9):
-        mine = torch.arange(user * NUM_FILMS, (user + 1) * NUM_FILMS, 7)
+        mine = (slice(user, user + 1), torch.arange(user, NUM_FILMS, 7))
         alone = model.rank(
             encoded.embedding[user : user + 1],
             encoded.user_state[user : user + 1],
-            torch.zeros(len(mine), dtype=torch.int64),
             pairs[mine],
             refined[mine],
             signals[mine],
         )
         assert torch.equal(alone, together[mine])
+
+
+@pytest.fixture(scope="module")
+def attentive(model: TwoTower) -> TwoTower:
+    """The same towers with a reranker that attends to the last five films."""
+    torch.manual_seed(7)
+    made = TwoTower(config(ranker={"kind": "self_attention", "session_rows": 5}))
+    shared = {
+        name: value for name, value in model.state_dict().items() if not name.startswith("ranker")
+    }
+    made.load_state_dict(shared, strict=False)
+    made.share_history_table()
+    return made.requires_grad_(requires_grad=False).eval()
+
+
+def test_the_user_state_ends_with_the_session_that_the_ranker_attends_to(
+    model: TwoTower, attentive: TwoTower
+) -> None:
+    histories: list[list[int]] = [[], known([4]), known(range(30, 42)), [5, *known([7, 9]), 6]]
+    state = attentive.encode([{"history": history} for history in histories]).user_state
+    pooled, session = state.split([3 * 24, 5 * 24 + 1], 1)
+    assert torch.equal(pooled, model.encode([{"history": one} for one in histories]).user_state)
+    rows, lengths = unpack_session(session, 24)
+    assert lengths.tolist() == [0, 1, 5, 2]
+    table = model.user_tables.weight("history")
+    for request, films in enumerate(([], [4], range(37, 42), [7, 9])):
+        expected = torch.zeros(5, 24)
+        expected[: len(films)] = table[torch.tensor([*films], dtype=torch.int64) + 1]
+        assert torch.equal(rows[request], expected)
+
+
+def test_a_session_leaves_the_embeddings_as_they_are(model: TwoTower, attentive: TwoTower) -> None:
+    assert torch.equal(attentive.encode(users(9)).embedding, model.encode(users(9)).embedding)
+    assert attentive.config.state_dim == model.config.state_dim + 5 * 24 + 1
+    assert attentive.encode([]).user_state.shape == (0, attentive.config.state_dim)
+
+
+def test_a_session_is_the_same_alone_and_in_any_batch(attentive: TwoTower) -> None:
+    batch = users(20)
+    together = attentive.encode(batch).user_state
+    for at, user in enumerate(batch):
+        assert torch.equal(attentive.encode([user]).user_state[0], together[at])
+
+
+@pytest.fixture(scope="module", params=["mean", "attention", "hstu"])
+def sequential(request: pytest.FixtureRequest, model: TwoTower) -> TwoTower:
+    """A tower with a sequence encoder of the last eight films, and a reranker of the last three."""
+    torch.manual_seed(8)
+    made = TwoTower(
+        config(
+            encoder={"kind": request.param, "max_length": 8},
+            ranker={"kind": "self_attention", "session_rows": 3},
+        )
+    )
+    kept = ("vocabularies", "user_tables", "item_tables", "links", "bands", "recency")
+    shared = {name: one for name, one in model.state_dict().items() if name.startswith(kept)}
+    made.load_state_dict(shared, strict=False)
+    return made.requires_grad_(requires_grad=False).eval()
+
+
+def test_the_encoded_history_stands_between_pooled_features_and_session(
+    model: TwoTower, sequential: TwoTower
+) -> None:
+    histories: list[list[int]] = [[], known([4]), known(range(30, 42)), [5, *known([7, 9]), 6]]
+    state = sequential.encode([{"history": history} for history in histories]).user_state
+    pooled, encoded, session = state.split([3 * 24, 24, 3 * 24 + 1], 1)
+    assert torch.equal(pooled, model.encode([{"history": one} for one in histories]).user_state)
+    assert sequential.session_table is not None
+    assert sequential.encoder is not None
+    table = sequential.session_table.weight("session")
+    for request, films in enumerate(([], [4], range(34, 42), [7, 9])):
+        rows = torch.zeros(1, 8, 24)
+        rows[0, : len(films)] = table[torch.tensor([*films], dtype=torch.int64) + 1]
+        states = sequential.encoder(rows, torch.tensor([len(films)]))
+        expected = states[0, len(films) - 1] if films else torch.zeros(24)
+        assert torch.equal(encoded[request], expected)
+        newest = unpack_session(session[request : request + 1], 24)[0][0]
+        assert torch.equal(newest[: len(films)], rows[0, max(len(films) - 3, 0) : len(films)][:3])
+
+
+def test_an_encoded_user_is_the_same_alone_and_in_any_batch(
+    sequential: TwoTower, threads: int
+) -> None:
+    batch = users(33)
+    together = sequential.encode(batch)
+    for at, user in enumerate(batch):
+        alone = sequential.encode([user])
+        assert torch.equal(alone.user_state[0], together.user_state[at])
+        assert torch.equal(alone.embedding[0], together.embedding[at])
+    assert sequential.encode([]).user_state.shape == (0, sequential.config.state_dim)
+
+
+def test_the_order_of_a_history_matters_to_an_encoder_that_knows_positions(
+    sequential: TwoTower,
+) -> None:
+    one, other = known([1, 2, 3, 4, 5]), known([2, 1, 3, 4, 5])
+    first, second = sequential.encode([{"history": one}, {"history": other}]).user_state
+    encoded = slice(3 * 24, 4 * 24)
+    moved = not torch.allclose(first[encoded], second[encoded], atol=1e-4)
+    assert moved == (type(sequential.encoder).__name__ == "LayeredEncoder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": {"kind": "attention", "heads": 5}}, "heads must divide dim=24, got 5"),
+        (
+            {"encoder": {"kind": "hstu"}},
+            "encoder.max_length must be at most max_history=20, got 50",
+        ),
+        ({"encoder": {"kind": "gru"}}, "does not match any of the expected tags"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_the_tower_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
 
 
 def test_a_history_without_known_ids_gets_the_default_embedding(model: TwoTower) -> None:
@@ -283,6 +400,9 @@ def test_recency_weights_halve_and_sum_to_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ranker": {"kind": "self_attention", "attention_heads": 5}}, "attention_heads .* 24"),
+        ({"ranker": {"kind": "self_attention"}}, r"session_rows .* 20 .*max_history"),
+        ({"ranker": {"kind": "forest"}}, "ranker"),
         ({"item": "series"}, "item must be one of the tables"),
         ({"pooled": ({"feature": "actors", "width": 1},)}, "pooled must be one of the tables"),
         ({"tables": ({"name": "popularity_band", "dtype": "int", "size": 1},)}, "distinct names"),
