@@ -16,7 +16,7 @@ TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gp
 PROTOS := retrieval shard table
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu bench-tables bench-text bench-semantic check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,16 @@ bench-kernels: $(VENV)/.bench ## measure the operators beside Faiss (QUICK=1: fe
 
 bench-gpu: $(VENV)/.installed ## measure the operators on an H100 or H200, three runs of under ten minutes
 	for part in 1 2 3; do $(BIN)/python -P benchmarks/gpu.py --part $$part || exit 1; done
+
+bench-tables: $(VENV)/.installed ## measure embedding tables: quantised, sharded, remote
+	$(BIN)/python -P benchmarks/embeddings.py
+	$(BIN)/python -P benchmarks/tables.py $(if $(QUICK),--quick)
+
+bench-text: $(VENV)/.installed ## measure text towers
+	$(BIN)/python -P benchmarks/text.py $(if $(QUICK),--quick)
+
+bench-semantic: $(VENV)/.installed ## measure semantic-id generation
+	$(BIN)/python -P benchmarks/semantic.py $(if $(QUICK),--quick)
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[bench]'

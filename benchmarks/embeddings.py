@@ -29,12 +29,11 @@ if "benchmarks" not in sys.modules:
     sys.modules["benchmarks"] = _PACKAGE
 
 from benchmarks.run import machine, passes  # noqa: E402
+from silvershard.model.bags import Bags, Sequences  # noqa: E402
 from silvershard.model.embeddings import (  # noqa: E402
-    Bags,
     PooledTables,
     QuantizedSequences,
     QuantizedTables,
-    Sequences,
     SequenceTables,
     ShardedSequences,
     ShardedTables,

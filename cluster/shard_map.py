@@ -4,14 +4,12 @@ The launcher writes it, routers poll it. A router keeps its last good map, so it
 without the launcher.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from silvershard.shard.errors import StateError
+from silvershard.cluster.map_file import read_map, write_map
 
 
 class ShardEntry(BaseModel):
@@ -61,14 +59,7 @@ class ShardMap(BaseModel):
         Raises:
             StateError: if there is none, or it is damaged.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise StateError(f"shard map {path}: {error.strerror or error}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "file"
-            raise StateError(f"shard map {path}: {where}: {first['msg']}") from None
+        return read_map(cls, path, "shard map")
 
     def write_atomic(self, path: Path) -> None:
         """Replace the file ``path``; a reader sees the old map or the new one, never a part.
@@ -76,16 +67,4 @@ class ShardMap(BaseModel):
         Raises:
             StateError: if it cannot be written.
         """
-        try:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(self.model_dump_json(indent=1))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(name, path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise StateError(f"shard map {path}: {error.strerror or error}") from None
+        write_map(self, path, "shard map")

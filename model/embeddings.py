@@ -18,13 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from silvershard.model.bags import DEFAULT_ROW as DEFAULT_ROW
-from silvershard.model.bags import Bags as Bags
-from silvershard.model.bags import Sequences, check_lookup
-from silvershard.model.bags import Vocabulary as Vocabulary
-from silvershard.model.bags import mean_bags as mean_bags
-from silvershard.model.bags import spread as spread
-from silvershard.model.bags import string_key as string_key
+from silvershard.model.bags import Bags, Sequences, check_lookup
 from silvershard.model.placement import (
     TIERS,
     Kind,

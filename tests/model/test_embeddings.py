@@ -8,12 +8,11 @@ import safetensors.torch
 import torch
 
 from silvershard.model import embeddings
+from silvershard.model.bags import Bags, Sequences
 from silvershard.model.embeddings import (
-    Bags,
     PooledTables,
     QuantizedSequences,
     QuantizedTables,
-    Sequences,
     SequenceTables,
     ShardedSequences,
     ShardedTables,
