@@ -80,6 +80,9 @@ class IndexSection(BaseModel):
     planned_shards: int = Field(
         default=8, ge=1, description="most shards to cut a generation into without republishing"
     )
+    table_precision: Literal["float32", "int8", "int4"] = Field(
+        default="float32", description="of the embedding tables of a published generation"
+    )
     false_positive_rate: float = Field(
         default=0.001, ge=1e-9, lt=1, description="target of one Bloom term, before verification"
     )

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pydantic
@@ -39,6 +39,7 @@ from silvershard.model.spec import SearchDefaults
 from silvershard.model.training import Trained, Watch, train
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions
+from silvershard.model.two_tower import TwoTower
 from silvershard.shard.publish import PHASES, Published, publish_generation
 
 BUILDER = "two_tower"
@@ -272,6 +273,13 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
     """Write the next generation, and the histories of the users beside it."""
     items = len(prepared.catalogue)
     clusters = num_clusters(config, items)
+    model, settings = loaded.model, loaded.description.config
+    if config.index.table_precision != "float32":
+        try:
+            quantized = cast(TwoTower, model).quantized(config.index.table_precision)
+        except ValueError as error:
+            raise CommandError(f"index.table_precision: {error}") from None
+        model, settings = quantized, quantized.config.model_dump(mode="json")
     bar = tqdm(total=len(PHASES), desc="publishing", delay=2, leave=False)
 
     def on_phase(phase: str) -> None:
@@ -281,9 +289,9 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
     published = publish_generation(
         state.generations,
         name=loaded.description.name,
-        model=loaded.model,
+        model=model,
         builder=loaded.description.builder,
-        config=loaded.description.config,
+        config=settings,
         catalogue=prepared.catalogue,
         schema=prepared.schema,
         defaults=SearchDefaults(

@@ -281,6 +281,14 @@ class QuantizedModule(nn.Module):
         if features:
             self._lookups.append((lookup, tuple(features)))
 
+    def weight(self, feature: str) -> nn.Parameter:
+        """Refuse: quantised tables have no parameters to train.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"table {feature} is {self.precision}: only float tables are trained")
+
     def records(self, table: str) -> Tensor:
         """Return the records ``(rows, W)`` uint8 of a table."""
         return self._table(table).records()

@@ -46,7 +46,8 @@ def build(name: str, config: Mapping[str, Any]) -> nn.Module:
 
 @register_builder("two_tower")
 def _two_tower(config: Mapping[str, Any]) -> nn.Module:
-    from silvershard.model.two_tower import TwoTower, TwoTowerConfig
+    from silvershard.model.two_tower import TwoTower
+    from silvershard.model.two_tower_config import TwoTowerConfig
 
     return TwoTower(TwoTowerConfig.model_validate(config))
 

@@ -17,7 +17,8 @@ from silvershard.model.bags import DEFAULT_ROW, Bags, spread
 from silvershard.model.quality import ndcg_at_k
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import HeldOut, TrainingData
-from silvershard.model.two_tower import BAND_TABLE, TwoTower
+from silvershard.model.two_tower import TwoTower
+from silvershard.model.two_tower_config import BAND_TABLE
 
 EXCLUDED = -1e9
 """The score of what must not be chosen."""

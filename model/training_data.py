@@ -17,13 +17,13 @@ from silvershard.model.bags import DEFAULT_ROW, Bags, spread
 from silvershard.model.catalogue import Ragged
 from silvershard.model.schema import Schema
 from silvershard.model.training_config import TrainingConfig
-from silvershard.model.two_tower import (
+from silvershard.model.two_tower import TwoTower
+from silvershard.model.two_tower_config import (
     HISTORY_TABLE,
     RECENT_TABLE,
     SESSION,
     HistoryPool,
     ItemTable,
-    TwoTower,
     TwoTowerConfig,
 )
 

@@ -5,10 +5,9 @@ L history length, n values of all requests together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from silvershard.kernels import fixed_dot, fixed_sqrt
@@ -23,17 +22,24 @@ from silvershard.model.bags import (
 )
 from silvershard.model.catalogue import Ragged
 from silvershard.model.dense import PaddedLinear
-from silvershard.model.embeddings import PooledTables, SequenceTables
-from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
+from silvershard.model.embeddings import (
+    PooledTables,
+    QuantizedSequences,
+    QuantizedTables,
+    SequenceTables,
+)
 from silvershard.model.encoders import SequenceEncoder, build_encoder
+from silvershard.model.placement import Precision
 from silvershard.model.ranker import build_ranker
-from silvershard.model.ranker_config import MLPConfig, RankerConfig, check_ranker, session_rows
-from silvershard.model.ranker_session import pack_session, session_width
-
-BAND_TABLE = "popularity_band"
-HISTORY_TABLE = "history"
-RECENT_TABLE = "recent"
-SESSION = "session"
+from silvershard.model.ranker_session import pack_session
+from silvershard.model.two_tower_config import (
+    BAND_TABLE,
+    HISTORY_TABLE,
+    RECENT_TABLE,
+    SESSION,
+    TwoTowerConfig,
+    pool_table,
+)
 
 _ITEM_CHUNK = 4096
 _SMALLEST_SQUARE = 1e-24
@@ -59,117 +65,6 @@ class History(NamedTuple):
     """The newest rows of each history, oldest first; empty where nothing reads them."""
 
 
-class ItemTable(BaseModel):
-    """One item feature with its vocabulary."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(min_length=1, description="name of the item feature")
-    dtype: Literal["int", "string"] = Field(description="type of its ids")
-    size: int = Field(ge=0, description="number of known ids")
-
-
-class HistoryPool(BaseModel):
-    """An item feature that the user tower also pools over the items of the history."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    feature: str = Field(description="name of an item feature")
-    width: int = Field(ge=1, description="largest number of its ids that an item of a history has")
-
-
-class TwoTowerConfig(BaseModel):
-    """Everything that decides the shapes of a ``TwoTower``; its tensors hold the rest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension D")
-    heads: tuple[str, ...] = Field(min_length=1, description="names of the query embeddings")
-    tasks: tuple[str, ...] = Field(default=(), description="names of the reranker's outputs")
-    signals: tuple[str, ...] = Field(default=(), description="names of the reranker's signals")
-    history: str = Field(description="user feature that lists item ids, oldest first")
-    item: str = Field(description="item feature whose ids the history names")
-    tables: tuple[ItemTable, ...] = Field(min_length=1, description="the item features")
-    pooled: tuple[HistoryPool, ...] = Field(
-        default=(), description="item features pooled over the history"
-    )
-    max_history: int = Field(default=50, ge=1, description="last known ids of a history that count")
-    recent: int = Field(
-        default=3, ge=1, description="last ids that are pooled once more by themselves"
-    )
-    half_life: float = Field(default=10.0, gt=0, description="ids after which a weight has halved")
-    bands: int = Field(default=24, ge=1, description="number of popularity bands")
-    encoder: SequenceEncoderConfig | None = Field(
-        default=None,
-        description="sequence encoder of the newest ids of a history, whose state after the last "
-        "of them stands beside the pooled features; none: those alone",
-    )
-    ranker: RankerConfig = Field(
-        default_factory=MLPConfig, description="the reranker and its settings"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        names = [table.name for table in self.tables]
-        if len(set(names)) != len(names) or BAND_TABLE in names:
-            raise ValueError(
-                f"tables must have distinct names other than {BAND_TABLE!r}, got {names}"
-            )
-        pooled = [pool.feature for pool in self.pooled]
-        if len(set(pooled)) != len(pooled):
-            raise ValueError(f"pooled must name each feature once, got {pooled}")
-        for field, name in (("item", self.item), *(("pooled", feature) for feature in pooled)):
-            if name not in names:
-                raise ValueError(f"{field} must be one of the tables {names}, got {name!r}")
-        check_ranker(self.ranker, dim=self.dim, session_length=self.max_history)
-        if self.encoder is not None:
-            check_encoder(self.encoder, dim=self.dim)
-            if self.encoder.max_length > self.max_history:
-                raise ValueError(
-                    f"encoder.max_length must be at most max_history={self.max_history}, "
-                    f"got {self.encoder.max_length}"
-                )
-        return self
-
-    def table(self, name: str) -> ItemTable:
-        """The item feature of that name."""
-        return next(table for table in self.tables if table.name == name)
-
-    @property
-    def user_tables(self) -> dict[str, int]:
-        """Rows of each table of the user tower, the default row included."""
-        rows = self.table(self.item).size + 1
-        derived = {
-            _pool_table(pool.feature): self.table(pool.feature).size + 1 for pool in self.pooled
-        }
-        return {HISTORY_TABLE: rows, RECENT_TABLE: rows, **derived}
-
-    @property
-    def item_tables(self) -> dict[str, int]:
-        """Rows of each table of the item tower, the default row included."""
-        return {**{table.name: table.size + 1 for table in self.tables}, BAND_TABLE: self.bands}
-
-    @property
-    def profile_dim(self) -> int:
-        """Width of what the query embeddings are made of, which the user state begins with."""
-        return (len(self.user_tables) + (self.encoder is not None)) * self.dim
-
-    @property
-    def state_dim(self) -> int:
-        """Width Us of the user state: the profile, then the session of the reranker."""
-        return self.profile_dim + session_width(session_rows(self.ranker), self.dim)
-
-    @property
-    def session_length(self) -> int:
-        """Newest ids of a history that encoder or reranker read one by one."""
-        encoded = 0 if self.encoder is None else self.encoder.max_length
-        return max(encoded, session_rows(self.ranker))
-
-
-def _pool_table(feature: str) -> str:
-    return f"{HISTORY_TABLE}_{feature}"
-
-
 def _newest(embedded: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The last ``most`` rows of each list, left-aligned.
 
@@ -187,6 +82,20 @@ def _newest(embedded: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tenso
     position = spread(torch.zeros_like(counts), counts)
     rows = embedded.new_zeros(lengths.shape[0], most, embedded.shape[1])
     return rows.index_put((request, position), chosen), counts
+
+
+def _pooled(rows: Mapping[str, int], config: TwoTowerConfig) -> PooledTables | QuantizedTables:
+    if config.table_precision == "float32":
+        return PooledTables(rows, config.dim)
+    return QuantizedTables(rows, config.dim, config.table_precision)
+
+
+def _sequences(
+    rows: Mapping[str, int], config: TwoTowerConfig
+) -> SequenceTables | QuantizedSequences:
+    if config.table_precision == "float32":
+        return SequenceTables(rows, config.dim)
+    return QuantizedSequences(rows, config.dim, config.table_precision)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -233,12 +142,12 @@ class TwoTower(nn.Module):
             links = torch.full((num_items, pool.width), -1, dtype=torch.int64)
             links[:, 0] = DEFAULT_ROW
             self.register_buffer(f"links_{pool.feature}", links)
-        self.user_tables = PooledTables(config.user_tables, config.dim)
-        self.item_tables = PooledTables(config.item_tables, config.dim)
+        self.user_tables = _pooled(config.user_tables, config)
+        self.item_tables = _pooled(config.item_tables, config)
         num_heads = len(config.heads)
-        self.session_table: SequenceTables | None = None
+        self.session_table: SequenceTables | QuantizedSequences | None = None
         if config.session_length:
-            self.session_table = SequenceTables({SESSION: num_items}, config.dim)
+            self.session_table = _sequences({SESSION: num_items}, config)
         self.encoder: SequenceEncoder | None = None
         if config.encoder is not None:
             self.encoder = build_encoder(config.encoder, config.dim)
@@ -252,6 +161,29 @@ class TwoTower(nn.Module):
             num_signals=len(config.signals),
             num_tasks=max(len(config.tasks), 1),
         )
+
+    def quantized(self, precision: Precision) -> "TwoTower":
+        """Return this tower with quantised tables, for serving.
+
+        Args:
+            precision: of the codes; every row has a scale and a bias of its own.
+
+        Raises:
+            ValueError: if the tables are quantised already, ``dim`` does not fit the precision, or
+                a table has a value that float16 cannot hold.
+        """
+        config = self.config.model_dump() | {"table_precision": precision}
+        made = TwoTower(TwoTowerConfig.model_validate(config))
+        tables = ("user_tables", "item_tables", "session_table")
+        for name in tables:
+            own, other = getattr(self, name), getattr(made, name)
+            if own is not None:
+                other.quantize({one: own.weight(one) for one in own.features})
+        others = {
+            name: one for name, one in self.state_dict().items() if not name.startswith(tables)
+        }
+        made.load_state_dict(made.state_dict() | others)
+        return made.requires_grad_(requires_grad=False).eval()
 
     def tower_parameters(self) -> Iterator[nn.Parameter]:
         """What towers learn: all parameters but those of the reranker."""
@@ -295,7 +227,7 @@ class TwoTower(nn.Module):
             counts = known.sum(1)
             weights = (history.weights / counts)[:, None].expand_as(links)
             values = torch.zeros_like(lengths).index_add_(0, request, counts)
-            bags[_pool_table(pool.feature)] = Bags(links[known], weights[known], values)
+            bags[pool_table(pool.feature)] = Bags(links[known], weights[known], values)
         counts = lengths.clamp(max=config.session_length)
         newest = rows[spread(lengths.cumsum(0) - counts, counts)]
         return History(bags, Sequences(newest, counts))

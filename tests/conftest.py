@@ -14,7 +14,8 @@ from silvershard.model.ranker_config import MLPConfig
 from silvershard.model.request import Request
 from silvershard.model.schema import Attribute, Field, Schema, UserFeature
 from silvershard.model.spec import SearchDefaults
-from silvershard.model.two_tower import HistoryPool, ItemTable, TwoTower, TwoTowerConfig
+from silvershard.model.two_tower import TwoTower
+from silvershard.model.two_tower_config import HistoryPool, ItemTable, TwoTowerConfig
 from silvershard.shard.publish import publish_generation
 
 # Triton reads this once, when it is imported.

@@ -149,6 +149,33 @@ def test_the_generation_answers(state: StateDir, prepared: recipe.Prepared) -> N
     assert len(answer.item_ids) == 5
 
 
+def test_a_generation_with_quantised_tables_answers_alike_on_any_shards(
+    state: StateDir, config: Config, prepared: recipe.Prepared, tmp_path: Path
+) -> None:
+    index = config.index.model_copy(update={"table_precision": "int8"})
+    small = config.model_copy(update={"index": index})
+    other = StateDir(tmp_path)
+    published = recipe.publish(other, small, prepared, recipe.load_model(state.model_dir))
+    floats, _ = load_retriever(generation_dir(state.generations, 1))
+    retriever, _ = load_retriever(published.path)
+    assert retriever.model.config.table_precision == "int8"
+    history = user_history(other.users_file, 1)
+    request = Request(features={"history": history}, exclude_ids=history, k=20, exact=True)
+    (answer,), (expected,) = retriever([request]), floats([request])
+    assert len(set(answer.item_ids.tolist()) & set(expected.item_ids.tolist())) >= 16
+    alone = retriever([request, Request(k=3)])[0]
+    assert torch.equal(alone.scores, answer.scores)
+    names = sorted(path.name for path in (published.path / "tables").iterdir())
+    assert any(name.startswith("user_tables.history") for name in names)
+    with pytest.raises(CommandError, match=r"index\.table_precision: table .* is int8"):
+        recipe.publish(
+            other,
+            small,
+            prepared,
+            recipe.LoadedModel(retriever.model, recipe.load_model(state.model_dir).description),
+        )
+
+
 def test_publishing_again_makes_the_next_generation(
     state: StateDir, config: Config, prepared: recipe.Prepared
 ) -> None:

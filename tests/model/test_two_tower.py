@@ -10,7 +10,8 @@ from silvershard.kernels import fixed_dot
 from silvershard.model.catalogue import Ragged
 from silvershard.model.ranker_session import unpack_session
 from silvershard.model.registry import build
-from silvershard.model.two_tower import TwoTower, TwoTowerConfig, recency_weights, unit_rows
+from silvershard.model.two_tower import TwoTower, recency_weights, unit_rows
+from silvershard.model.two_tower_config import TwoTowerConfig
 
 NUM_FILMS = 120
 GENRES = ("Comedy", "Drama", "Horror", "Noir")
@@ -251,22 +252,30 @@ def test_the_order_of_a_history_matters_to_an_encoder_that_knows_positions(
     assert moved == (type(sequential.encoder).__name__ == "LayeredEncoder")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"encoder": {"kind": "attention", "heads": 5}}, "heads must divide dim=24, got 5"),
-        (
-            {"encoder": {"kind": "hstu"}},
-            "encoder.max_length must be at most max_history=20, got 50",
-        ),
-        ({"encoder": {"kind": "gru"}}, "does not match any of the expected tags"),
-    ],
-)
-def test_an_encoder_that_does_not_fit_the_tower_is_refused(
-    changes: dict[str, Any], message: str
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantised_tower_is_close_to_the_float_one_and_loads_again(
+    precision: Any, sequential: TwoTower, threads: int
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
+    small = sequential.quantized(precision)
+    assert small.config.table_precision == precision
+    batch = users(20)
+    together, floats = small.encode(batch), sequential.encode(batch)
+    bound = 0.98 if precision == "int8" else 0.6
+    assert fixed_dot(together.embedding, floats.embedding).min() > bound
+    assert not torch.equal(together.embedding, floats.embedding)
+    for at in (0, 7, 19):
+        assert torch.equal(small.encode([batch[at]]).user_state[0], together.user_state[at])
+    items, exact = small.embed_items(film_features()), sequential.embed_items(film_features())
+    assert fixed_dot(items, exact).min() > bound
+    assert not torch.equal(items, exact)
+    again = build("two_tower", small.config.model_dump(mode="json"))
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again.encode(batch).user_state, together.user_state)
+    tables = [name for name in small.state_dict() if "_table" in name and "weight" in name]
+    assert len(tables) == 3 + 4 + 1
+    assert all(small.state_dict()[name].dtype == torch.uint8 for name in tables)
+    with pytest.raises(ValueError, match="only float tables are trained"):
+        small.quantized(precision)
 
 
 def test_a_history_without_known_ids_gets_the_default_embedding(model: TwoTower) -> None:
@@ -395,21 +404,3 @@ def test_recency_weights_halve_and_sum_to_one() -> None:
     assert weights[1].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert torch.allclose(weights[1:].sum(1), torch.ones(6))
     assert weights[5, 2] / weights[5, 0] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ranker": {"kind": "self_attention", "attention_heads": 5}}, "attention_heads .* 24"),
-        ({"ranker": {"kind": "self_attention"}}, r"session_rows .* 20 .*max_history"),
-        ({"ranker": {"kind": "forest"}}, "ranker"),
-        ({"item": "series"}, "item must be one of the tables"),
-        ({"pooled": ({"feature": "actors", "width": 1},)}, "pooled must be one of the tables"),
-        ({"tables": ({"name": "popularity_band", "dtype": "int", "size": 1},)}, "distinct names"),
-        ({"heads": ()}, "heads"),
-        ({"surprise": 1}, "surprise"),
-    ],
-)
-def test_a_config_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
