@@ -107,27 +107,26 @@ def make_catalogue(num_items: int, seed: int = 0) -> Catalogue:
     )
 
 
-def make_model(catalogue: Catalogue, seed: int = 0) -> TwoTower:
+def make_model(catalogue: Catalogue, seed: int = 0, **changes: Any) -> TwoTower:
     """A model with random weights in every layer, so that every float stage matters."""
     known = catalogue.item_ids[::2]
     torch.manual_seed(seed)
-    model = TwoTower(
-        TwoTowerConfig(
-            dim=16,
-            heads=("rated", "liked"),
-            tasks=("rated", "liked"),
-            signals=("popularity", "freshness"),
-            history="history",
-            item="movie",
-            tables=(
-                ItemTable(name="movie", dtype="int", size=len(known)),
-                ItemTable(name="genres", dtype="string", size=len(GENRES)),
-            ),
-            pooled=(HistoryPool(feature="genres", width=3),),
-            max_history=20,
-            ranker=MLPConfig(hidden=(24, 12)),
-        )
-    )
+    settings: dict[str, Any] = {
+        "dim": 16,
+        "heads": ("rated", "liked"),
+        "tasks": ("rated", "liked"),
+        "signals": ("popularity", "freshness"),
+        "history": "history",
+        "item": "movie",
+        "tables": (
+            ItemTable(name="movie", dtype="int", size=len(known)),
+            ItemTable(name="genres", dtype="string", size=len(GENRES)),
+        ),
+        "pooled": (HistoryPool(feature="genres", width=3),),
+        "max_history": 20,
+        "ranker": MLPConfig(hidden=(24, 12)),
+    }
+    model = TwoTower(TwoTowerConfig.model_validate(settings | changes))
     model.vocabulary("movie").fill(known.tolist())
     model.vocabulary("genres").fill(GENRES)
     for parameter in model.parameters():
@@ -152,9 +151,14 @@ class Generation:
 
 
 def publish(
-    repository: Path, catalogue: Catalogue, num_clusters: int, **options: Any
+    repository: Path,
+    catalogue: Catalogue,
+    num_clusters: int,
+    *,
+    model: TwoTower | None = None,
+    **options: Any,
 ) -> Generation:
-    model, schema = make_model(catalogue), make_schema()
+    model, schema = model or make_model(catalogue), make_schema()
     published = publish_generation(
         repository,
         name="films",
@@ -180,6 +184,20 @@ def generation(tmp_path_factory: pytest.TempPathFactory) -> Generation:
         false_positive_rate=0.1,
         max_exact_planes=6,
     )
+
+
+@pytest.fixture(scope="session")
+def publish_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Generation]:
+    """``publish_model(precision=..., **changes)`` publishes 300 films with another model."""
+
+    def published(precision: str = "float32", **changes: Any) -> Generation:
+        catalogue = make_catalogue(300)
+        model = make_model(catalogue, **changes)
+        if precision != "float32":
+            model = model.quantized(precision)
+        return publish(tmp_path_factory.mktemp("model"), catalogue, 8, model=model)
+
+    return published
 
 
 @pytest.fixture(scope="session")
