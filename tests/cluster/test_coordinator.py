@@ -229,7 +229,7 @@ def test_the_times_of_the_stages_are_told(make_bench: Any, virtual: Any) -> None
     (fate,) = virtual.run_until_complete(bench.coordinator.answer([query]))
     times = fate.answer.times
     assert set(times) == {
-        *("queue", "tower", "filter", "probe", "ann", "refine", "rerank", "value"),
+        *("queue", "tower", "filter", "ann", "refine", "rerank", "value"),
         *("merge", "network", "total"),
     }
     assert times["queue"] == 250_000

@@ -125,7 +125,7 @@ def test_the_rounds_give_what_the_executor_gives(run: Any, executor: Any, work: 
         async with serving(executor) as caller:
             opened = await caller.ask(key="a", open=tensors.work_to_map(work))
             first = tensors.round_one_from_map(opened.tensors, dict(opened.times_us))
-            assert set(first.times) == {"probe", "ann"}
+            assert set(first.times) == {"ann"}
             closed = await caller.ask(key="a", close=tensors.cutoffs_to_map(EVERYTHING))
             both = await caller.ask(
                 key="b",

@@ -15,9 +15,9 @@ from silvershard.deploy.errors import CommandError
 from silvershard.deploy.processes import Process, descendants, wait_gone
 
 SMALL = {
-    "SILVERSHARD__MODEL__STEPS": "8",
-    "SILVERSHARD__MODEL__RANKER_STEPS": "4",
-    "SILVERSHARD__MODEL__DIM": "16",
+    "SILVERSHARD__TRAINING__STEPS": "8",
+    "SILVERSHARD__TRAINING__RANKER_STEPS": "4",
+    "SILVERSHARD__TRAINING__DIM": "16",
     "SILVERSHARD__INDEX__CLUSTERS": "16",
 }
 
