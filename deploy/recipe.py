@@ -169,8 +169,6 @@ def train_model(
     recipe = config.training.model_copy(update={"clusters": clusters})
     rows = prepared.split.train_rows
     files = TrainingFiles(state.training_dir, _training(config, recipe, prepared))
-    if not resume:
-        files.start()
     watch = Watch(
         on_log=files.log,
         on_checkpoint=files.write_checkpoint,
@@ -209,10 +207,17 @@ def _training(config: Config, recipe: TrainingConfig, prepared: Prepared) -> str
         "recipe": recipe.model_dump(mode="json"),
         "seed": config.model.seed,
         "schema": prepared.schema.model_dump(mode="json"),
-        "data": prepared.source.summary,
-        "interactions": len(prepared.split.train_rows),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    data, catalogue = prepared.data, prepared.catalogue
+    columns: list[NDArray[Any]] = [data.user_ids, data.rated_movie_ids, data.ratings]
+    columns += [prepared.split.train_rows, prepared.split.valid_rows, catalogue.signals]
+    for name in sorted(catalogue.features):
+        columns += [catalogue.features[name].offsets, catalogue.features[name].values]
+    for column in columns:
+        is_text = column.dtype == object
+        digest.update(json.dumps(column.tolist()).encode() if is_text else column.tobytes())
+    return digest.hexdigest()
 
 
 def _interactions(data: MovieLens, rows: NDArray[np.int64]) -> Interactions:

@@ -5,6 +5,7 @@ Layout::
     .silvershard/
       config.yaml            optional settings, written by the user
       model/                 what ``train`` made
+      training/              log and last checkpoint of ``train``
       generations/           what ``publish`` made: gen-000001, gen-000002, ...
       users.safetensors      histories of the users of the data set
       lock                   held while a cluster runs
@@ -37,8 +38,9 @@ RAY_DIR_PREFIX = "silvershard-"
 
 _LAYOUT = frozenset(
     {
-        *("config.yaml", "model", "generations", "users.safetensors", "lock", "work.lock"),
-        *("cluster.json", "shard_map.json", "router.json", "ray.token", "log"),
+        *("config.yaml", "model", "training", "generations", "users.safetensors"),
+        *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
+        *("ray.token", "log"),
     }
 )
 

@@ -157,6 +157,8 @@ def _pooling(directory: Path) -> str:
     if not path.is_file():
         return "mean"
     read = _read_json(path)
+    if not isinstance(read, dict):
+        raise CommandError(f"{path} must be a JSON object, got {type(read).__name__}")
     prefix = "pooling_mode_"
     chosen = [name for name, value in read.items() if name.startswith(prefix) and value is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -171,9 +173,12 @@ def _pooling(directory: Path) -> str:
 
 def _has_dense(directory: Path) -> bool:
     path = directory / MODULES
-    return path.is_file() and any(
-        str(module.get("type", "")).endswith(".Dense") for module in _read_json(path)
-    )
+    if not path.is_file():
+        return False
+    modules = _read_json(path)
+    if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+        raise CommandError(f"{path} must be a JSON list of objects")
+    return any(str(module.get("type", "")).endswith(".Dense") for module in modules)
 
 
 def principal_axes(embeddings: Tensor, dim: int) -> Tensor:

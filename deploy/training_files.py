@@ -26,7 +26,7 @@ _PHASES = ("towers", "reranker")
 
 
 class TrainingFiles:
-    """The folder of one training.
+    """The folder of one training; a new one empties it with the first file that it writes.
 
     Args:
         folder: where its files are.
@@ -36,12 +36,19 @@ class TrainingFiles:
     def __init__(self, folder: Path, training: str) -> None:
         self.folder = folder
         self._training = training
+        self._replaces = True
 
-    def start(self) -> None:
-        """Begin with an empty folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._write_log(())
+    def _begin(self) -> None:
+        """Empty the folder before the first file of a new training is written.
+
+        Not earlier: a training that is refused leaves the files of the one before it.
+        """
+        if self._replaces:
+            self._replaces = False
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+            self._write_log(())
 
     def resume(self) -> Checkpoint:
         """Return the checkpoint, and cut the log back to it.
@@ -67,6 +74,9 @@ class TrainingFiles:
                 f"{path} is of a training with other settings, seed or data: "
                 "set them as they were, or train without --resume"
             )
+        self._replaces = False
+        for partial in self.folder.glob(f".{CHECKPOINT}.*"):
+            partial.unlink()
         reached = _PHASES.index(progress.phase), progress.done
         kept = [row for row in self._read_log() if (_PHASES.index(row[0]), int(row[1])) <= reached]
         self._write_log(kept)
@@ -74,6 +84,7 @@ class TrainingFiles:
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; a reader finds the old one or the new one."""
+        self._begin()
         path = self.folder / CHECKPOINT
         partial = path.with_name(f".{CHECKPOINT}.{os.getpid()}.tmp")
         metadata = {
@@ -81,10 +92,13 @@ class TrainingFiles:
             _TRAINING: self._training,
         }
         safetensors.torch.save_file(checkpoint.tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.rename(path)
 
     def log(self, row: LogRow) -> None:
         """Append a line to the log."""
+        self._begin()
         cells = ["" if isinstance(one, float) and math.isnan(one) else one for one in row]
         with (self.folder / LOG).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(cells)
@@ -95,7 +109,8 @@ class TrainingFiles:
             return []
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))[1:]
-        return [row for row in rows if len(row) == len(LogRow._fields) and row[0] in _PHASES]
+        whole = [row for row in rows if len(row) == len(LogRow._fields)]
+        return [row for row in whole if row[0] in _PHASES and row[1].isdecimal()]
 
     def _write_log(self, rows: Iterable[list[str]]) -> None:
         with (self.folder / LOG).open("w", newline="", encoding="utf-8") as file:

@@ -30,8 +30,8 @@ class IvfIndex:
         centroids: ``(C, D)`` float32, contiguous, finite, 1 <= D <= 1024.
         centroid_codes: ``(C, D)`` int8 in [-127, 127], contiguous.
         centroid_scales: ``(C,)`` float32, contiguous, finite.
-        page_table: ``(C, X)`` int32 in [-1, N), contiguous; -1 is no page. A page belongs to one
-            cluster.
+        page_table: ``(C, X)`` int32 in [-1, N), contiguous; -1 is no page. A page stands in
+            it once.
         codes: ``(N, G, D)`` int8 in [-127, 127], contiguous.
         scales: ``(N, G)`` float32, contiguous; finite and >= 0 at live slots.
         item_ids: ``(N, G)`` int64, contiguous; distinct and >= 0 at live slots.

@@ -72,4 +72,4 @@ def check_encoder(config: SequenceEncoderConfig, *, dim: int) -> None:
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
     if not isinstance(config, MeanEncoderConfig) and dim % config.heads:
-        raise ValueError(f"heads must divide dim={dim}, got {config.heads}")
+        raise ValueError(f"encoder.heads must divide dim={dim}, got {config.heads}")

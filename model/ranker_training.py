@@ -8,6 +8,7 @@ position.
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ _EVALUATIONS = 5
 class RankerTraining:
     """The second phase of training; ``done`` counts its steps."""
 
-    name = "reranker"
+    name: Final = "reranker"
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ section 4 (log-Q correction).
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ _CENTRE_ITERATIONS = 10
 class TowerTraining:
     """The first phase of training; ``done`` counts its steps."""
 
-    name = "towers"
+    name: Final = "towers"
 
     def __init__(
         self,

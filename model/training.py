@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class LogRow(NamedTuple):
     step: int
     """Steps of the phase so far."""
     loss: float
-    """Mean since the row before."""
+    """Mean of the steps behind the last multiple of ten, at most ten of them."""
     learning_rate: float
     ndcg: float
     """NDCG@10 on the validation items, NaN where it was not measured."""
@@ -55,7 +55,7 @@ class Progress(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    phase: str = Field(description="towers or reranker")
+    phase: Literal["towers", "reranker"] = Field(description="what is being trained")
     done: int = Field(ge=0, description="steps of the phase so far")
     losses: dict[str, tuple[float, ...]] = Field(description="loss of every step by phase")
     kept: dict[str, int] = Field(description="steps after which each phase was best")
@@ -231,7 +231,13 @@ class _Run:
         patience = self.config.patience
         while phase.done < phase.steps and not (patience and self.stale >= patience):
             rate = phase.learning_rate
-            losses.append(phase.step())
+            loss = phase.step()
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of {name} must be finite, got {loss} at step {phase.done}: "
+                    "lower the learning rate"
+                )
+            losses.append(loss)
             bar.update()
             last = phase.done == phase.steps
             evaluated = self._is_due(phase)

@@ -1,17 +1,17 @@
 """What a person decides about training; free of torch, so that the command line starts at once."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from silvershard.model.encoder_config import SequenceEncoderConfig
+from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
 from silvershard.model.ranker_config import MLPConfig, RankerConfig
 
 
 class TrainingConfig(BaseModel):
     """What a person decides about training."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     history: str = Field(default="history", description="user feature that lists item ids")
     item: str = Field(default="movie_id", description="item feature whose ids the history names")
@@ -25,6 +25,7 @@ class TrainingConfig(BaseModel):
     threads: int = Field(
         default=1,
         ge=1,
+        le=1024,
         description="threads of torch; on busy cores one is several times faster than two, which "
         "wait for each other",
     )
@@ -55,7 +56,8 @@ class TrainingConfig(BaseModel):
     patience: int = Field(
         default=0,
         ge=0,
-        description="evaluations without a new best after which towers or reranker stop; 0: never",
+        description="evaluations without a new best after which towers (with evaluate_every) or "
+        "reranker stop; 0: never",
     )
     learning_rate: float = Field(default=3e-3, gt=0, description="of Adam, at its highest")
     temperature: float = Field(default=0.12, gt=0, description="of the softmax over cosines")
@@ -70,8 +72,7 @@ class TrainingConfig(BaseModel):
     clusters: int = Field(
         default=0,
         ge=0,
-        description="clusters that items are pulled together in; 0: a power of two near 2.6 root "
-        "of the items",
+        description="clusters that items are pulled together in; 0: as many as the index will have",
     )
     cluster_pull: float = Field(default=16.0, ge=0, description="weight of the pull")
     cluster_start: float = Field(
@@ -94,3 +95,11 @@ class TrainingConfig(BaseModel):
     ranker_random: int = Field(default=4, ge=1, description="candidates drawn by popularity")
     ranker_depth: int = Field(default=200, ge=1, description="ranks that hard candidates come from")
     ranker_learning_rate: float = Field(default=2e-3, gt=0, description="of Adam, at its highest")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.encoder is not None:
+            check_encoder(self.encoder, dim=self.dim)
+        if len(set(self.pooled)) != len(self.pooled):
+            raise ValueError(f"pooled must name each feature once, got {list(self.pooled)}")
+        return self

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from silvershard.model.bags import DEFAULT_ROW, Bags, spread
 from silvershard.model.catalogue import Ragged
+from silvershard.model.ranker_config import check_ranker
 from silvershard.model.schema import Schema
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.two_tower import TwoTower
@@ -201,6 +202,26 @@ def _tower_config(
     lengths = {feature.name: feature.max_length for feature in schema.user_features}
     if config.history not in lengths:
         raise ValueError(f"history must be a user feature of the schema, got {config.history!r}")
+    for name in config.pooled:
+        if name not in known:
+            raise ValueError(
+                f"pooled must name item features, which are {', '.join(known)}, got {name!r}"
+            )
+    if config.item not in known:
+        raise ValueError(f"item must be one of {', '.join(known)}, got {config.item!r}")
+    for name in config.min_rating:
+        if name not in (*schema.heads, *schema.tasks):
+            raise ValueError(
+                f"min_rating must name heads and tasks, which are "
+                f"{', '.join(dict.fromkeys((*schema.heads, *schema.tasks)))}, got {name!r}"
+            )
+    longest = lengths[config.history]
+    if config.encoder is not None and config.encoder.max_length > longest:
+        raise ValueError(
+            f"encoder.max_length must be at most {longest}, the ids kept of {config.history}, "
+            f"got {config.encoder.max_length}"
+        )
+    check_ranker(config.ranker, dim=config.dim, session_length=longest)
     tower = TwoTowerConfig(
         dim=config.dim,
         heads=schema.heads,
@@ -216,7 +237,7 @@ def _tower_config(
             HistoryPool(feature=name, width=max(int(features[name].lengths.max(initial=0)), 1))
             for name in config.pooled
         ),
-        max_history=lengths[config.history],
+        max_history=longest,
         recent=config.recent,
         half_life=config.half_life,
         encoder=config.encoder,

@@ -36,7 +36,7 @@ class HistoryPool(BaseModel):
 class TwoTowerConfig(BaseModel):
     """Everything that decides the shapes of a ``TwoTower``; its tensors hold the rest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension D")
     heads: tuple[str, ...] = Field(min_length=1, description="names of the query embeddings")

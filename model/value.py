@@ -153,6 +153,15 @@ VALUE_KEYWORDS = _KEYWORDS | _FUNCTIONS.keys()
 """Names that no column may have."""
 
 
+class _Waiting(NamedTuple):
+    """What the compiler knows of a value on the stack."""
+
+    value: np.float32 | None = None
+    """The value, where it is the same for every candidate."""
+    fault: tuple[str, int] | None = None
+    """Why it can be finite for no candidate, and where; refused once something depends on it."""
+
+
 class _Compiler:
     """Parses by recursive descent and emits each operation as soon as its operands are out."""
 
@@ -162,8 +171,7 @@ class _Compiler:
         self._weights = weights
         self._ops: list[tuple[int, int]] = []
         self._constants: list[float] = []
-        # What waits on the stack: its value where no column is in it, else None.
-        self._stack: list[np.float32 | None] = []
+        self._stack: list[_Waiting] = []
         self._num_leaves = 0
         if len(formula) > MAX_TEXT:
             self._fail(
@@ -176,6 +184,7 @@ class _Compiler:
         self._expression(0, 1)
         if self._token.kind != "end":
             self._fail_here("expected an operator or the end of the formula")
+        self._refuse_fault(self._stack[-1])
         return CompiledValue(
             torch.tensor(self._ops, dtype=torch.int32).reshape(-1, 2),
             torch.tensor(self._constants, dtype=torch.float32),
@@ -189,8 +198,6 @@ class _Compiler:
             position = self._token.position
             self._advance()
             self._expression(depth, binds + 1)
-            if op == ValueOp.DIV and self._stack[-1] == 0:
-                self._fail("formula divides by zero", position)
             self._emit(op, position=position)
             following = _BINARY.get(self._token.kind, (0, op))[0]
             if binds == following == _COMPARISON_BINDS:
@@ -300,7 +307,7 @@ class _Compiler:
         operands = self._stack[len(self._stack) - popped :]
         del self._stack[len(self._stack) - popped :]
         at = self._token.position if position is None else position
-        self._stack.append(self._known(op, operands, constant, at))
+        self._stack.append(self._outcome(op, operands, constant, at))
         if len(self._stack) > MAX_VALUE_STACK:
             self._fail(
                 f"formula keeps more than {MAX_VALUE_STACK} values waiting here; "
@@ -308,20 +315,34 @@ class _Compiler:
                 at,
             )
 
-    def _known(
-        self, op: ValueOp, operands: Sequence[np.float32 | None], constant: float, position: int
-    ) -> np.float32 | None:
-        """The value of an operation if it is the same for every candidate."""
+    def _outcome(
+        self, op: ValueOp, operands: Sequence[_Waiting], constant: float, position: int
+    ) -> _Waiting:
+        """What is known of the result of an operation."""
         if op == ValueOp.CONST:
-            return np.float32(constant)
-        known = [operand for operand in operands if operand is not None]
-        if op == ValueOp.COLUMN or len(known) < len(operands):
-            return None
+            return _Waiting(np.float32(constant))
+        if op == ValueOp.COLUMN:
+            return _Waiting()
+        if op == ValueOp.WHERE and operands[0].value is not None and not operands[0].fault:
+            # The other branch may be whatever it is: no candidate takes it.
+            return operands[1] if operands[0].value else operands[2]
+        for operand in operands:
+            self._refuse_fault(operand)
+        if op == ValueOp.DIV and operands[1].value == 0:
+            return _Waiting(fault=("formula divides by zero", position))
+        known = [operand.value for operand in operands if operand.value is not None]
+        if len(known) < len(operands):
+            return _Waiting()
         with np.errstate(all="ignore"):
             value = np.float32(_VALUES[op](*known))
-        if not np.isfinite(value):
-            self._fail("this part of the formula is not finite, whatever the candidate", position)
-        return value
+        if np.isfinite(value):
+            return _Waiting(value)
+        fault = "this part of the formula is not finite, whatever the candidate"
+        return _Waiting(fault=(fault, position))
+
+    def _refuse_fault(self, waiting: _Waiting) -> None:
+        if waiting.fault is not None:
+            self._fail(*waiting.fault)
 
     def _accept(self, kind: str) -> bool:
         if self._token.kind != kind:

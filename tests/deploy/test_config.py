@@ -94,6 +94,8 @@ def test_sections_of_several_kinds_are_read_shown_and_checked(write: Write) -> N
     for section, message in (
         ("encoder: {kind: hstu, leyers: 3}", r"line 2: .*leyers: unknown key; did you mean layers"),
         ("ranker: {kind: gru}", "line 2: training.ranker: .*does not match any of the expected"),
+        ("half_life: .inf", "line 2: training.half_life: input should be a finite number"),
+        ("encoder: {kind: hstu, heads: 3}", "encoder.heads must divide dim=64, got 3"),
         ("encoder: {kind: mean, max_length: 0}", "line 2: .*max_length: input should be greater"),
     ):
         with pytest.raises(ConfigError, match=message):

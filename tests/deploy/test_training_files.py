@@ -23,9 +23,7 @@ def row(phase: str, step: int) -> LogRow:
 
 @pytest.fixture
 def files(tmp_path: Path) -> TrainingFiles:
-    made = TrainingFiles(tmp_path / "training", "one")
-    made.start()
-    return made
+    return TrainingFiles(tmp_path / "training", "one")
 
 
 def logged(files: TrainingFiles) -> list[list[str]]:
@@ -59,11 +57,25 @@ def test_the_log_is_a_table_that_resuming_cuts_back(files: TrainingFiles) -> Non
     assert [line[1] for line in logged(files)[1:]] == ["10", "20", "1"]
 
 
-def test_starting_again_forgets_the_checkpoint(files: TrainingFiles) -> None:
+def test_a_new_training_keeps_the_old_files_until_it_writes(files: TrainingFiles) -> None:
     files.write_checkpoint(checkpoint())
-    files.start()
+    files.log(row("towers", 30))
+    again = TrainingFiles(files.folder, "one")
+    assert len(logged(again)) == 2
+    again.log(row("towers", 10))
+    assert [line[1] for line in logged(again)] == ["step", "10"]
     with pytest.raises(CommandError, match="there is no checkpoint in"):
-        files.resume()
+        again.resume()
+
+
+def test_resuming_removes_what_a_kill_left_behind(files: TrainingFiles) -> None:
+    files.write_checkpoint(checkpoint())
+    (files.folder / f".{CHECKPOINT}.123.tmp").write_bytes(b"part")
+    with (files.folder / LOG).open("a") as file:
+        file.write("towers,x,1,1,,1\n")
+    TrainingFiles(files.folder, "one").resume()
+    assert sorted(path.name for path in files.folder.iterdir()) == [CHECKPOINT, LOG]
+    assert len(logged(files)) == 1
 
 
 def test_a_checkpoint_of_another_training_is_refused(files: TrainingFiles) -> None:

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from silvershard.model import training_batches
 from silvershard.model.catalogue import Ragged
-from silvershard.model.encoder_config import SequenceEncoderConfig
+from silvershard.model.encoder_config import HSTUEncoderConfig, SequenceEncoderConfig
 from silvershard.model.quality import hit_rate_at_k, ndcg_at_k, popularity_ranking
 from silvershard.model.ranker_training import RankerTraining
 from silvershard.model.schema import Schema, UserFeature
@@ -280,6 +280,21 @@ def test_an_interrupted_training_ends_in_the_same_bits() -> None:
         assert again.tower_ndcg == whole.tower_ndcg
         assert (again.tower_step, again.ranker_step) == (whole.tower_step, whole.ranker_step)
         assert again.seconds > checkpoint.progress.seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooled": ("foo",)}, "pooled must name item features, which are film, genres, got 'foo'"),
+        ({"item": "foo"}, "item must be one of film, genres, got 'foo'"),
+        ({"min_rating": {"nope": 3.0}}, "min_rating must name heads and tasks, .*got 'nope'"),
+        ({"encoder": HSTUEncoderConfig(max_length=11)}, "encoder.max_length must be at most 10"),
+        ({"learning_rate": 1e38}, "the loss of towers must be finite, got nan at step"),
+    ],
+)
+def test_a_training_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:

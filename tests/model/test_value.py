@@ -88,6 +88,8 @@ def value_of(formula: str, *row: float) -> float:
         ("like + 1 == 3 AND Not share < like", 1.0),
         ("1 + (like > 1) * 5", 6.0),
         (".5 + 5. + 1e-1 + 2E+0", 7.6),
+        ("where($zero > 0, score / $zero, like)", 2.0),
+        ("where($zero == 0, 0, log($zero)) + like", 2.0),
         (" \n score \t", 1.0),
     ],
 )
@@ -126,8 +128,10 @@ class Case(NamedTuple):
     text: str
     values: Any
     constant: bool
-    refused: bool
-    """Whether a part without columns is not finite, or something is divided by a constant 0."""
+    refused: bool = False
+    """Whether something depends on a part that is finite for no candidate."""
+    fault: bool = False
+    """Whether the whole is such a part."""
 
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -151,14 +155,14 @@ def atoms(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["column", "number", "weight"]))
     if kind == "column":
         column = draw(st.integers(0, len(COLUMNS) - 1))
-        return Case(COLUMNS[column], ROWS[:, column], constant=False, refused=False)
+        return Case(COLUMNS[column], ROWS[:, column], constant=False)
     if kind == "weight":
         name = draw(st.sampled_from(sorted(WEIGHTS)))
         text, number = f"${name}", str(WEIGHTS[name])
     else:
         number = draw(st.sampled_from(["0", "1", "0.1", "3.5", "1e-3", "16777217", "2e10"]))
         text = number
-    return Case(text, np.full(len(ROWS), float(number), F32), constant=True, refused=False)
+    return Case(text, np.full(len(ROWS), float(number), F32), constant=True)
 
 
 @st.composite
@@ -186,16 +190,21 @@ def compounds(draw: st.DrawFn, inner: st.SearchStrategy[Case]) -> Case:
             st.sampled_from(calls[2:])
         )
         values = make()
-    constant = all(part.constant for part in parts[:used])
-    refused = zero or any(part.refused for part in parts[:used])
-    return Case(text, values, constant, refused or (constant and not np.isfinite(values).all()))
+    refused = any(part.refused for part in parts[:used])
+    if text.startswith("where") and parts[0].constant and not parts[0].fault:
+        chosen = parts[1] if x[0] != 0 else parts[2]
+        return Case(text, values, chosen.constant, refused, chosen.fault)
+    refused |= any(part.fault for part in parts[:used])
+    constant = not zero and all(part.constant for part in parts[:used])
+    fault = zero or (constant and not np.isfinite(values).all())
+    return Case(text, values, constant and not fault, refused, fault)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(atoms(), compounds, max_leaves=15))
 def test_random_formulas_equal_numpy_in_float32(case: Case) -> None:
     formula, expected = case.text, case.values
-    if case.refused:
+    if case.refused or case.fault:
         with pytest.raises(ValueFormulaError, match=r"divides by zero|is not finite"):
             compile_value(formula, COLUMNS, WEIGHTS)
         return
@@ -257,6 +266,8 @@ def test_precedence_and_grouping_are_those_of_python(parts: list[tuple[str, str,
         ("score / 0", 6, "formula divides by zero"),
         ("like + score / (1 - 1)", 13, "formula divides by zero"),
         ("score / $zero", 6, "formula divides by zero"),
+        ("where(share > 0, score / 0, 1)", 23, "formula divides by zero"),
+        ("where(1, score / $zero, 1)", 15, "formula divides by zero"),
         ("like * exp(1000)", 7, "this part of the formula is not finite, whatever the candidate"),
         ("like * log(0)", 7, "this part of the formula is not finite, whatever the candidate"),
         ("like + 3e38 * 2", 12, "this part of the formula is not finite, whatever the candidate"),
