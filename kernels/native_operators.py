@@ -9,6 +9,7 @@ Shapes: as in the contracts.
 
 import ctypes
 from struct import Struct
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +41,27 @@ def _filter_pool(planes: Tensor, columns: Tensor, terms: Tensor) -> tuple[int, .
     )
 
 
+class _Outputs(NamedTuple):
+    """Where a scan writes its results."""
+
+    scores: Tensor
+    item_ids: Tensor
+    slots: Tensor
+    probed: Tensor
+    eligible: Tensor
+
+    @classmethod
+    def of(cls, scales: Tensor, item_ids: Tensor, num_queries: int, num_results: int) -> Self:
+        """Allocate them, with separate sizes, which is the fastest way."""
+        return cls(
+            scales.new_empty(num_queries, num_results),
+            item_ids.new_empty(num_queries, num_results),
+            item_ids.new_empty(num_queries, num_results),
+            item_ids.new_empty(num_queries),
+            item_ids.new_empty(num_queries),
+        )
+
+
 def ivf_scan_native(
     query_codes: Tensor,
     query_scales: Tensor,
@@ -57,47 +79,16 @@ def ivf_scan_native(
     num_results: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Native ``ivf_scan``."""
-    num_queries, dim = query_codes.shape
     query_codes, query_scales = query_codes.contiguous(), query_scales.contiguous()
     clusters, page_table = clusters.contiguous(), page_table.contiguous()
     programs, verify, excluded = programs.contiguous(), verify.contiguous(), excluded.contiguous()
-    # new_empty with separate sizes is the fastest way to allocate.
-    scores = scales.new_empty(num_queries, num_results)
-    ids = item_ids.new_empty(num_queries, num_results)
-    slots = item_ids.new_empty(num_queries, num_results)
-    probed = item_ids.new_empty(num_queries)
-    eligible = item_ids.new_empty(num_queries)
-    call(
-        "ivf_scan",
-        _IVF_SCAN.pack(
-            *_filter_pool(planes, columns, terms),
-            query_codes.data_ptr(),
-            query_scales.data_ptr(),
-            clusters.data_ptr(),
-            page_table.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
-            item_ids.data_ptr(),
-            programs.data_ptr(),
-            verify.data_ptr(),
-            excluded.data_ptr(),
-            scores.data_ptr(),
-            ids.data_ptr(),
-            slots.data_ptr(),
-            probed.data_ptr(),
-            eligible.data_ptr(),
-            num_queries,
-            dim,
-            clusters.shape[1],
-            *page_table.shape,
-            programs.shape[1],
-            verify.shape[1],
-            excluded.shape[1],
-            num_results,
-            torch.get_num_threads(),
-        ),
-    )
-    return scores, ids, slots, probed, eligible
+    out = _Outputs.of(scales, item_ids, len(query_codes), num_results)
+    queries = query_codes.data_ptr(), query_scales.data_ptr(), clusters.data_ptr()
+    lists = page_table, codes, scales, item_ids, planes, columns, terms
+    filters = programs, verify, excluded
+    sizes = (*query_codes.shape, clusters.shape[1])
+    call("ivf_scan", _IVF_SCAN.pack(*_scan(queries, lists, filters, out, sizes)))
+    return out
 
 
 def ivf_search_native(
@@ -122,40 +113,13 @@ def ivf_search_native(
     """Native ``quantize_rows``, ``coarse_probe`` and ``ivf_scan`` in one call."""
     query, programs = query.contiguous(), programs.contiguous()
     verify, excluded = verify.contiguous(), excluded.contiguous()
-    num_queries, dim = query.shape
-    scores = scales.new_empty(num_queries, num_results)
-    ids = item_ids.new_empty(num_queries, num_results)
-    slots = item_ids.new_empty(num_queries, num_results)
-    probed = item_ids.new_empty(num_queries)
-    eligible = item_ids.new_empty(num_queries)
+    out = _Outputs.of(scales, item_ids, len(query), num_results)
+    lists = page_table, codes, scales, item_ids, planes, columns, terms
+    filters = programs, verify, excluded
     call(
         "ivf_search",
         _IVF_SEARCH.pack(
-            *_filter_pool(planes, columns, terms),
-            0,
-            0,
-            0,
-            page_table.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
-            item_ids.data_ptr(),
-            programs.data_ptr(),
-            verify.data_ptr(),
-            excluded.data_ptr(),
-            scores.data_ptr(),
-            ids.data_ptr(),
-            slots.data_ptr(),
-            probed.data_ptr(),
-            eligible.data_ptr(),
-            num_queries,
-            dim,
-            probes,
-            *page_table.shape,
-            programs.shape[1],
-            verify.shape[1],
-            excluded.shape[1],
-            num_results,
-            torch.get_num_threads(),
+            *_scan((0, 0, 0), lists, filters, out, (*query.shape, probes)),
             query.data_ptr(),
             centroids.data_ptr(),
             centroid_codes.data_ptr(),
@@ -163,7 +127,42 @@ def ivf_search_native(
             shortlist,
         ),
     )
-    return scores, ids, slots, probed, eligible
+    return out
+
+
+def _scan(
+    queries: tuple[int, int, int],
+    lists: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    filters: tuple[Tensor, Tensor, Tensor],
+    out: _Outputs,
+    sizes: tuple[int, ...],
+) -> tuple[int, ...]:
+    """The fields of ``IvfScanArgs``: pointers of codes, scales and clusters, and ``(Q, D, P)``."""
+    page_table, codes, scales, item_ids, *pool = lists
+    programs, verify, excluded = filters
+    return (
+        *_filter_pool(*pool),
+        *queries,
+        page_table.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        item_ids.data_ptr(),
+        programs.data_ptr(),
+        verify.data_ptr(),
+        excluded.data_ptr(),
+        out.scores.data_ptr(),
+        out.item_ids.data_ptr(),
+        out.slots.data_ptr(),
+        out.probed.data_ptr(),
+        out.eligible.data_ptr(),
+        *sizes,
+        *page_table.shape,
+        programs.shape[1],
+        verify.shape[1],
+        excluded.shape[1],
+        out.scores.shape[1],
+        torch.get_num_threads(),
+    )
 
 
 def eligibility_native(
