@@ -6,12 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from silvershard.model.answer import split_answers
-from silvershard.model.compiled_request import compile_request
-from silvershard.model.merge import Merge
+from silvershard.model.answer import Answer
 from silvershard.model.quality import same_ranking
 from silvershard.model.request import Request
-from silvershard.model.retriever import assemble
 from silvershard.shard.load import load_executor, load_retriever
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -34,7 +31,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_answers_alike_alone_in_batches_and_on_shards(
-    name: str, publish_model: Callable[..., Any], request_maker: Callable[..., list[Request]]
+    name: str,
+    publish_model: Callable[..., Any],
+    request_maker: Callable[..., list[Request]],
+    ask_shards: Callable[..., list[Answer]],
 ) -> None:
     generation = publish_model(**MODELS[name])
     whole = load_retriever(generation.path)[0]
@@ -43,29 +43,12 @@ def test_a_model_answers_alike_alone_in_batches_and_on_shards(
     assert any(len(answer.item_ids) > 5 for answer in alone)
     for one, other in zip(whole(requests), alone, strict=True):
         assert same_ranking(one, other).same
-    merge = Merge()
     for shards, devices in ((2, ("cpu",)), (3, ("cpu", "cpu"))):
         executors = [
             load_executor(generation.path, shard, shards, devices=devices)
             for shard in range(shards)
         ]
-        spec = executors[0].spec
-        compiled = [compile_request(request, spec) for request in requests]
-        counts = [
-            sum(int(one.count(request.scan[None])) for one in executors)
-            if request.needs_count
-            else None
-            for request in compiled
-        ]
-        plans = [one.plan(spec, count) for one, count in zip(compiled, counts, strict=True)]
-        encoded = executors[-1].encode([one.features for one in compiled])
-        work = assemble(compiled, plans, encoded.embedding, encoded.user_state)
-        firsts = [one.open("key", work, float("inf")) for one in executors]
-        cutoffs = merge.cutoffs(firsts, work.ann_k)
-        second = merge([one.close("key", cutoffs) for one in executors], int(work.k.max()))
-        first = merge.candidates(firsts, 1)
-        warnings = encoded.warnings
-        found = split_answers(compiled, plans, warnings, first, second, spec, counts, {})
+        found = ask_shards(executors, requests, "key")
         for one, other in zip(found, alone, strict=True):
             compared = same_ranking(one, other)
             assert compared.same, compared.difference

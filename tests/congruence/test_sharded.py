@@ -6,38 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from silvershard.model.answer import Answer, split_answers
-from silvershard.model.compiled_request import compile_request
-from silvershard.model.merge import Merge
+from silvershard.model.answer import Answer
 from silvershard.model.quality import same_ranking
 from silvershard.model.request import Request
-from silvershard.model.retriever import Retriever, assemble
+from silvershard.model.retriever import Retriever
 from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.load import load_executor, load_retriever
 
+Ask = Callable[[Sequence[ShardExecutor], Sequence[Request], str], list[Answer]]
 RequestMaker = Callable[..., list[Request]]
-
-
-def ask(executors: Sequence[ShardExecutor], requests: Sequence[Request], key: str) -> list[Answer]:
-    """The two rounds of a query over some shards, without processes or a network."""
-    spec, merge = executors[0].spec, Merge()
-    compiled = [compile_request(request, spec) for request in requests]
-    eligible = [
-        sum(int(one.count(request.scan[None])) for one in executors)
-        if request.needs_count
-        else None
-        for request in compiled
-    ]
-    plans = [one.plan(spec, count) for one, count in zip(compiled, eligible, strict=True)]
-    encoded = executors[-1].encode([one.features for one in compiled])
-    work = assemble(compiled, plans, encoded.embedding, encoded.user_state)
-    firsts = [one.open(key, work, float("inf")) for one in executors]
-    cutoffs = merge.cutoffs(firsts, work.ann_k)
-    second = merge([one.close(key, cutoffs) for one in executors], int(work.k.max()))
-    for one in executors:
-        one.release(key)
-    first = merge.candidates(firsts, 1)
-    return split_answers(compiled, plans, encoded.warnings, first, second, spec, eligible, {})
 
 
 def assert_same(got: Sequence[Answer], wanted: Sequence[Answer]) -> None:
@@ -86,7 +63,9 @@ def test_the_requests_cover_what_matters(requests: list[Request], expected: list
     assert any(request.filter and "NOT" in request.filter for request in requests)
 
 
-def test_answers_that_end_between_ties_are_the_same(generation, whole: Retriever) -> None:
+def test_answers_that_end_between_ties_are_the_same(
+    ask_shards: Ask, generation, whole: Retriever
+) -> None:
     """Where the last place and the next have equal values, only the ids decide."""
     zero = {"rated": 0.0, "liked": 0.0}
     history = generation.catalogue.item_ids[:7].tolist()
@@ -96,7 +75,7 @@ def test_answers_that_end_between_ties_are_the_same(generation, whole: Retriever
     assert len(cuts) >= 5
     requests = [replace(base, k=cut) for cut in cuts[:20]]
     shards = [load_executor(generation.path, one, 3) for one in range(3)]
-    assert_same(ask(shards, requests, "ties"), [whole([one])[0] for one in requests])
+    assert_same(ask_shards(shards, requests, "ties"), [whole([one])[0] for one in requests])
 
 
 @pytest.mark.parametrize("batch", [2, 16, 64, 200])
@@ -119,27 +98,31 @@ def test_a_request_does_not_depend_on_its_place_in_the_batch(
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
 def test_the_number_of_shards_does_not_matter(
-    generation, requests: list[Request], expected: list[Answer], num_shards: int
+    ask_shards: Ask, generation, requests: list[Request], expected: list[Answer], num_shards: int
 ) -> None:
     shards = [load_executor(generation.path, one, num_shards) for one in range(num_shards)]
     assert sum(shard.documents for shard in shards) == 600
     got: list[Answer] = []
     for start in range(0, len(requests), 40):
-        got += ask(shards, requests[start : start + 40], f"batch-{start}")
+        got += ask_shards(shards, requests[start : start + 40], f"batch-{start}")
     assert_same(got, expected)
-    alone = [ask(shards, [request], "alone")[0] for request in requests[:40]]
+    alone = [ask_shards(shards, [request], "alone")[0] for request in requests[:40]]
     assert_same(alone, expected[:40])
     assert all(shard.num_open == 0 for shard in shards)
 
 
 @pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu", "cpu", "cpu")])
 def test_the_devices_inside_a_shard_do_not_matter(
-    generation, requests: list[Request], expected: list[Answer], devices: tuple[str, ...]
+    ask_shards: Ask,
+    generation,
+    requests: list[Request],
+    expected: list[Answer],
+    devices: tuple[str, ...],
 ) -> None:
     one_shard = [load_executor(generation.path, 0, 1, devices=devices)]
-    assert_same(ask(one_shard, requests, "batch"), expected)
+    assert_same(ask_shards(one_shard, requests, "batch"), expected)
     two_shards = [load_executor(generation.path, one, 2, devices=devices) for one in range(2)]
-    assert_same(ask(two_shards, requests, "batch"), expected)
+    assert_same(ask_shards(two_shards, requests, "batch"), expected)
 
 
 def test_the_number_of_threads_does_not_matter(
@@ -156,7 +139,7 @@ def test_the_number_of_threads_does_not_matter(
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
 def test_empty_shards_and_k_above_the_catalogue_change_nothing(
-    tiny_generation, request_maker: RequestMaker, num_shards: int
+    ask_shards: Ask, tiny_generation, request_maker: RequestMaker, num_shards: int
 ) -> None:
     requests = request_maker(tiny_generation, 60, seed=3)
     whole = load_retriever(tiny_generation.path)[0]
@@ -165,7 +148,7 @@ def test_empty_shards_and_k_above_the_catalogue_change_nothing(
         assert any(shard.documents == 0 for shard in shards)
     expected = [whole([request])[0] for request in requests]
     assert any(answer.exhausted and len(answer.item_ids) == 5 for answer in expected)
-    assert_same(ask(shards, requests, "batch"), expected)
+    assert_same(ask_shards(shards, requests, "batch"), expected)
 
 
 def test_a_pinned_plan_gives_the_same_bytes_as_the_answer_that_named_it(
