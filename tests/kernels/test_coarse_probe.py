@@ -92,6 +92,9 @@ def test_coarse_scores_below_every_float_leave_the_others() -> None:
     codes, scales = quantize_rows(centroids)
     scales[6:] = 3e38
     assert probe_with(query, centroids, codes, scales, 4).tolist() == [[0, 1, 2, 3]]
+    # Their exact scores would be the best, but they are padding of the shortlist.
+    centroids[6:] = 9.0
+    assert probe_with(query, centroids, codes, scales, 4).tolist() == [[0, 1, 2, 3]]
 
 
 def probe_with(

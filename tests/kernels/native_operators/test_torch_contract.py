@@ -186,6 +186,14 @@ def test_fake_tensor_mode_reaches_the_registered_operator() -> None:
     assert found.scores.shape == (2, 3)
 
 
+def test_a_fake_tensor_that_left_its_mode_reaches_the_registered_operator() -> None:
+    mode = FakeTensorMode()
+    scores, ids = mode.from_tensor(torch.randn(2, 9)), mode.from_tensor(torch.arange(18).view(2, 9))
+    found = kernels.select_topk(scores, ids, 3)
+    assert isinstance(found.scores, FakeTensor)
+    assert found.scores.shape == (2, 3)
+
+
 def test_a_tracer_sees_the_operators() -> None:
     cache, slots = torch.ones(1, 64, 8).half(), torch.zeros(2, 3, dtype=torch.int64)
     graph = make_fx(lambda query: kernels.refine(query, cache, slots))(torch.ones(2, 1, 8))
