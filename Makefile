@@ -13,6 +13,7 @@ DEMO_ARGS = $(if $(DATA),--data '$(DATA)')
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 # fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
 TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
+COMPILER := $(shell command -v $${CXX:-g++})
 PROTOS := retrieval shard table
 
 .DEFAULT_GOAL := help
@@ -73,7 +74,7 @@ setup: $(VENV)/.installed ## create .venv and install, nothing else
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/native/*) deploy/packaging/fbgemm-gpu-shim/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, got {sys.version}" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet $(TARGETS)
+	$(if $(COMPILER),SILVERSHARD_REQUIRE_NATIVE=1) $(BIN)/pip install --disable-pip-version-check --quiet $(TARGETS)
 	@touch $@
 
 proto: $(VENV)/.installed ## regenerate the protobuf code under cluster/
