@@ -17,7 +17,7 @@ COMPILER := $(shell command -v $${CXX:-g++})
 PROTOS := retrieval shard table
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu bench-tables bench-text bench-semantic check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ bench-kernels: $(VENV)/.bench ## measure the operators beside Faiss (QUICK=1: fe
 bench-gpu: $(VENV)/.installed ## measure the operators on an H100 or H200, three runs of under ten minutes
 	for part in 1 2 3; do $(BIN)/python -P benchmarks/gpu.py --part $$part || exit 1; done
 
+bench-model: $(VENV)/.installed ## measure reranking, joint training, tables, text and ids (QUICK=1: five minutes)
+	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/python -P benchmarks/model.py $(if $(QUICK),--quick)
+
 bench-tables: $(VENV)/.installed ## measure embedding tables: quantised, sharded, remote
 	$(BIN)/python -P benchmarks/embeddings.py
 	$(BIN)/python -P benchmarks/tables.py $(if $(QUICK),--quick)
@@ -53,6 +56,12 @@ bench-text: $(VENV)/.installed ## measure text towers
 
 bench-semantic: $(VENV)/.installed ## measure semantic-id generation
 	$(BIN)/python -P benchmarks/semantic.py $(if $(QUICK),--quick)
+
+bench-peer: $(VENV)/.installed ## compare our sequence towers with SASRec and HSTU of RecTools (QUICK=1: one seed, few epochs)
+	$(BIN)/python -P benchmarks/quality_peer.py $(DEMO_ARGS) $(if $(QUICK),--quick) $(if $(JOBS),--jobs $(JOBS))
+
+bench-joint: $(VENV)/.installed ## measure an index trained with the towers beside one built after them
+	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/python -P benchmarks/joint.py $(if $(QUICK),--quick)
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[bench]'

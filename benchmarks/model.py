@@ -1,128 +1,152 @@
-"""Cases of the whole pipeline in one process, beside the search that it replaces.
+"""Runs what measures the model: quality of orders and trainings, embedding tables, text, ids.
 
-The peer of a case does the same job with plain PyTorch: encode, exact float32 products with every
-item, a boolean filter mask, top-k, rerank of as many candidates with the same model, and the same
-value.
+Usage: ``python -P benchmarks/model.py [--quick] [--only PART ...]``. Every part is a benchmark of
+its own, with its gate, its tables and its line in ``benchmarks/results/<machine>.jsonl``. Parts
+that measure quality share the cores, parts that measure time run alone. The last line printed is
+one JSON object with what every part found; the exit status is 1 if a part has no numbers.
 """
 
+import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
+_HERE = Path(__file__).resolve().parent
+if "benchmarks" not in sys.modules:
+    # The folder is no package and the root stays off sys.path, where `import model` would work.
+    _PACKAGE = types.ModuleType("benchmarks")
+    _PACKAGE.__path__ = [str(_HERE)]
+    sys.modules["benchmarks"] = _PACKAGE
 
-from silvershard.deploy.movielens import catalogue, popularity, schema, split
-from silvershard.deploy.synthetic import generate
-from silvershard.kernels import fixed_sigmoid
-from silvershard.model.catalogue import Catalogue
-from silvershard.model.request import Request
-from silvershard.model.retriever import Retriever
-from silvershard.model.spec import SearchDefaults
-from silvershard.model.training_config import TrainingConfig
-from silvershard.model.training_data import Interactions, prepare
-from silvershard.shard.load import load_retriever
-from silvershard.shard.publish import publish_generation
+from benchmarks.run import machine  # noqa: E402
+
+QUICK_LIMIT_S = 290.0
+"""After which a quick run ends the parts that are left and says so."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One workload, ours and the peer's, on the same items and users."""
+class Part:
+    """One benchmark script."""
 
     name: str
-    batch: int
-    filter: str
-    gate: str
-    """Test file that must pass before a number is printed."""
-    ours: Callable[[], object]
-    peer: Callable[[], object]
+    quick: tuple[str, ...] = ("--quick",)
+    """What it is told in a quick run."""
+    timed: bool = True
+    """It measures time, so nothing else may run beside it."""
 
 
-class Workload:
-    """Generated films, a model with its initial weights, and the index over them."""
-
-    def __init__(self, num_movies: int) -> None:
-        films = generate(num_movies=num_movies, num_users=400, ratings_per_user=60, seed=0)
-        parts = split(films)
-        counts, means = popularity(films, parts)
-        self.items: Catalogue = catalogue(films, counts, means)
-        rows = parts.train_rows
-        interactions = Interactions(
-            films.user_ids[rows], films.rated_movie_ids[rows], films.ratings[rows]
-        )
-        model, _ = prepare(
-            schema(), self.items.features, self.items.signals, interactions, TrainingConfig()
-        )
-        self.model = model.eval()
-        num_clusters = max(16, 1 << int(4 * num_movies**0.5).bit_length() - 1)
-        with tempfile.TemporaryDirectory() as folder:
-            published = publish_generation(
-                Path(folder),
-                name="films",
-                model=self.model,
-                builder="two_tower",
-                config=self.model.config.model_dump(mode="json"),
-                catalogue=self.items,
-                schema=schema(),
-                defaults=SearchDefaults(probes=num_clusters // 16, ann_k=256),
-                num_clusters=num_clusters,
-            )
-            self.retriever: Retriever = load_retriever(published.path)[0]
-        with torch.inference_mode():
-            self.embeddings = self.model.embed_items(dict(self.items.features))
-        self.histories = [
-            parts.test_histories.row(user)[-50:].tolist()
-            for user in range(min(64, len(parts.test_histories)))
-        ]
-
-    def requests(self, batch: int, text: str) -> list[Request]:
-        """Return a batch of users, cycled, with one filter."""
-        return [
-            Request(features={"history": self.histories[at % len(self.histories)]}, filter=text)
-            for at in range(batch)
-        ]
-
-    def mask(self, text: str) -> torch.Tensor:
-        """Return which items pass one of the filters of the cases, ``(n,)`` bool."""
-        years = self.items.numbers["year"]
-        if not text:
-            return torch.ones(len(self.items), dtype=torch.bool)
-        return torch.from_numpy(years >= int(text.split()[-1]))
-
-    def brute_force(self, requests: list[Request], mask: torch.Tensor) -> torch.Tensor:
-        """Answer without an index: every product, a mask, top-k, then the same rerank."""
-        with torch.inference_mode():
-            encoded = self.model.encode([request.features for request in requests])
-            scores = encoded.embedding @ self.embeddings.T  # (B, H, n)
-            scores = scores.masked_fill(~mask, float("-inf"))
-            best = torch.topk(scores, 256, 2).indices.flatten(1)  # (B, H * R)
-            items = self.embeddings[best]  # (B, H * R, D)
-            refined = (encoded.embedding[:, None] * items[:, :, None]).sum(3)
-            signals = torch.from_numpy(self.items.signals)[best]
-            logits = self.model.rank(encoded.embedding, encoded.user_state, items, refined, signals)
-            value = fixed_sigmoid(logits).sum(2)
-            return torch.topk(value, 10, 1).indices
+PARTS = (
+    Part("ordering", timed=False),
+    Part("joint", timed=False),
+    Part("tables"),
+    Part("embeddings", ("--rows", "100000", "--rounds", "5", "--batches", "1", "16")),
+    Part("text"),
+    Part("semantic", ("--quick", "--items", "30000", "--rounds", "5")),
+)
 
 
-def cases(num_movies: int) -> list[Case]:
-    """Return every case over a catalogue of this size."""
-    work = Workload(num_movies)
-    years = work.items.numbers["year"]
-    found = []
-    for share in (1.0, 0.1, 0.01):
-        text = "" if share == 1.0 else f"year >= {int(np.quantile(years, 1 - share))}"
-        mask = work.mask(text)
-        for batch in (1, 8, 64):
-            requests = work.requests(batch, text)
-            found.append(
-                Case(
-                    name=f"pipeline/items={num_movies}/share={share}/batch={batch}",
-                    batch=batch,
-                    filter=text,
-                    gate="tests/model/test_retriever.py",
-                    ours=lambda requests=requests: work.retriever(requests),
-                    peer=lambda requests=requests, mask=mask: work.brute_force(requests, mask),
-                )
-            )
+@dataclass
+class Run:
+    """A part that was started; its output goes to a file until it ends."""
+
+    part: Part
+    process: "subprocess.Popen[bytes]"
+    output: Any
+    began: float
+
+    def finish(self, limit_s: float | None) -> dict[str, Any]:
+        """Print what the part prints but for its last line, and return that line as JSON values.
+
+        Args:
+            limit_s: seconds to wait for it; None waits for ever.
+        """
+        ended = ""
+        try:
+            self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            self.process.wait()
+            ended = "out of time"
+        seconds = round(time.perf_counter() - self.began, 1)
+        self.output.seek(0)
+        lines = self.output.read().decode(errors="replace").splitlines()
+        self.output.close()
+        result: Any = None
+        if not ended and self.process.returncode == 0:
+            result = json.loads(lines.pop())
+        else:
+            ended = ended or f"exit status {self.process.returncode}"
+        print(f"\n== {self.part.name}, {seconds:.0f} s{f', {ended}' if ended else ''}")
+        print("\n".join(lines), flush=True)
+        return {"seconds": seconds, "failure": ended, "result": result}
+
+
+def start(part: Part, *, quick: bool) -> Run:
+    """Start a part."""
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - the run closes it
+    command = [sys.executable, "-P", str(_HERE / f"{part.name}.py"), *(part.quick if quick else ())]
+    process = subprocess.Popen(command, stdout=output, cwd=_HERE.parent)
+    return Run(part, process, output, time.perf_counter())
+
+
+def run_parts(
+    parts: Sequence[Part], *, quick: bool, limit_s: float | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return what every part found by its name, the untimed ones first and side by side.
+
+    Args:
+        parts: what to run.
+        quick: whether they are told to be quick.
+        limit_s: after which those that are left are ended; None never.
+    """
+    began = time.perf_counter()
+    found: dict[str, dict[str, Any]] = {}
+
+    def left() -> float | None:
+        return None if limit_s is None else max(began + limit_s - time.perf_counter(), 0.0)
+
+    beside: list[Run] = []
+    for part in parts:
+        if part.timed:
+            continue
+        if len(beside) >= (os.cpu_count() or 1):
+            run = beside.pop(0)
+            found[run.part.name] = run.finish(left())
+        beside.append(start(part, quick=quick))
+    for run in beside:
+        found[run.part.name] = run.finish(left())
+    for part in parts:
+        if part.timed:
+            found[part.name] = start(part, quick=quick).finish(left())
     return found
+
+
+def main() -> int:
+    """Run the parts and the report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, within five minutes")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these parts")
+    given = parser.parse_args()
+    about = {**machine(), "quick": given.quick, "unix_s": int(time.time())}
+    print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}", flush=True)
+    found = run_parts(
+        [part for part in PARTS if part.name in given.only],
+        quick=given.quick,
+        limit_s=QUICK_LIMIT_S if given.quick else None,
+    )
+    failures = [name for name, one in found.items() if one["failure"]]
+    print(json.dumps({"machine": about, "failures": failures, "parts": found}))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

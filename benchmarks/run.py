@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def load_cases(num_items: int) -> list[Any]:
     """Return the cases; `benchmarks/` is no package, so the module is loaded from its file."""
-    spec = importlib.util.spec_from_file_location("benchmark_cases", ROOT / "benchmarks/model.py")
+    spec = importlib.util.spec_from_file_location("benchmark_cases", ROOT / "benchmarks/films.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -31,17 +31,15 @@ from benchmarks.mixture import DataSet, data_set, filters, progress  # noqa: E40
 from benchmarks.quiet import Guard, busy_cores, interleave  # noqa: E402
 from benchmarks.run import machine, passes  # noqa: E402
 from silvershard.kernels import pack_bits, select_topk  # noqa: E402
-from silvershard.model.semantic_ids import (  # noqa: E402
+from silvershard.model.semantic_codebooks import fit_codebooks  # noqa: E402
+from silvershard.model.semantic_config import (  # noqa: E402
     SemanticConfig,
-    SemanticDecoder,
-    encode_items,
-)
-from silvershard.model.semantic_search import CodeTrie, Generated, generate  # noqa: E402
-from silvershard.model.semantic_training import (  # noqa: E402
     SemanticTrainingConfig,
-    fit_codebooks,
-    train_decoder,
 )
+from silvershard.model.semantic_ids import SemanticDecoder, encode_items  # noqa: E402
+from silvershard.model.semantic_search import Generated, generate  # noqa: E402
+from silvershard.model.semantic_training import train_decoder  # noqa: E402
+from silvershard.model.semantic_trie import CodeTrie  # noqa: E402
 
 DIM = 64
 PAGE_SLOTS = 64
@@ -52,7 +50,10 @@ RESULTS = (100, 1000)
 BATCHES = (1, 16)
 NUM_QUERIES = 64
 GATE_QUERIES = 3
-GATES = tuple(f"tests/model/test_semantic_{part}.py" for part in ("ids", "search", "training"))
+GATES = tuple(
+    f"tests/model/test_semantic_{part}.py"
+    for part in ("ids", "trie", "search", "codebooks", "training")
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Catalogue(NamedTuple):
     trie: CodeTrie
     states: Tensor
     """``(NUM_QUERIES, Us)`` float32."""
+    context: Tensor
+    """``(NUM_QUERIES, E)`` float32, what the decoder reads of them."""
     item_slots: Tensor
     """``(n,)`` int64."""
     num_pages: int
@@ -130,7 +133,8 @@ def make_catalogue(data: DataSet, config: SemanticConfig, steps: int) -> Catalog
     )
     progress(f"trie of {trie.bounds[-1]} prefixes in {time.perf_counter() - began:.2f} s")
     queries = torch.from_numpy(data.queries[:NUM_QUERIES].copy())
-    return Catalogue(trained.decoder, trie, queries, slots, num_pages)
+    context = trained.decoder.context(queries)
+    return Catalogue(trained.decoder, trie, queries, context, slots, num_pages)
 
 
 @torch.inference_mode()
@@ -164,7 +168,7 @@ def agrees(catalogue: Catalogue, eligible: Tensor, k: int, batch: int) -> bool:
     """Return whether some queries, searched in a batch, have the exhaustive answers."""
     count = max(batch, GATE_QUERIES)
     found = generate(
-        catalogue.decoder, catalogue.states[:count], catalogue.trie, eligible[:count], k
+        catalogue.decoder, catalogue.context[:count], catalogue.trie, eligible[:count], k
     )
     for query in range(GATE_QUERIES):
         one = slice(query, query + 1)
@@ -186,7 +190,7 @@ def measure(
         start = number * batch % (NUM_QUERIES - batch + 1)
         rows = slice(start, start + batch)
         found = generate(
-            catalogue.decoder, catalogue.states[rows], catalogue.trie, eligible[rows], k
+            catalogue.decoder, catalogue.context[rows], catalogue.trie, eligible[rows], k
         )
         expanded.append(float(found.expanded.double().mean()))
 

@@ -3,6 +3,7 @@
 from silvershard.cluster.client import Client, Query, Result
 from silvershard.cluster.codec import FieldViolation, RequestRefused
 from silvershard.cluster.outcome import Coverage, DegradeReason, ShardOutcome
+from silvershard.model.request import WeightedIds
 
 __all__ = [
     "Client",
@@ -13,4 +14,5 @@ __all__ = [
     "RequestRefused",
     "Result",
     "ShardOutcome",
+    "WeightedIds",
 ]

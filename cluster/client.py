@@ -64,6 +64,7 @@ class QueryFields(TypedDict, total=False):
     exclude_ids: Sequence[int]
     nprobe: int
     ann_k: int
+    semantic_k: int | None
     plan: str
     exact: bool
     filter_mode: FilterMode
@@ -290,6 +291,7 @@ def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
             eligible=counts.eligible if counts.HasField("eligible") else None,
             ann_kept=counts.ann_kept,
             reranked=counts.reranked,
+            semantic_kept=counts.semantic_kept,
         ),
         timings_us=dict(reply.timings_us),
         warnings=tuple(reply.warnings),

@@ -4,8 +4,9 @@ Shapes: K results.
 """
 
 import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
@@ -26,6 +27,7 @@ from silvershard.model.request import (
     FilterParam,
     Request,
     RequestError,
+    WeightedIds,
 )
 from silvershard.shard.errors import (
     CandidatesExpired,
@@ -256,11 +258,16 @@ def values_to(name: str, values: FilterParam | FeatureValues) -> retrieval_pb2.V
 
     Args:
         name: of the field, for the error.
-        values: one value or several; floats keep all their bits.
+        values: one value or several; floats keep all their bits, weights of ids are float32.
 
     Raises:
-        ValueError: if they are of several kinds, or not ints, floats or strings.
+        ValueError: if they are of several kinds, or not ints, floats or strings, or if weights are
+            not one number per id that fits float32.
     """
+    if isinstance(values, WeightedIds):
+        message = values_to(name, values.ids)
+        message.weights = _weights_to(name, values)
+        return message
     if isinstance(values, np.ndarray):
         values = values.tolist()
     listed: list[Any]
@@ -285,11 +292,39 @@ def values_to(name: str, values: FilterParam | FeatureValues) -> retrieval_pb2.V
     raise ValueError(f"{name}: must be ints, floats or strings of one kind, got {names}")
 
 
-def values_from(name: str, message: retrieval_pb2.Values) -> FeatureValues:
-    """Return the values in a message; empty if there are none.
+def _weights_to(name: str, values: WeightedIds) -> bytes:
+    weights = list(values.weights)
+    if len(weights) != len(values.ids):
+        raise ValueError(
+            f"{name}: must have as many weights as ids, {len(values.ids)}, got {len(weights)}"
+        )
+    for position, weight in enumerate(weights):
+        try:
+            struct.pack("<f", weight)
+        except (OverflowError, struct.error):
+            raise ValueError(
+                f"{name}: weight {position} must be a number that fits float32, got {weight!r}"
+            ) from None
+    return struct.pack(f"<{len(weights)}f", *weights)
+
+
+def param_from(name: str, message: retrieval_pb2.Values) -> FeatureValues:
+    """Return the values of a filter parameter, which have no weights.
 
     Raises:
-        RequestError: naming the field, if they are of several kinds.
+        RequestError: naming the field, if they are of several kinds, or have weights.
+    """
+    values = values_from(name, message)
+    if isinstance(values, WeightedIds):
+        raise RequestError(name, "must have no weights, which go with ids of user features alone")
+    return values
+
+
+def values_from(name: str, message: retrieval_pb2.Values) -> FeatureValues:
+    """Return the values in a message, ``WeightedIds`` if it has weights; empty if there are none.
+
+    Raises:
+        RequestError: naming the field, if they are of several kinds, or weights are not as many.
     """
     given: dict[str, FeatureValues] = {
         "ints": tuple(message.ints),
@@ -300,7 +335,16 @@ def values_from(name: str, message: retrieval_pb2.Values) -> FeatureValues:
     kinds = [kind for kind, values in given.items() if values]
     if len(kinds) > 1:
         raise RequestError(name, f"must be values of one kind, got {' and '.join(kinds)}")
-    return given[kinds[0]] if kinds else ()
+    values = given[kinds[0]] if kinds else ()
+    if not message.weights:
+        return values
+    if len(message.weights) != 4 * len(values):
+        raise RequestError(
+            name, f"weights must have {4 * len(values)} bytes, got {len(message.weights)}"
+        )
+    # Whether they are ids is for the schema to say.
+    ids = cast(Sequence[int] | Sequence[str], values)
+    return WeightedIds(ids, struct.unpack(f"<{len(ids)}f", message.weights))
 
 
 def request_from(message: retrieval_pb2.RetrieveRequest) -> Request:
@@ -322,12 +366,13 @@ def request_from(message: retrieval_pb2.RetrieveRequest) -> Request:
         k=message.k,
         filter=message.filter,
         params={
-            name: values_from(f"params.{name}", message.params[name])
+            name: param_from(f"params.{name}", message.params[name])
             for name in sorted(message.params)
         },
         exclude_ids=tuple(message.exclude_ids),
         nprobe=search.nprobe,
         ann_k=search.ann_k,
+        semantic_k=search.semantic_k if search.HasField("semantic_k") else None,
         plan=search.plan,
         exact=search.exact,
         filter_mode=FilterMode(mode),
@@ -346,6 +391,7 @@ def request_to(request: Request) -> retrieval_pb2.RetrieveRequest:
     _check_counts("k", [request.k], 2**32)
     _check_counts("nprobe", [request.nprobe], 2**32)
     _check_counts("ann_k", [request.ann_k], 2**32)
+    _check_counts("semantic_k", [request.semantic_k or 0], 2**32)
     _check_counts("exclude_ids", request.exclude_ids, 2**64)
     message = retrieval_pb2.RetrieveRequest(
         k=request.k,
@@ -356,6 +402,7 @@ def request_to(request: Request) -> retrieval_pb2.RetrieveRequest:
         search=retrieval_pb2.SearchParams(
             nprobe=request.nprobe,
             ann_k=request.ann_k,
+            semantic_k=request.semantic_k,
             plan=request.plan,
             exact=request.exact,
             filter_mode=retrieval_pb2.FilterMode.Name(request.filter_mode.value),

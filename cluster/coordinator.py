@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
-from silvershard.cluster.outcome import CoverageLost
+from silvershard.cluster.outcome import CoverageLost, DegradeReason
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import LinkState, ShardLink
 from silvershard.model.compiled_request import CompiledRequest, compile_request
@@ -228,7 +228,10 @@ class Coordinator:
         found = await _side_by_side([self._run(part, queries, encoded, fanout) for part in parts])
         for part, part_fates in zip(parts, found, strict=True):
             for one, fate in zip(part, part_fates, strict=True):
-                fates[one.at] = self._stamped(fate, queries[one.at], started_s, times)
+                fallback = bool(encoded.fallback) and encoded.fallback[one.row]
+                fates[one.at] = self._stamped(
+                    fate, queries[one.at], started_s, times, fallback=fallback
+                )
         return fates
 
     async def _count(
@@ -310,7 +313,7 @@ class Coordinator:
         widest = 0
         for one in sorted(planned, key=lambda one: (one.plan.ann_k, one.at)):
             size = (
-                12 * num_heads * one.plan.ann_k
+                12 * (num_heads * one.plan.ann_k + one.plan.semantic_k)
                 + (16 + 4 * num_tasks) * one.compiled.k
                 + 8 * len(one.compiled.exclude)
             )
@@ -345,8 +348,10 @@ class Coordinator:
         )
         return await Rounds(fanout.fork(max(minimums)), batch, self.spec, self._owner).run()
 
-    def _stamped(self, fate: Fate, query: Query, started_s: float, times: StageTimes) -> Fate:
-        """Return a fate with the times of the whole request."""
+    def _stamped(
+        self, fate: Fate, query: Query, started_s: float, times: StageTimes, *, fallback: bool
+    ) -> Fate:
+        """Return a fate with the times of the whole request, and what the encoder lacked."""
         if not isinstance(fate, Served):
             return fate
         whole = {
@@ -355,7 +360,10 @@ class Coordinator:
             **fate.answer.times,
             "total": int((self._clock() - query.arrived_s) * 1e6),
         }
-        return replace(fate, answer=replace(fate.answer, times=whole))
+        coverage = fate.coverage
+        if fallback:
+            coverage = coverage.because(DegradeReason.EMBEDDING_FALLBACK)
+        return replace(fate, answer=replace(fate.answer, times=whole), coverage=coverage)
 
 
 async def _side_by_side(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -20,6 +20,7 @@ from silvershard.cluster.config import PingSection
 from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.stream_link import RECONNECT_S, Connection, StreamLink
 from silvershard.model.request import FeatureValues
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
@@ -32,67 +33,31 @@ from silvershard.shard.errors import (
 )
 from silvershard.shard.fields import FieldValue
 
-_RECONNECT_S = 0.1
-
 _log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class _Connection:
-    """One attempt to hold a stream."""
-
-    outgoing: asyncio.Queue[shard_pb2.ShardCall] = field(default_factory=asyncio.Queue)
-    pending: dict[int, asyncio.Future[shard_pb2.ShardReply]] = field(default_factory=dict)
+_Reply = asyncio.Future[shard_pb2.ShardReply]
 
 
-class GrpcShardLink:
+class GrpcShardLink(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
 
     def __init__(self, entry: ShardEntry, generation: int, ping: PingSection) -> None:
         """Make a link that does not connect yet; ``start`` does."""
+        super().__init__(entry.address, f"shard {entry.shard}", ping)
         self.shard = entry.shard
         self.replica = entry.replica
         self.entry = entry
         self.generation = generation
-        self._ping = ping
-        self._ids = itertools.count(1)
-        self._connection: _Connection | None = None
-        self._connected: bool | None = None
-        self._misses = 0
-        self._heard = False
-        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def state(self) -> LinkState:
         """Return what is believed of the replica; a link that has not tried yet counts as up."""
         if self._connected is False:
             return LinkState.DOWN
-        if self._misses >= self._ping.eject_after:
+        if self.hung:
             return LinkState.EJECTED
         return LinkState.SUSPECT if self._misses >= self._ping.suspect_after else LinkState.UP
-
-    @property
-    def reached(self) -> bool:
-        """Return True while the replica is connected and may be asked."""
-        return self._connected is True and self.state is not LinkState.EJECTED
-
-    def start(self) -> None:
-        """Connect, and stay connected until ``aclose``; needs a running event loop."""
-        self._connection = _Connection()
-        self._tasks = [
-            asyncio.create_task(self._hold_stream()),
-            asyncio.create_task(self._hold_pings()),
-        ]
-
-    async def aclose(self) -> None:
-        """Disconnect; calls in flight fail."""
-        pending = set(self._tasks)
-        while pending:
-            for task in pending:
-                task.cancel()
-            # A cancellation that reaches a call just as it ends may get lost in there.
-            _, pending = await asyncio.wait(pending, timeout=_RECONNECT_S)
-        self._lose("the link was closed")
 
     async def encode(
         self, users: Sequence[Mapping[str, FeatureValues]], remaining_s: float
@@ -117,10 +82,12 @@ class GrpcShardLink:
         with self._usable():
             found = tensors.from_map(reply.tensors, tensors.ENCODED)
             self._same_batch(found["embedding"], len(users))
+            lost = set(reply.fallback_users)
             return Encoded(
                 found["embedding"],
                 found["user_state"],
                 tuple(tensors.warnings_of(reply, len(users))),
+                tuple(at in lost for at in range(len(users))),
             )
 
     async def count(self, scan: Tensor, remaining_s: float) -> Tensor:
@@ -200,12 +167,11 @@ class GrpcShardLink:
         if connection is None:
             raise ShardUnavailable(self.shard, f"no connection to {self.entry.address}")
         call_id = self._addressed(call, remaining_s).call_id
-        future = asyncio.get_running_loop().create_future()
-        connection.pending[call_id] = future
-        connection.outgoing.put_nowait(call)
+        future: _Reply = asyncio.get_running_loop().create_future()
+        self._post(connection, call, future)
         try:
             async with asyncio.timeout(remaining_s):
-                reply: shard_pb2.ShardReply = await future
+                reply = await future
         except TimeoutError:
             raise DeadlineExceeded(
                 f"shard {self.shard} did not answer within {remaining_s:.3f} s"
@@ -231,7 +197,7 @@ class GrpcShardLink:
         if code == "DEADLINE_EXCEEDED":
             raise DeadlineExceeded(f"shard {self.shard}: {reply.message}")
         if code == "RESOURCE_EXHAUSTED":
-            raise Overloaded(f"shard {self.shard}: {reply.message}", _RECONNECT_S)
+            raise Overloaded(f"shard {self.shard}: {reply.message}", RECONNECT_S)
         raise ShardUnavailable(self.shard, f"{code}: {reply.message}")
 
     @contextlib.contextmanager
@@ -245,67 +211,30 @@ class GrpcShardLink:
         if tuple(tensor.shape[: len(sizes)]) != sizes:
             raise ValueError(f"answer must be of shape {sizes}, got {tuple(tensor.shape)}")
 
-    def _lose(self, message: str) -> None:
-        """Fail every call in flight."""
-        connection, self._connection = self._connection, None
-        self._connected = False
-        if connection is not None:
-            for future in connection.pending.values():
-                if not future.done():
-                    future.set_exception(ShardUnavailable(self.shard, message))
+    def _open(self, channel: grpc.aio.Channel) -> Any:
+        return shard_pb2_grpc.ShardStub(channel).Execute()
 
-    async def _hold_stream(self) -> None:
-        """Keep a stream for calls; when it breaks, connect again."""
-        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
-            stub = shard_pb2_grpc.ShardStub(channel)
-            while True:
-                connection = self._connection or _Connection()
-                stream = stub.Execute()
-                writer = asyncio.create_task(self._write(stream, connection))
-                try:
-                    await stream.initial_metadata()
-                    if not stream.done():
-                        self._connection, self._connected = connection, True
-                    async for reply in stream:
-                        self._heard = True
-                        future = connection.pending.get(reply.call_id)
-                        if future is not None and not future.done():
-                            future.set_result(reply)
-                    message = "the shard ended the connection"
-                except grpc.aio.AioRpcError as error:
-                    message = f"{error.code().name}: {error.details()}"
-                except asyncio.CancelledError:
-                    # A stream that was cancelled on this side looks like this task being cancelled.
-                    if _is_cancelled():
-                        raise
-                    message = "the stream was cancelled"
-                except Exception as error:  # noqa: BLE001  # bytes that are no reply; logged
-                    message = f"malformed answer: {error}"
-                    _log.error("shard %d at %s: %s", self.shard, self.entry.address, message)
-                finally:
-                    writer.cancel()
-                    stream.cancel()
-                self._lose(message)
-                await asyncio.sleep(_RECONNECT_S)
+    def _receive(
+        self, connection: Connection[shard_pb2.ShardCall, _Reply], reply: shard_pb2.ShardReply
+    ) -> None:
+        self._heard = True
+        future = connection.pending.get(reply.call_id)
+        if future is not None and not future.done():
+            future.set_result(reply)
 
-    async def _write(self, stream: grpc.aio.StreamStreamCall, connection: _Connection) -> None:
-        # A cancelled write cancels its stream, so writes never run in the tasks of callers.
-        try:
-            while True:
-                await stream.write(await connection.outgoing.get())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            stream.cancel()
+    def _fail(self, waiting: _Reply, message: str) -> None:
+        if not waiting.done():
+            waiting.set_exception(ShardUnavailable(self.shard, message))
 
-    async def _hold_pings(self) -> None:
-        """Count the pings in a row without any sign of life; a pause of our own counts once."""
+    async def _watch(self) -> None:
+        """Ping on a channel of its own, so that a large answer never delays a sign of life."""
         every_s = self._ping.every_ms / 1e3
         async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
             reader = asyncio.create_task(self._listen(channel))
             try:
                 while True:
                     await asyncio.sleep(every_s)
-                    self._misses = 0 if self._heard else self._misses + 1
-                    self._heard = False
+                    self._count_look()
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
@@ -328,12 +257,6 @@ class GrpcShardLink:
         for sequence in itertools.count(1):
             yield shard_pb2.Beat(sequence=sequence)
             await asyncio.sleep(self._ping.every_ms / 1e3)
-
-
-def _is_cancelled() -> bool:
-    """Return True while somebody wants the running task to end."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class Links:

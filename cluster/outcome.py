@@ -1,18 +1,21 @@
 """How much of the catalogue an answer covers, and the errors of covering too little."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
 
 from silvershard.shard.errors import CoverageError, DeadlineExceeded
 
 
 class DegradeReason(StrEnum):
-    """Why an answer does not cover everything; names as on the wire."""
+    """Why an answer is not what it would be with everything in reach; names as on the wire."""
 
     SHARD_UNAVAILABLE = "SHARD_UNAVAILABLE"
     SHARD_TIMEOUT = "SHARD_TIMEOUT"
     SHARD_OVERLOADED = "SHARD_OVERLOADED"
     VERSION_MISMATCH_DROPPED = "VERSION_MISMATCH_DROPPED"
+    EMBEDDING_FALLBACK = "EMBEDDING_FALLBACK"
+    """Default rows stood for rows of a remote table that could not be had in time."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class Coverage:
 
     @property
     def degraded(self) -> bool:
-        """Return True when some shard did not answer."""
+        """Return True when some shard did not answer, or an embedding is not what it would be."""
         return bool(self.reasons)
+
+    def because(self, reason: DegradeReason) -> Self:
+        """Return the same coverage with another reason."""
+        return replace(self, reasons=tuple(sorted({*self.reasons, reason.value})))
 
 
 class CoverageLost(CoverageError):

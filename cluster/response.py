@@ -33,6 +33,7 @@ def response_of(
             eligible=counts.eligible,
             ann_kept=counts.ann_kept,
             reranked=counts.reranked,
+            semantic_kept=counts.semantic_kept,
         ),
         timings_us={name: min(spent, 2**32 - 1) for name, spent in answer.times.items()},
         warnings=answer.warnings,

@@ -22,6 +22,7 @@ class DegradeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DEGRADE_REASON_SHARD_TIMEOUT: _ClassVar[DegradeReason]
     DEGRADE_REASON_SHARD_OVERLOADED: _ClassVar[DegradeReason]
     DEGRADE_REASON_VERSION_MISMATCH_DROPPED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_EMBEDDING_FALLBACK: _ClassVar[DegradeReason]
 FILTER_MODE_UNSPECIFIED: FilterMode
 FILTER_MODE_BLOOM: FilterMode
 FILTER_MODE_BLOOM_VERIFIED: FilterMode
@@ -31,6 +32,7 @@ DEGRADE_REASON_SHARD_UNAVAILABLE: DegradeReason
 DEGRADE_REASON_SHARD_TIMEOUT: DegradeReason
 DEGRADE_REASON_SHARD_OVERLOADED: DegradeReason
 DEGRADE_REASON_VERSION_MISMATCH_DROPPED: DegradeReason
+DEGRADE_REASON_EMBEDDING_FALLBACK: DegradeReason
 
 class RetrieveRequest(_message.Message):
     __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage", "value")
@@ -81,18 +83,20 @@ class RetrieveRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ..., value: _Optional[str] = ...) -> None: ...
 
 class SearchParams(_message.Message):
-    __slots__ = ("nprobe", "ann_k", "plan", "exact", "filter_mode")
+    __slots__ = ("nprobe", "ann_k", "plan", "exact", "filter_mode", "semantic_k")
     NPROBE_FIELD_NUMBER: _ClassVar[int]
     ANN_K_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     FILTER_MODE_FIELD_NUMBER: _ClassVar[int]
+    SEMANTIC_K_FIELD_NUMBER: _ClassVar[int]
     nprobe: int
     ann_k: int
     plan: str
     exact: bool
     filter_mode: FilterMode
-    def __init__(self, nprobe: _Optional[int] = ..., ann_k: _Optional[int] = ..., plan: _Optional[str] = ..., exact: _Optional[bool] = ..., filter_mode: _Optional[_Union[FilterMode, str]] = ...) -> None: ...
+    semantic_k: int
+    def __init__(self, nprobe: _Optional[int] = ..., ann_k: _Optional[int] = ..., plan: _Optional[str] = ..., exact: _Optional[bool] = ..., filter_mode: _Optional[_Union[FilterMode, str]] = ..., semantic_k: _Optional[int] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("request_id", "item_ids", "scores", "task_scores", "fields", "exhausted", "version", "coverage", "counts", "timings_us", "warnings", "plan")
@@ -194,18 +198,20 @@ class ShardOutcome(_message.Message):
     def __init__(self, shard: _Optional[int] = ..., replica: _Optional[str] = ..., grpc_code: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., documents: _Optional[int] = ..., latency_us: _Optional[int] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class StageCounts(_message.Message):
-    __slots__ = ("addressed", "probed", "eligible", "ann_kept", "reranked")
+    __slots__ = ("addressed", "probed", "eligible", "ann_kept", "reranked", "semantic_kept")
     ADDRESSED_FIELD_NUMBER: _ClassVar[int]
     PROBED_FIELD_NUMBER: _ClassVar[int]
     ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
     ANN_KEPT_FIELD_NUMBER: _ClassVar[int]
     RERANKED_FIELD_NUMBER: _ClassVar[int]
+    SEMANTIC_KEPT_FIELD_NUMBER: _ClassVar[int]
     addressed: int
     probed: int
     eligible: int
     ann_kept: int
     reranked: int
-    def __init__(self, addressed: _Optional[int] = ..., probed: _Optional[int] = ..., eligible: _Optional[int] = ..., ann_kept: _Optional[int] = ..., reranked: _Optional[int] = ...) -> None: ...
+    semantic_kept: int
+    def __init__(self, addressed: _Optional[int] = ..., probed: _Optional[int] = ..., eligible: _Optional[int] = ..., ann_kept: _Optional[int] = ..., reranked: _Optional[int] = ..., semantic_kept: _Optional[int] = ...) -> None: ...
 
 class RetrieveBatchRequest(_message.Message):
     __slots__ = ("requests",)
@@ -245,16 +251,18 @@ class FeatureMap(_message.Message):
     def __init__(self, features: _Optional[_Mapping[str, Values]] = ...) -> None: ...
 
 class Values(_message.Message):
-    __slots__ = ("ints", "floats", "strings", "doubles")
+    __slots__ = ("ints", "floats", "strings", "weights", "doubles")
     INTS_FIELD_NUMBER: _ClassVar[int]
     FLOATS_FIELD_NUMBER: _ClassVar[int]
     STRINGS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DOUBLES_FIELD_NUMBER: _ClassVar[int]
     ints: _containers.RepeatedScalarFieldContainer[int]
     floats: _containers.RepeatedScalarFieldContainer[float]
     strings: _containers.RepeatedScalarFieldContainer[str]
+    weights: bytes
     doubles: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, ints: _Optional[_Iterable[int]] = ..., floats: _Optional[_Iterable[float]] = ..., strings: _Optional[_Iterable[str]] = ..., doubles: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, ints: _Optional[_Iterable[int]] = ..., floats: _Optional[_Iterable[float]] = ..., strings: _Optional[_Iterable[str]] = ..., weights: _Optional[bytes] = ..., doubles: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class FloatColumn(_message.Message):
     __slots__ = ("values",)

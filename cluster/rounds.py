@@ -122,9 +122,10 @@ class Rounds:
         while self._someone_waits():
             rounds = [opened[shard].value for shard in self._fanout.alive]
             previous = cutoffs
+            work = self._batch.work
             cutoffs = await self._compute(
-                partial(self._merge.cutoffs, rounds, self._batch.work.ann_k),
-                sum(one.scores.numel() for one in rounds),
+                partial(self._merge.cutoffs, rounds, work.ann_k, work.semantic_k),
+                sum(one.scores.numel() + one.semantic_scores.numel() for one in rounds),
             )
             if previous is None or not _same(previous, cutoffs):
                 closed = {}
@@ -184,6 +185,8 @@ class Rounds:
             item_ids=rounds[0].item_ids[:, :, :0],
             probed=torch.stack([one.probed for one in rounds]).sum(0),
             eligible=torch.stack([one.eligible for one in rounds]).sum(0),
+            semantic_scores=rounds[0].semantic_scores[:, :0],
+            semantic_item_ids=rounds[0].semantic_item_ids[:, :0],
             times={},
         )
         times = {

@@ -3,14 +3,17 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import torch
 
+from silvershard.cluster.logs import log_to_stderr
 from silvershard.cluster.shard_server import ShardServer
+from silvershard.cluster.table_config import ShardTables
+from silvershard.cluster.table_source import RemoteRows, settings_of
 from silvershard.shard.load import load_executor
 
 T = TypeVar("T")
@@ -31,6 +34,7 @@ class ShardActor:
         insecure: bool = False,
         devices: Sequence[str] = ("cpu",),
         num_threads: int = 1,
+        tables: Mapping[str, Any] | None = None,
     ) -> None:
         """Load a shard, warm it and open a free port.
 
@@ -43,10 +47,22 @@ class ShardActor:
             insecure: allow an address that other machines can reach.
             devices: the local devices that the shard's documents are split over.
             num_threads: threads of each tensor operation.
+            tables: the fields of a ``ShardTables``.
         """
+        log_to_stderr()
         torch.set_num_threads(num_threads)
-        executor = load_executor(Path(snapshot), shard, num_shards, devices=devices)
-        self._server = ShardServer(executor, replica=replica, host=host, insecure=insecure)
+        settings = settings_of(ShardTables.model_validate(tables or {}))
+        executor = load_executor(
+            Path(snapshot), shard, num_shards, devices=devices, tables=settings
+        )
+        source = settings.source
+        self._server = ShardServer(
+            executor,
+            replica=replica,
+            host=host,
+            insecure=insecure,
+            lookups=source.counts if isinstance(source, RemoteRows) else dict,
+        )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="shard-server", daemon=True).start()
         self._wait(self._server.start())

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from silvershard.cluster import retrieval_pb2 as silvershard_dot_cluster_dot_retrieval__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsilvershard/cluster/shard.proto\x12\x17silvershard.internal.v1\x1a#silvershard/cluster/retrieval.proto\"\xe2\x03\n\tShardCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x0cremaining_us\x18\x04 \x01(\x04\x12\x0b\n\x03key\x18\x05 \x01(\t\x12\x31\n\x06\x65ncode\x18\n \x01(\x0b\x32\x1f.silvershard.internal.v1.EncodeH\x00\x12\x33\n\x05\x63ount\x18\x0b \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12\x32\n\x04open\x18\x0c \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12\x33\n\x05\x63lose\x18\r \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12?\n\x0eopen_and_close\x18\x0e \x01(\x0b\x32%.silvershard.internal.v1.OpenAndCloseH\x00\x12\x33\n\x07release\x18\x0f \x01(\x0b\x32 .silvershard.internal.v1.ReleaseH\x00\x12\x31\n\x06\x66ields\x18\x10 \x01(\x0b\x32\x1f.silvershard.internal.v1.FieldsH\x00\x42\x04\n\x02op\"3\n\x06\x45ncode\x12)\n\x05users\x18\x01 \x03(\x0b\x32\x1a.silvershard.v1.FeatureMap\"u\n\x0cOpenAndClose\x12\x30\n\x04work\x18\x01 \x01(\x0b\x32\".silvershard.internal.v1.TensorMap\x12\x33\n\x07\x63utoffs\x18\x02 \x01(\x0b\x32\".silvershard.internal.v1.TensorMap\"\t\n\x07Release\"-\n\x06\x46ields\x12\x14\n\x08item_ids\x18\x01 \x03(\x06\x42\x02\x10\x01\x12\r\n\x05names\x18\x02 \x03(\t\"\x93\x03\n\nShardReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x05\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x42\n\x08times_us\x18\x07 \x03(\x0b\x32\x30.silvershard.internal.v1.ShardReply.TimesUsEntry\x12\x35\n\x07tensors\x18\n \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12\x37\n\x06\x66ields\x18\x0b \x01(\x0b\x32%.silvershard.internal.v1.FieldColumnsH\x00\x12\x33\n\x08warnings\x18\x0c \x03(\x0b\x32!.silvershard.internal.v1.Warnings\x1a.\n\x0cTimesUsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\t\n\x07payload\"\x19\n\x08Warnings\x12\r\n\x05texts\x18\x01 \x03(\t\"\x9b\x01\n\x0c\x46ieldColumns\x12\x43\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x32.silvershard.internal.v1.FieldColumns.ColumnsEntry\x1a\x46\n\x0c\x43olumnsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.silvershard.v1.Column:\x02\x38\x01\"=\n\tTensorMap\x12\x30\n\x07tensors\x18\x01 \x03(\x0b\x32\x1f.silvershard.internal.v1.Tensor\"B\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\";\n\x04\x42\x65\x61t\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x32\xa9\x01\n\x05Shard\x12V\n\x07\x45xecute\x12\".silvershard.internal.v1.ShardCall\x1a#.silvershard.internal.v1.ShardReply(\x01\x30\x01\x12H\n\x04Ping\x12\x1d.silvershard.internal.v1.Beat\x1a\x1d.silvershard.internal.v1.Beat(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsilvershard/cluster/shard.proto\x12\x17silvershard.internal.v1\x1a#silvershard/cluster/retrieval.proto\"\xe2\x03\n\tShardCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x0cremaining_us\x18\x04 \x01(\x04\x12\x0b\n\x03key\x18\x05 \x01(\t\x12\x31\n\x06\x65ncode\x18\n \x01(\x0b\x32\x1f.silvershard.internal.v1.EncodeH\x00\x12\x33\n\x05\x63ount\x18\x0b \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12\x32\n\x04open\x18\x0c \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12\x33\n\x05\x63lose\x18\r \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12?\n\x0eopen_and_close\x18\x0e \x01(\x0b\x32%.silvershard.internal.v1.OpenAndCloseH\x00\x12\x33\n\x07release\x18\x0f \x01(\x0b\x32 .silvershard.internal.v1.ReleaseH\x00\x12\x31\n\x06\x66ields\x18\x10 \x01(\x0b\x32\x1f.silvershard.internal.v1.FieldsH\x00\x42\x04\n\x02op\"3\n\x06\x45ncode\x12)\n\x05users\x18\x01 \x03(\x0b\x32\x1a.silvershard.v1.FeatureMap\"u\n\x0cOpenAndClose\x12\x30\n\x04work\x18\x01 \x01(\x0b\x32\".silvershard.internal.v1.TensorMap\x12\x33\n\x07\x63utoffs\x18\x02 \x01(\x0b\x32\".silvershard.internal.v1.TensorMap\"\t\n\x07Release\"-\n\x06\x46ields\x12\x14\n\x08item_ids\x18\x01 \x03(\x06\x42\x02\x10\x01\x12\r\n\x05names\x18\x02 \x03(\t\"\xab\x03\n\nShardReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x05\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x42\n\x08times_us\x18\x07 \x03(\x0b\x32\x30.silvershard.internal.v1.ShardReply.TimesUsEntry\x12\x35\n\x07tensors\x18\n \x01(\x0b\x32\".silvershard.internal.v1.TensorMapH\x00\x12\x37\n\x06\x66ields\x18\x0b \x01(\x0b\x32%.silvershard.internal.v1.FieldColumnsH\x00\x12\x33\n\x08warnings\x18\x0c \x03(\x0b\x32!.silvershard.internal.v1.Warnings\x12\x16\n\x0e\x66\x61llback_users\x18\r \x03(\r\x1a.\n\x0cTimesUsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\t\n\x07payload\"\x19\n\x08Warnings\x12\r\n\x05texts\x18\x01 \x03(\t\"\x9b\x01\n\x0c\x46ieldColumns\x12\x43\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x32.silvershard.internal.v1.FieldColumns.ColumnsEntry\x1a\x46\n\x0c\x43olumnsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.silvershard.v1.Column:\x02\x38\x01\"=\n\tTensorMap\x12\x30\n\x07tensors\x18\x01 \x03(\x0b\x32\x1f.silvershard.internal.v1.Tensor\"B\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\";\n\x04\x42\x65\x61t\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\x10\n\x0eInspectRequest\"f\n\x0bShardReport\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x34\n\x06tables\x18\x03 \x03(\x0b\x32$.silvershard.internal.v1.TableReport\"\xe6\x01\n\x0bTableReport\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07lookups\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x65tched\x18\x05 \x01(\x04\x12\x11\n\tdefaulted\x18\x06 \x01(\x04\x12\x44\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x32.silvershard.internal.v1.TableReport.FailuresEntry\x1a/\n\rFailuresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\x83\x02\n\x05Shard\x12V\n\x07\x45xecute\x12\".silvershard.internal.v1.ShardCall\x1a#.silvershard.internal.v1.ShardReply(\x01\x30\x01\x12H\n\x04Ping\x12\x1d.silvershard.internal.v1.Beat\x1a\x1d.silvershard.internal.v1.Beat(\x01\x30\x01\x12X\n\x07Inspect\x12\'.silvershard.internal.v1.InspectRequest\x1a$.silvershard.internal.v1.ShardReportb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHARDREPLY_TIMESUSENTRY']._serialized_options = b'8\001'
   _globals['_FIELDCOLUMNS_COLUMNSENTRY']._loaded_options = None
   _globals['_FIELDCOLUMNS_COLUMNSENTRY']._serialized_options = b'8\001'
+  _globals['_TABLEREPORT_FAILURESENTRY']._loaded_options = None
+  _globals['_TABLEREPORT_FAILURESENTRY']._serialized_options = b'8\001'
   _globals['_SHARDCALL']._serialized_start=98
   _globals['_SHARDCALL']._serialized_end=580
   _globals['_ENCODE']._serialized_start=582
@@ -49,21 +51,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FIELDS']._serialized_start=765
   _globals['_FIELDS']._serialized_end=810
   _globals['_SHARDREPLY']._serialized_start=813
-  _globals['_SHARDREPLY']._serialized_end=1216
-  _globals['_SHARDREPLY_TIMESUSENTRY']._serialized_start=1159
-  _globals['_SHARDREPLY_TIMESUSENTRY']._serialized_end=1205
-  _globals['_WARNINGS']._serialized_start=1218
-  _globals['_WARNINGS']._serialized_end=1243
-  _globals['_FIELDCOLUMNS']._serialized_start=1246
-  _globals['_FIELDCOLUMNS']._serialized_end=1401
-  _globals['_FIELDCOLUMNS_COLUMNSENTRY']._serialized_start=1331
-  _globals['_FIELDCOLUMNS_COLUMNSENTRY']._serialized_end=1401
-  _globals['_TENSORMAP']._serialized_start=1403
-  _globals['_TENSORMAP']._serialized_end=1464
-  _globals['_TENSOR']._serialized_start=1466
-  _globals['_TENSOR']._serialized_end=1532
-  _globals['_BEAT']._serialized_start=1534
-  _globals['_BEAT']._serialized_end=1593
-  _globals['_SHARD']._serialized_start=1596
-  _globals['_SHARD']._serialized_end=1765
+  _globals['_SHARDREPLY']._serialized_end=1240
+  _globals['_SHARDREPLY_TIMESUSENTRY']._serialized_start=1183
+  _globals['_SHARDREPLY_TIMESUSENTRY']._serialized_end=1229
+  _globals['_WARNINGS']._serialized_start=1242
+  _globals['_WARNINGS']._serialized_end=1267
+  _globals['_FIELDCOLUMNS']._serialized_start=1270
+  _globals['_FIELDCOLUMNS']._serialized_end=1425
+  _globals['_FIELDCOLUMNS_COLUMNSENTRY']._serialized_start=1355
+  _globals['_FIELDCOLUMNS_COLUMNSENTRY']._serialized_end=1425
+  _globals['_TENSORMAP']._serialized_start=1427
+  _globals['_TENSORMAP']._serialized_end=1488
+  _globals['_TENSOR']._serialized_start=1490
+  _globals['_TENSOR']._serialized_end=1556
+  _globals['_BEAT']._serialized_start=1558
+  _globals['_BEAT']._serialized_end=1617
+  _globals['_INSPECTREQUEST']._serialized_start=1619
+  _globals['_INSPECTREQUEST']._serialized_end=1635
+  _globals['_SHARDREPORT']._serialized_start=1637
+  _globals['_SHARDREPORT']._serialized_end=1739
+  _globals['_TABLEREPORT']._serialized_start=1742
+  _globals['_TABLEREPORT']._serialized_end=1972
+  _globals['_TABLEREPORT_FAILURESENTRY']._serialized_start=1925
+  _globals['_TABLEREPORT_FAILURESENTRY']._serialized_end=1972
+  _globals['_SHARD']._serialized_start=1975
+  _globals['_SHARD']._serialized_end=2234
 # @@protoc_insertion_point(module_scope)

@@ -62,7 +62,7 @@ class Fields(_message.Message):
     def __init__(self, item_ids: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ShardReply(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "code", "reason", "message", "times_us", "tensors", "fields", "warnings")
+    __slots__ = ("call_id", "generation", "epoch", "code", "reason", "message", "times_us", "tensors", "fields", "warnings", "fallback_users")
     class TimesUsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class ShardReply(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_USERS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generation: int
     epoch: int
@@ -90,7 +91,8 @@ class ShardReply(_message.Message):
     tensors: TensorMap
     fields: FieldColumns
     warnings: _containers.RepeatedCompositeFieldContainer[Warnings]
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., times_us: _Optional[_Mapping[str, int]] = ..., tensors: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[FieldColumns, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[Warnings, _Mapping]]] = ...) -> None: ...
+    fallback_users: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., times_us: _Optional[_Mapping[str, int]] = ..., tensors: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[FieldColumns, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[Warnings, _Mapping]]] = ..., fallback_users: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Warnings(_message.Message):
     __slots__ = ("texts",)
@@ -138,3 +140,42 @@ class Beat(_message.Message):
     epoch: int
     generation: int
     def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShardReport(_message.Message):
+    __slots__ = ("epoch", "generation", "tables")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    generation: int
+    tables: _containers.RepeatedCompositeFieldContainer[TableReport]
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableReport, _Mapping]]] = ...) -> None: ...
+
+class TableReport(_message.Message):
+    __slots__ = ("table", "lookups", "rows", "cached", "fetched", "defaulted", "failures")
+    class FailuresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTED_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    lookups: int
+    rows: int
+    cached: int
+    fetched: int
+    defaulted: int
+    failures: _containers.ScalarMap[str, int]
+    def __init__(self, table: _Optional[str] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., cached: _Optional[int] = ..., fetched: _Optional[int] = ..., defaulted: _Optional[int] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...

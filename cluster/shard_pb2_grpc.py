@@ -44,6 +44,11 @@ class ShardStub:
                 request_serializer=silvershard_dot_cluster_dot_shard__pb2.Beat.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_shard__pb2.Beat.FromString,
                 _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/silvershard.internal.v1.Shard/Inspect',
+                request_serializer=silvershard_dot_cluster_dot_shard__pb2.InspectRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_shard__pb2.ShardReport.FromString,
+                _registered_method=True)
 
 
 class ShardServicer:
@@ -63,6 +68,13 @@ class ShardServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Inspect(self, request, context):
+        """For people and monitoring, never on the way of a request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Ping,
                     request_deserializer=silvershard_dot_cluster_dot_shard__pb2.Beat.FromString,
                     response_serializer=silvershard_dot_cluster_dot_shard__pb2.Beat.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=silvershard_dot_cluster_dot_shard__pb2.InspectRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_shard__pb2.ShardReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Shard:
             '/silvershard.internal.v1.Shard/Ping',
             silvershard_dot_cluster_dot_shard__pb2.Beat.SerializeToString,
             silvershard_dot_cluster_dot_shard__pb2.Beat.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.internal.v1.Shard/Inspect',
+            silvershard_dot_cluster_dot_shard__pb2.InspectRequest.SerializeToString,
+            silvershard_dot_cluster_dot_shard__pb2.ShardReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_number, column_to, status_row, values_from
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
+from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.dtypes import ValueType
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
@@ -70,6 +71,7 @@ class ShardServer:
         insecure: bool = False,
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
+        lookups: Callable[[], Mapping[str, TableCounts]] = dict,
     ) -> None:
         """Make a server that does not listen yet.
 
@@ -82,6 +84,7 @@ class ShardServer:
             insecure: allow an address that other machines can reach.
             max_queue: calls that may wait or run; more are refused.
             clock: the clock of ``executor``.
+            lookups: returns what was looked up in each remote table so far; any thread may call it.
         """
         self.executor = executor
         self.replica = replica
@@ -91,6 +94,7 @@ class ShardServer:
         self._host, self._port, self._insecure = host, port, insecure
         self._max_queue = max_queue
         self._clock = clock
+        self._lookups = lookups
         self._pending = 0
         self._by_key: dict[str, set[_Job]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{executor.shard}")
@@ -156,6 +160,21 @@ class ShardServer:
             await context.write(
                 shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch, generation=self.generation)
             )
+
+    def inspect(self) -> shard_pb2.ShardReport:
+        """Return what this incarnation has counted."""
+        report = shard_pb2.ShardReport(epoch=self.epoch, generation=self.generation)
+        for name, counts in self._lookups().items():
+            report.tables.add(
+                table=name,
+                lookups=counts.lookups,
+                rows=counts.rows,
+                cached=counts.cached,
+                fetched=counts.fetched,
+                defaulted=counts.defaulted,
+                failures=counts.failures,
+            )
+        return report
 
     async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext) -> None:
         while True:
@@ -250,6 +269,7 @@ class ShardServer:
             found = {"embedding": encoded.embedding, "user_state": encoded.user_state}
             reply.tensors.CopyFrom(tensors.to_map(found))
             tensors.add_warnings(reply, encoded.warnings)
+            reply.fallback_users.extend(at for at, lost in enumerate(encoded.fallback) if lost)
         elif op == "count":
             scan = tensors.from_map(call.count, tensors.SCAN)["scan"]
             reply.tensors.CopyFrom(tensors.to_map({"count": self.executor.count(scan)}))
@@ -322,3 +342,8 @@ class _Servicer:
 
     async def Ping(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         await self._server.ping(context)
+
+    async def Inspect(
+        self, _request: shard_pb2.InspectRequest, _context: grpc.aio.ServicerContext
+    ) -> shard_pb2.ShardReport:
+        return self._server.inspect()

@@ -9,9 +9,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -26,6 +25,7 @@ from silvershard.cluster.table_cache import RowCache
 from silvershard.cluster.table_config import RemoteTableSection
 from silvershard.cluster.table_flight import Flight, Part, cut
 from silvershard.cluster.table_link import UNAVAILABLE, Refused, TableLink
+from silvershard.cluster.table_lookup import Lookup, PendingLookup, RecordLookup, TableCounts
 from silvershard.cluster.table_map import TableEntry, TableShardMap
 from silvershard.cluster.table_server import MAX_CALL_ROWS
 from silvershard.model.request import RequestError
@@ -34,16 +34,12 @@ from silvershard.shard.table_rows import (
     Floats,
     Ints,
     Records,
-    dequantize_rows,
     quantize_rows,
     split,
     whole,
 )
 
 T = TypeVar("T")
-
-EMBEDDING_FALLBACK = "EMBEDDING_FALLBACK"
-"""The reason in an answer for which default rows were used."""
 
 _PUT_ROWS = 4096
 """Rows of one call of an update: lookups pass between two calls."""
@@ -54,30 +50,6 @@ _INDEX_BITS = 32
 _log = logging.getLogger(__name__)
 
 
-class Lookup(NamedTuple):
-    """Rows of a table, some of which may be the default row."""
-
-    values: Floats
-    """``(n, D)``."""
-    defaulted: npt.NDArray[np.bool_]
-    """``(n,)``: True where the row could not be had and the default row stands for it."""
-    reasons: tuple[str, ...]
-    """``EMBEDDING_FALLBACK`` if there is such a row."""
-
-
-@dataclass(frozen=True)
-class TableCounts:
-    """What was looked up so far; rows count once per lookup however often they repeat in it."""
-
-    lookups: int
-    rows: int
-    cached: int
-    fetched: int
-    defaulted: int
-    failures: Mapping[str, int]
-    """Calls of lookups that brought no rows, by the name of the gRPC status."""
-
-
 class _Arrival(NamedTuple):
     """Rows that came from a shard."""
 
@@ -86,17 +58,6 @@ class _Arrival(NamedTuple):
     rows: slice
     """Which of the rows that were asked for they are."""
     records: Records
-
-
-class PendingLookup:
-    """A lookup on its way; several tables can be asked at once, and then waited for."""
-
-    def __init__(self, finish: Callable[[], Lookup]) -> None:
-        self._finish = finish
-
-    def result(self) -> Lookup:
-        """Wait until the rows are there or the deadline has passed; only once."""
-        return self._finish()
 
 
 class RemoteTable:
@@ -123,6 +84,7 @@ class RemoteTable:
         self._config = config or RemoteTableSection()
         self._clock = clock
         self._default = table_map.default_values
+        self._default_record = whole(quantize_rows(self._default[None], self.plan.dim))
         self._lock = threading.Lock()
         self._cache = RowCache(self._config.cache_mib * MEBIBYTE, self.plan.record_bytes)
         self._confirmed_at_s = np.full(self.plan.num_shards, -np.inf)
@@ -188,21 +150,18 @@ class RemoteTable:
         ]
         flight = self._launch(parts, expires_at_s)
 
-        def finish() -> Lookup:
+        def finish() -> RecordLookup:
             self._wait_for(flight)
             lost, came = self._unpack(flight, missing, records)
-            values = dequantize_rows(split(records[back], self.plan.record_bytes))
-            defaulted = lost[back]
             num_lost = int(np.count_nonzero(lost))
             if num_lost:
-                values[defaulted] = self._default
+                records[lost] = self._default_record
             self._count(flight, len(wanted), num_lost, sum(len(one.records) for one in came))
             if came:
                 self._arrived.append((asked, came))
-            reasons = (EMBEDDING_FALLBACK,) if num_lost else ()
-            return Lookup(values, defaulted, reasons)
+            return RecordLookup(split(records[back], self.plan.record_bytes), lost[back])
 
-        return PendingLookup(finish)
+        return PendingLookup(finish, self._default)
 
     def update(self, ids: Ints, values: Floats, timeout_s: float = 10.0) -> None:
         """Replace rows in place; when it returns, every later lookup here sees the new ones.

@@ -1,7 +1,8 @@
 """Tensors on the wire between routers and shards: exact bytes, checked before use, never pickle.
 
 Shapes: B requests, H heads, D embedding dimension, Us user state, L, Lv and Y program lengths,
-E exclusions, R candidates per head, K results, T tasks.
+E exclusions, R candidates per head, S semantic candidates, C heads and, where semantic candidates
+are asked for, one more, K results, T tasks.
 """
 
 import math
@@ -50,14 +51,17 @@ WORK = {
     "value_constants": _Form(_F32, "BY"),
     "probes": _Form(_I64, "B"),
     "ann_k": _Form(_I64, "B"),
+    "semantic_k": _Form(_I64, "B"),
     "k": _Form(_I64, "B"),
 }
-CUTOFFS = {"scores": _Form(_F32, "BH"), "item_ids": _Form(_I64, "BH")}
+CUTOFFS = {"scores": _Form(_F32, "BC"), "item_ids": _Form(_I64, "BC")}
 ROUND_ONE = {
     "scores": _Form(_F32, "BHR"),
     "item_ids": _Form(_I64, "BHR"),
     "probed": _Form(_I64, "B"),
     "eligible": _Form(_I64, "B"),
+    "semantic_scores": _Form(_F32, "BS"),
+    "semantic_item_ids": _Form(_I64, "BS"),
 }
 ROUND_TWO = {
     "item_ids": _Form(_I64, "BK"),
@@ -65,6 +69,7 @@ ROUND_TWO = {
     "refined": _Form(_F32, "BK"),
     "tasks": _Form(_F32, "BKT"),
     "kept": _Form(_I64, "B"),
+    "semantic_kept": _Form(_I64, "B"),
     "reranked": _Form(_I64, "B"),
 }
 SCAN = {"scan": _Form(_I64, "BL4")}
@@ -154,6 +159,10 @@ def work_from_map(message: shard_pb2.TensorMap) -> Work:
     for name, counts in (("probes", work.probes), ("ann_k", work.ann_k), ("k", work.k)):
         if int(counts.min()) < 1:
             raise TensorError(f"tensor {name!r}: must be at least 1, got {int(counts.min())}")
+    if int(work.semantic_k.min()) < 0:
+        raise TensorError(
+            f"tensor 'semantic_k': must be at least 0, got {int(work.semantic_k.min())}"
+        )
     return work
 
 
@@ -192,6 +201,7 @@ def round_one_from_map(message: shard_pb2.TensorMap, times: StageTimes) -> Round
     """
     found = from_map(message, ROUND_ONE)
     _check_order("scores", found)
+    _check_order("semantic_scores", found)
     return RoundOne(**found, times=times)
 
 

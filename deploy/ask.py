@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.feature_json import from_json
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import Cell, milliseconds, pairs, table
-from silvershard.deploy.users import user_history
-from silvershard.model.request import FilterParam
+from silvershard.deploy.users import read_user
+from silvershard.model.request import FeatureValues, FilterParam, WeightedIds
 
 SHOWN_FIELDS = ("title", "year", "genres")
 STAGES = (
@@ -20,6 +21,7 @@ STAGES = (
     "tower",
     "filter",
     "ann",
+    "semantic",
     "refine",
     "rerank",
     "value",
@@ -35,23 +37,59 @@ class Asker(NamedTuple):
     history: list[int]
     exclude: list[int]
     notes: list[str]
+    features: Mapping[str, FeatureValues] = {}
+    """Beside the history, or a history with weights."""
 
 
 def asker_of(
-    state: StateDir, *, user: int | None, history: Sequence[int] | None, include_seen: bool
+    state: StateDir,
+    *,
+    user: int | None,
+    history: Sequence[int] | None,
+    include_seen: bool,
+    features: Mapping[str, FeatureValues] | None = None,
 ) -> Asker:
-    """Return the history of a user of the data set, or the one that was given.
+    """Return the history and features of a user of the data set, or those that were given.
 
-    A user whom the data set does not have is no error: the model answers from its defaults.
+    A feature that was given replaces that of the user. A user whom the data set does not have is no
+    error: the model answers from its defaults.
     """
     notes = []
     known: list[int] = list(history or ())
+    if isinstance(history, WeightedIds):
+        features = {**(features or {}), "history": history}
+    stored: dict[str, FeatureValues] = {}
     if user is not None:
-        found = user_history(state.users_file, user)
+        found = read_user(state.users_file, user)
         if found is None:
             notes.append(f"user {user} is not in the data set: answered from the model's defaults")
-        known = found or []
-    return Asker(known, [] if include_seen else known, notes)
+        known, stored = found or ([], {})
+    return Asker(known, [] if include_seen else known, notes, {**stored, **(features or {})})
+
+
+def parse_features(texts: Sequence[str]) -> dict[str, FeatureValues]:
+    """Return user features from ``name=value``; a value is JSON, or else plain text.
+
+    Raises:
+        CommandError: if there is no name, the history is named, or the value is something else than
+            ids, numbers, or pairs of an id and its weight.
+    """
+    features: dict[str, FeatureValues] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise CommandError(f"--feature must be name=value, got {text!r}", ExitCode.USAGE)
+        if name == "history":
+            raise CommandError("--feature has no history: use --history", ExitCode.USAGE)
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        try:
+            features[name] = from_json(parsed)
+        except ValueError as error:
+            raise CommandError(f"--feature {name} {error}", ExitCode.USAGE) from None
+    return features
 
 
 def parse_params(texts: Sequence[str]) -> dict[str, FilterParam]:
@@ -195,7 +233,8 @@ def render(document: Mapping[str, Any]) -> str:
             f"{counts['addressed']:,} documents, "
             + (f"{eligible:,} eligible, " if eligible is not None else "")
             + f"{counts['probed']:,} probed, {counts['ann_kept']:,} kept, "
-            f"{counts['reranked']:,} reranked",
+            + (f"{generated:,} generated, " if (generated := counts["semantic_kept"]) else "")
+            + f"{counts['reranked']:,} reranked",
         ),
     ]
     if document["exhausted"]:

@@ -10,13 +10,15 @@ import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection
+from silvershard.cluster.table_config import TablesSection
+from silvershard.model.semantic_config import MAX_SEMANTIC_K
 from silvershard.model.training_config import TrainingConfig
 from silvershard.shard.errors import ConfigError
 
@@ -76,6 +78,13 @@ class IndexSection(BaseModel):
     ann_k: int = Field(
         default=600, ge=1, description="candidates per head that pass the scan cut by default"
     )
+    semantic_k: int = Field(
+        default=200,
+        ge=0,
+        le=MAX_SEMANTIC_K,
+        description="candidates of the decoder of semantic ids by default, where training.semantic "
+        "made one",
+    )
     page_slots: int = Field(default=64, description="slots of a page: 64 or 128")
     planned_shards: int = Field(
         default=8, ge=1, description="most shards to cut a generation into without republishing"
@@ -85,6 +94,12 @@ class IndexSection(BaseModel):
     )
     false_positive_rate: float = Field(
         default=0.001, ge=1e-9, lt=1, description="target of one Bloom term, before verification"
+    )
+    golden_requests: int = Field(
+        default=24,
+        ge=0,
+        le=10_000,
+        description="requests whose answers a publish writes, and checks on what it wrote; 0: none",
     )
 
 
@@ -150,9 +165,20 @@ class Config(BaseModel):
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
+    tables: TablesSection = Field(default=TablesSection(), description="where embedding tables lie")
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        least = 2 * self.ping.every_ms
+        if self.tables.max_stale_ms < least:
+            raise ValueError(
+                f"tables.max_stale_ms must be at least twice ping.every_ms, {least}, "
+                f"got {self.tables.max_stale_ms}"
+            )
+        return self
 
 
 class Setting(NamedTuple):
@@ -399,9 +425,10 @@ def _model_of(annotation: Any) -> type[BaseModel]:
 def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     if sections := _sections(annotation):
-        kinds = " or ".join(f"`{one.model_fields['kind'].default}`" for one in sections)
+        kinds = [one.model_fields["kind"].default for one in sections if "kind" in one.model_fields]
+        of_kind = f" of kind {' or '.join(f'`{kind}`' for kind in kinds)}" if kinds else ""
         nothing = " or null" if type(None) in get_args(annotation) else ""
-        return f"section of kind {kinds}{nothing}"
+        return f"section{of_kind}{nothing}"
     if origin is tuple:
         return f"list of {_type_name(get_args(annotation)[0])}"
     if origin is dict:

@@ -1,8 +1,9 @@
 """A MovieLens-shaped data set in memory, and the reader of its CSV files.
 
 ml-latest-small, ml-25m and ml-32m share the columns that are read here: ``movies.csv`` (movieId,
-title, genres), ``ratings.csv`` (userId, movieId, rating, timestamp) and ``tags.csv`` (movieId, tag;
-the file is optional). The order of columns is free and further columns are ignored.
+title, genres), ``ratings.csv`` (userId, movieId, rating, timestamp) and ``tags.csv`` (userId,
+movieId, tag, timestamp; the file is optional). The order of columns is free and further columns are
+ignored.
 
 Shapes: N movies, R ratings.
 """
@@ -10,10 +11,10 @@ Shapes: N movies, R ratings.
 import re
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,24 @@ NO_GENRES = "(no genres listed)"
 
 _MAX_LOOKUP_ID = 2**26
 _YEAR = re.compile(r"\s*\((\d{4})(?:\s*[-\u2013]\s*(?:\d{4})?)?\)\s*$")
+
+
+class Tagging(NamedTuple):
+    """Who gave which tag to which movie, ordered by user, then timestamp, then as in the file."""
+
+    user_ids: NDArray[np.int64]
+    movie_ids: NDArray[np.int64]
+    """Each one of ``MovieLens.movie_ids``."""
+    tags: NDArray[np.object_]
+    """str in lower case."""
+    timestamps: NDArray[np.int64]
+    """Seconds since 1970 UTC."""
+
+
+def no_tagging() -> Tagging:
+    """The tagging of a data set whose tags nobody is known to have given."""
+    none = np.zeros(0, dtype=np.int64)
+    return Tagging(none, none, np.zeros(0, dtype=object), none)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +77,7 @@ class MovieLens:
         num_unknown: ratings dropped because ``movies.csv`` does not have the movie.
         num_repeated: ratings dropped because the user rated the movie again later.
         malformed: rows of ``ratings.csv`` dropped because they could not be read, in words.
+        tagging: who gave the tags, and when.
     """
 
     source: str
@@ -74,6 +94,7 @@ class MovieLens:
     num_unknown: int = 0
     num_repeated: int = 0
     malformed: tuple[str, ...] = ()
+    tagging: Tagging = field(default_factory=no_tagging)
 
     def movie_rows(self, movie_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row of each of these movies, -1 where there is no such movie."""
@@ -126,6 +147,7 @@ def load(path: Path, *, source: str | None = None, max_malformed: int = 0) -> Mo
         raise DataError(str(path), f"{problem}; required is a MovieLens folder or zip")
     movie_ids, titles, years, genres = _load_movies(path)
     ratings, malformed = read_ratings(path, max_malformed)
+    tags, tagging = _load_tags(path, movie_ids)
     return from_ratings(
         source=source or str(path),
         generated=False,
@@ -133,7 +155,8 @@ def load(path: Path, *, source: str | None = None, max_malformed: int = 0) -> Mo
         titles=titles,
         years=years,
         genres=genres,
-        tags=_load_tags(path, movie_ids),
+        tags=tags,
+        tagging=tagging,
         user_ids=ratings["userId"],
         rated_movie_ids=ratings["movieId"],
         ratings=ratings["rating"],
@@ -156,6 +179,7 @@ def from_ratings(
     ratings: NDArray[np.float32],
     timestamps: NDArray[np.int64],
     malformed: tuple[str, ...] = (),
+    tagging: Tagging | None = None,
 ) -> MovieLens:
     """A ``MovieLens`` from ratings in any order, some of which may be unusable.
 
@@ -198,6 +222,7 @@ def from_ratings(
         num_unknown=num_unknown,
         num_repeated=num_repeated,
         malformed=malformed,
+        tagging=tagging or no_tagging(),
     )
 
 
@@ -297,19 +322,30 @@ def split_title(text: str) -> tuple[str, int]:
     return text[: match.start()].strip(), int(match[1])
 
 
-def _load_tags(path: Path, movie_ids: NDArray[np.int64]) -> Ragged:
+def _load_tags(path: Path, movie_ids: NDArray[np.int64]) -> tuple[Ragged, Tagging]:
+    events: list[tuple[int, int, int, str]] = []
     given: dict[int, Counter[str]] = {int(movie_id): Counter() for movie_id in movie_ids}
     if has_file(path, "tags.csv"):
         file = name_of(path, "tags.csv")
         normal: dict[str, str] = {}
-        for line, (movie, text) in text_rows(path, "tags.csv", "movieId", "tag"):
-            counts = given.get(parse_int(file, line, "movieId", movie))
+        columns = ("userId", "movieId", "tag", "timestamp")
+        for line, (user, movie, text, timestamp) in text_rows(path, "tags.csv", *columns):
+            movie_id = parse_int(file, line, "movieId", movie)
+            counts = given.get(movie_id)
             tag = normal.get(text)
             if tag is None:
                 tag = normal[text] = " ".join(text.lower().split())
             if counts is not None and tag:
                 counts[tag] += 1
-    return Ragged.from_rows(
+                user_id = parse_int(file, line, "userId", user)
+                given_at = parse_int(file, line, "timestamp", timestamp)
+                events.append((user_id, given_at, movie_id, tag))
+    tags = Ragged.from_rows(
         [sorted(counts, key=lambda tag: (-counts[tag], tag)) for counts in given.values()],
         dtype="string",
     )
+    events.sort(key=lambda event: event[:2])
+    users, times, movies = (
+        np.array([event[at] for event in events], dtype=np.int64) for at in range(3)
+    )
+    return tags, Tagging(users, movies, as_column([event[3] for event in events], "string"), times)

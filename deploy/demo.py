@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from silvershard.cluster import Client, Query, Result
-from silvershard.deploy import ask, evaluate, launch, operate, recipe
+from silvershard.deploy import ask, evaluate, launch, operate, quality_report, recipe
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError
+from silvershard.deploy.movielens_users import before
 from silvershard.deploy.operate import say
 from silvershard.deploy.recipe import Prepared
 from silvershard.deploy.state import ClusterRecord, StateDir
-from silvershard.deploy.tables import Cell, pairs, table
+from silvershard.deploy.tables import table
 from silvershard.model.catalogue import NULL_INT
+from silvershard.model.request import FeatureValues
 
 FILTER = "genre:Comedy AND NOT genre:Horror AND year >= 1990"
 SHOWN = 10
@@ -34,6 +36,8 @@ class Shown(NamedTuple):
     history: list[int]
     """Everything before the held-out film, oldest first."""
     held_out: int
+    features: dict[str, FeatureValues]
+    """Beside the history."""
 
 
 @contextmanager
@@ -87,10 +91,13 @@ def run(
         documents, answers = _show(record, prepared, shown)
         with _timed(seconds, "evaluate"):
             evaluation = evaluate.evaluate(
-                prepared, published.path, record.address, max_requests=config.query.queue
+                prepared,
+                published.path,
+                record.address,
+                max_requests=config.query.queue,
+                min_rating=config.training.min_rating,
             )
-        say(f"\nQuality on {evaluation.users:,} held-out last interactions")
-        say(render_quality(evaluation))
+        say("\n" + quality_report.render(evaluation))
     finally:
         with _timed(seconds, "down"):
             launch.stop(state, timeout_s=config.runtime.stop_timeout_s)
@@ -105,7 +112,7 @@ def run(
         "coverage": min(
             evaluation.served.coverage, *(answer.coverage.documents for answer in answers)
         ),
-        "quality": evaluate.quality_document(evaluation),
+        "quality": quality_report.document(evaluation),
         "timings_us": {
             "query": documents[0]["timings_us"],
             "filtered_query": documents[1]["timings_us"],
@@ -136,12 +143,12 @@ def choose_user(prepared: Prepared, wanted: int | None) -> Shown:
     """Return the user to show: the one asked for, or the first whose history has median length.
 
     Raises:
-        CommandError: if the user asked for has too few ratings to hold one out, or does not exist.
+        CommandError: if the user asked for has nothing held out, no history, or does not exist.
     """
     split = prepared.split
     tested = np.flatnonzero(split.test_rows >= 0)
     if not len(tested):
-        raise CommandError("no user has three ratings, which holding one out for the test needs")
+        raise CommandError(f"no user is tested, {split.summary}")
     if wanted is None:
         lengths = split.test_histories.lengths[tested]
         middle = np.sort(lengths)[(len(lengths) - 1) // 2]
@@ -150,14 +157,15 @@ def choose_user(prepared: Prepared, wanted: int | None) -> Shown:
         found = tested[split.user_ids[tested] == wanted]
         if not len(found):
             raise CommandError(
-                f"--user {wanted} is not a user of the data set with three ratings or more; "
-                f"there are {len(tested):,}, the first is {split.user_ids[tested[0]]}"
+                f"--user {wanted} is not a user of the data set with a history and a film that is "
+                f"held out; there are {len(tested):,}, the first is {split.user_ids[tested[0]]}"
             )
         row = int(found[0])
     return Shown(
         user=int(split.user_ids[row]),
         history=split.test_histories.row(row).tolist(),
         held_out=int(split.test_item_ids[row]),
+        features=recipe.user_features(prepared, before(prepared.data, split.test_rows[[row]]))[0],
     )
 
 
@@ -168,11 +176,11 @@ def _show(
     say(f"\nUser {shown.user} rated {len(shown.history)} films; the last ones were")
     say(films_table(prepared, shown.history[-SHOWN:]))
     documents, answers = [], []
-    asker = ask.Asker(shown.history, shown.history, [])
+    asker = ask.Asker(shown.history, shown.history, [], shown.features)
     with Client(record.address) as client:
         for text in ("", FILTER):
             query = Query(
-                features={"history": asker.history},
+                features={"history": asker.history, **asker.features},
                 k=SHOWN,
                 filter=text,
                 exclude_ids=asker.exclude,
@@ -194,7 +202,7 @@ def _say_held_out(client: Client, prepared: Prepared, shown: Shown) -> None:
     """Say at which rank the film that the user watched next comes."""
     answer = client.retrieve(
         Query(
-            features={"history": shown.history},
+            features={"history": shown.history, **shown.features},
             k=evaluate.LONG,
             exclude_ids=shown.history,
             return_task_scores=False,
@@ -231,47 +239,3 @@ def films_table(prepared: Prepared, item_ids: list[int]) -> str:
         for item, title, year, genres in reversed(films(prepared, item_ids))
     ]
     return table(("title", "year", "genres", "id"), rows, max_width=38)
-
-
-def render_quality(evaluation: evaluate.Evaluation) -> str:
-    """Return the quality table for people."""
-    rows: list[list[Cell]] = [
-        [
-            row.name,
-            float(row.hit_rate.mean()),
-            float(row.ndcg.mean()),
-            float(row.recall.mean()),
-        ]
-        for row in evaluation.rows
-    ]
-    index = evaluation.index_quality
-    hit, ndcg = evaluation.lift_hit_rate, evaluation.lift_ndcg
-    facts = [
-        (
-            "over popularity",
-            f"HitRate@10 {hit.mean:+.4f} (95 %: {hit.low:+.4f} to {hit.high:+.4f}), "
-            f"NDCG@10 {ndcg.mean:+.4f} ({ndcg.low:+.4f} to {ndcg.high:+.4f})",
-        ),
-        (
-            "scan + refine",
-            f"recall@{index.depth} {index.recall_deep:.4f}, "
-            f"recall@{min(evaluate.LONG, index.depth)} {index.recall_long:.4f} "
-            "of exact fp32 on the same probes",
-        ),
-        (
-            "probing",
-            f"top 10 overlaps brute force by {index.overlap:.4f} "
-            f"with {index.probes} of {index.clusters} clusters per head, by "
-            f"{index.shared_overlap:.4f} with {index.shared_probes} (all heads within an eighth)",
-        ),
-        ("plan", evaluation.served.plan),
-    ]
-    headers = ("ranking", "HitRate@10", "NDCG@10", "Recall@100")
-    return "\n\n".join(
-        (
-            table(headers, rows),
-            pairs(facts),
-            "  Median stage times, asked in batches of 64\n"
-            + ask.stages_table(evaluation.served.timings_us),
-        )
-    )

@@ -1,12 +1,10 @@
 """How good a generation is, through the cluster on held-out interactions and beside exact search.
 
-One split everywhere: each user's last interaction is held out, the one before it validates.
-
-Shapes: U users with a held-out item, N items, H heads, K ranks.
+Shapes: U users with held-out items, N items, H heads, K ranks.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,12 @@ from tqdm import tqdm
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.deploy.errors import CommandError
-from silvershard.deploy.recipe import Prepared
+from silvershard.deploy.movielens_users import before
+from silvershard.deploy.recipe import Prepared, user_features
 from silvershard.model.audit import IndexAudit
 from silvershard.model.quality import (
     Interval,
+    coverage_at_k,
     hit_rate_at_k,
     ndcg_at_k,
     overlap_at_k,
@@ -29,10 +29,13 @@ from silvershard.model.quality import (
     popularity_ranking,
     recall_at_k,
 )
+from silvershard.model.request import FeatureValues
 from silvershard.model.retriever import Retriever
 from silvershard.shard.load import load_retriever
 
 SHORT, LONG, DEEP = 10, 100, 1000
+DEPTHS = (SHORT, 20, LONG)
+"""Ranks that the metrics are of."""
 _BATCH = 64
 _ENCODE_BATCH = 256
 _AUDITED_USERS = 100
@@ -40,12 +43,27 @@ _AUDITED_USERS = 100
 
 
 class Row(NamedTuple):
-    """One line of the quality table, per user ``(U,)``."""
+    """One line of a quality table; metrics by ``k`` of ``DEPTHS``, per user ``(U,)``."""
 
     name: str
-    hit_rate: NDArray[np.float64]
-    ndcg: NDArray[np.float64]
-    recall: NDArray[np.float64]
+    hit_rate: dict[int, NDArray[np.float64]]
+    ndcg: dict[int, NDArray[np.float64]]
+    recall: dict[int, NDArray[np.float64]]
+    coverage: dict[int, float]
+    """Share of the catalogue that any user is shown."""
+
+    @property
+    def users(self) -> int:
+        """Return U."""
+        return len(self.hit_rate[SHORT])
+
+
+class TaskRows(NamedTuple):
+    """How well the held-out items that are positive for a head or task are found."""
+
+    task: str
+    rows: tuple[Row, ...]
+    """By the head alone, by the task's score alone and by the served value, where there are."""
 
 
 class Served(NamedTuple):
@@ -80,51 +98,98 @@ class IndexQuality(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Everything that the quality table shows."""
+    """Everything that the quality tables show."""
 
     rows: tuple[Row, ...]
+    tasks: tuple[TaskRows, ...]
+    cold: tuple[Row, ...]
+    """Popularity and the cluster for users without a history; empty where there are none."""
     lift_hit_rate: Interval
-    """Of the cluster over popularity, 95 %."""
+    """Of the cluster over popularity at 10, 95 %."""
     lift_ndcg: Interval
     index_quality: IndexQuality
     served: Served
     users: int
+    held_out: int
+    """Interactions of these users."""
+    split: str
+    """What was held out, in words."""
 
 
 class Tested(NamedTuple):
-    """The users with a held-out item."""
+    """Users with held-out items."""
 
+    features: list[dict[str, FeatureValues]]
+    """What a request says of each user."""
     histories: list[list[int]]
-    """Everything before the held-out item, oldest first."""
-    held_out: NDArray[np.int64]
-    """``(U,)`` item ids."""
+    """Everything before the held-out items, oldest first."""
+    held_out: list[list[int]]
+    """Item ids of each user, oldest first; at least one."""
+    ratings: list[list[float]]
+    """Of these items."""
+
+    def positive(self, least: float) -> tuple[NDArray[np.int64], list[list[int]]]:
+        """Return the users with held-out items rated ``least`` or more, and those items."""
+        kept = [
+            [item for item, rating in zip(*one, strict=True) if rating >= least]
+            for one in zip(self.held_out, self.ratings, strict=True)
+        ]
+        users = [at for at, items in enumerate(kept) if items]
+        return np.array(users, dtype=np.int64), [kept[at] for at in users]
 
 
 def tested_users(prepared: Prepared) -> Tested:
-    """Return the users that have a held-out item."""
-    split = prepared.split
-    rows = np.flatnonzero(split.test_rows >= 0)
+    """Return the users that have a history and held-out items."""
+    return _users(prepared, prepared.split.test_rows >= 0)
+
+
+def cold_users(prepared: Prepared) -> Tested:
+    """Return the users that have held-out items alone."""
+    return _users(prepared, prepared.split.cold)
+
+
+def _users(prepared: Prepared, chosen: NDArray[np.bool_]) -> Tested:
+    split, data = prepared.split, prepared.data
+    rows = np.flatnonzero(chosen)
+    sets = [split.test_sets.row(int(row)) for row in rows]
+    histories = [split.test_histories.row(int(row)).tolist() for row in rows]
+    first = np.array([one[0] for one in sets], dtype=np.int64)
+    further = user_features(prepared, before(data, first))
     return Tested(
-        [split.test_histories.row(int(row)).tolist() for row in rows], split.test_item_ids[rows]
+        features=[
+            {"history": history, **others}
+            for history, others in zip(histories, further, strict=True)
+        ],
+        histories=histories,
+        held_out=[data.rated_movie_ids[one].tolist() for one in sets],
+        ratings=[data.ratings[one].tolist() for one in sets],
     )
 
 
 def evaluate(
-    prepared: Prepared, snapshot: Path, address: str, *, max_requests: int = _BATCH
+    prepared: Prepared,
+    snapshot: Path,
+    address: str,
+    *,
+    max_requests: int = _BATCH,
+    min_rating: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Measure a generation through the cluster that serves it, and beside it.
 
     Args:
-        prepared: the data set that it was trained on.
+        prepared: the data set that it was trained on, in the same split.
         snapshot: directory of the generation.
         address: of the router.
         max_requests: most requests in one call that the router accepts.
+        min_rating: least rating of a positive by head or task, as in training; all where none.
 
     Raises:
-        CommandError: if the cluster refuses a request.
+        CommandError: if the cluster refuses a request, or no user has held-out items.
     """
     batch = min(max_requests, _BATCH)
     users = tested_users(prepared)
+    if not users.histories:
+        raise CommandError(f"no user is tested, {prepared.split.summary}")
     retriever, _ = load_retriever(snapshot)
     items = _embed(retriever, prepared)
     queries = _encode(retriever, users)
@@ -136,33 +201,71 @@ def evaluate(
         batch=batch,
         nprobe=retriever.spec.num_clusters,
     )
-    popular = _popular(prepared, users)
-    exact = _brute_force(items, queries, prepared.catalogue.item_ids, users)
+    item_ids = prepared.catalogue.item_ids
+    row = _Judge(len(item_ids))
     rows = tuple(
-        _row(name, ranked, users.held_out)
+        row(name, ranked, users.held_out)
         for name, ranked in (
-            ("popularity", popular),
-            ("brute force fp32, no reranker", exact),
+            ("popularity", _popular(prepared, users)),
+            ("brute force fp32, no reranker", _brute_force(items, queries, item_ids, users)),
             ("silvershard, all clusters", everything.item_ids),
             ("silvershard", served.item_ids),
         )
     )
+    schema = retriever.spec.item_schema
+    orders: dict[str, list[tuple[str, NDArray[np.int64]]]] = {}
+    for at, head in enumerate(schema.heads):
+        alone = _brute_force(items, queries[:, at : at + 1], item_ids, users)
+        orders.setdefault(head, []).append(("head alone, brute force", alone))
+    for task in schema.tasks if schema.allow_value else ():
+        alone = serve(address, users, f"asking for {task}", batch=batch, value=task).item_ids
+        orders.setdefault(task, []).append(("task alone", alone))
+    tasks = []
+    for task, ranked in orders.items():
+        who, wanted = users.positive((min_rating or {}).get(task, -np.inf))
+        judged = [
+            row(name, one[who], wanted) for name, one in (*ranked, ("value", served.item_ids))
+        ]
+        tasks.append(TaskRows(task, tuple(judged)))
     return Evaluation(
         rows=rows,
-        lift_hit_rate=paired_bootstrap(rows[-1].hit_rate, rows[0].hit_rate),
-        lift_ndcg=paired_bootstrap(rows[-1].ndcg, rows[0].ndcg),
+        tasks=tuple(tasks),
+        cold=_cold(prepared, address, batch, row),
+        lift_hit_rate=paired_bootstrap(rows[-1].hit_rate[SHORT], rows[0].hit_rate[SHORT]),
+        lift_ndcg=paired_bootstrap(rows[-1].ndcg[SHORT], rows[0].ndcg[SHORT]),
         index_quality=audit(retriever, prepared, items, queries),
         served=served,
         users=len(users.held_out),
+        held_out=sum(map(len, users.held_out)),
+        split=prepared.split.summary,
     )
 
 
-def _row(name: str, ranked: NDArray[np.int64], held_out: NDArray[np.int64]) -> Row:
-    return Row(
-        name,
-        hit_rate_at_k(ranked, held_out, SHORT),
-        ndcg_at_k(ranked, held_out, SHORT),
-        recall_at_k(ranked, held_out, LONG),
+class _Judge:
+    """Makes the rows of a catalogue of N items."""
+
+    def __init__(self, num_items: int) -> None:
+        self._num_items = num_items
+
+    def __call__(self, name: str, ranked: NDArray[np.int64], held_out: list[list[int]]) -> Row:
+        return Row(
+            name,
+            {k: hit_rate_at_k(ranked, held_out, k) for k in DEPTHS},
+            {k: ndcg_at_k(ranked, held_out, k) for k in DEPTHS},
+            {k: recall_at_k(ranked, held_out, k) for k in DEPTHS},
+            {k: coverage_at_k(ranked, self._num_items, k) for k in DEPTHS},
+        )
+
+
+def _cold(prepared: Prepared, address: str, batch: int, row: _Judge) -> tuple[Row, ...]:
+    """Return how users without a history are served, beside popularity."""
+    users = cold_users(prepared)
+    if not users.histories:
+        return ()
+    served = serve(address, users, "asking for new users", batch=batch).item_ids
+    return (
+        row("popularity", _popular(prepared, users), users.held_out),
+        row("silvershard", served, users.held_out),
     )
 
 
@@ -171,30 +274,43 @@ def _bar(total: int, title: str) -> "tqdm[Any]":
 
 
 def serve(
-    address: str, users: Tested, title: str, *, batch: int = _BATCH, nprobe: int = 0
+    address: str,
+    users: Tested,
+    title: str,
+    *,
+    batch: int = _BATCH,
+    nprobe: int = 0,
+    value: str = "",
 ) -> Served:
-    """Ask the cluster for every user's best items, seen ones excluded, ``batch`` users a call."""
+    """Ask the cluster for every user's best items, seen ones excluded, ``batch`` users a call.
+
+    Raises:
+        CommandError: if the cluster refuses a request.
+    """
     ranked = np.full((len(users.histories), LONG), -1, dtype=np.int64)
     answers: list[Result] = []
     with Client(address, timeout_s=30.0) as client, _bar(len(ranked), title) as bar:
         for start in range(0, len(ranked), batch):
-            histories = users.histories[start : start + batch]
+            some = slice(start, start + batch)
             queries = [
                 Query(
-                    features={"history": history},
+                    features=features,
                     k=LONG,
                     exclude_ids=history,
                     nprobe=nprobe,
+                    value=value,
                     return_task_scores=False,
                 )
-                for history in histories
+                for features, history in zip(
+                    users.features[some], users.histories[some], strict=True
+                )
             ]
             for at, answer in enumerate(client.retrieve_batch(queries), start=start):
                 if not isinstance(answer, Result):
                     raise CommandError(f"the cluster refused a request of the evaluation: {answer}")
                 ranked[at, : len(answer.item_ids)] = answer.item_ids
                 answers.append(answer)
-            bar.update(len(histories))
+            bar.update(len(queries))
     stages = sorted({stage for answer in answers for stage in answer.timings_us})
     return Served(
         item_ids=ranked,
@@ -217,8 +333,7 @@ def _embed(retriever: Retriever, prepared: Prepared) -> Tensor:
 
 def _encode(retriever: Retriever, users: Tested) -> Tensor:
     """Return the query embeddings of all users, ``(U, H, D)``."""
-    limit = retriever.spec.item_schema.user_features[0].max_length
-    features = [{"history": history[-limit:]} for history in users.histories]
+    features = [retriever.spec.item_schema.check_features(one) for one in users.features]
     return torch.cat(
         [
             retriever.encode(features[start : start + _ENCODE_BATCH]).embedding
@@ -245,7 +360,7 @@ def _brute_force(
     return _first_unseen(ranking, users)
 
 
-def _first_unseen(ranking: Any, users: Tested) -> NDArray[np.int64]:
+def _first_unseen(ranking: Callable[[int], NDArray[np.int64]], users: Tested) -> NDArray[np.int64]:
     ranked = np.full((len(users.histories), LONG), -1, dtype=np.int64)
     for user, history in enumerate(users.histories):
         candidates = ranking(user)[: LONG + len(history)]
@@ -310,36 +425,3 @@ def _overlap(found: Tensor, wanted: Tensor) -> NDArray[np.float64]:
     """Return the share of ``wanted`` that was found, per user and head, ``(B * H,)``."""
     width = wanted.shape[-1]
     return overlap_at_k(found.flatten(0, 1).numpy(), wanted.flatten(0, 1).numpy(), width)
-
-
-def quality_document(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as JSON values."""
-    index = evaluation.index_quality
-    return {
-        "users": evaluation.users,
-        "table": {
-            row.name: {
-                "hit_rate_at_10": round(float(row.hit_rate.mean()), 6),
-                "ndcg_at_10": round(float(row.ndcg.mean()), 6),
-                "recall_at_100": round(float(row.recall.mean()), 6),
-            }
-            for row in evaluation.rows
-        },
-        "lift_over_popularity": {
-            "hit_rate_at_10": _interval(evaluation.lift_hit_rate),
-            "ndcg_at_10": _interval(evaluation.lift_ndcg),
-        },
-        "scan_refine_recall": {
-            f"at_{index.depth}": round(index.recall_deep, 6),
-            f"at_{min(LONG, index.depth)}": round(index.recall_long, 6),
-        },
-        "ann_overlap_at_10": round(index.overlap, 6),
-        "probes_per_head": index.probes,
-        "ann_overlap_at_10_within_an_eighth": round(index.shared_overlap, 6),
-        "probes_per_head_within_an_eighth": index.shared_probes,
-        "clusters": index.clusters,
-    }
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in interval._asdict().items()}

@@ -1,4 +1,4 @@
-"""A cluster on one machine: shard actors, the shard map and a router, watched and repaired.
+"""A cluster on one machine: actors of shards and tables, their maps and a router, all watched.
 
 Ray starts the actors again when they end; the launcher notices, gives the router their new place,
 and stops what keeps crashing. It is never on the path of a request.
@@ -8,20 +8,22 @@ Shapes: S shards.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from silvershard.cluster.shard_map import ShardMap
+from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
-from silvershard.deploy.shard_watch import ShardHandle, ShardWatch
+from silvershard.deploy.shard_watch import ActorWatch, ShardHandle, ShardWatch
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
+from silvershard.deploy.table_tier import StartTables, TableTier
 from silvershard.shard.errors import RemoteError
+from silvershard.shard.table_files import RowFile
 
 TICK_S = 0.1
 _CENSUS_S = 1.0
@@ -63,7 +65,9 @@ class LocalCluster:
         model: str = "",
         guard: Process | None = None,
         ray_dir: str = "",
+        tables: Sequence[RowFile] = (),
         start_shard: StartShard | None = None,
+        start_tables: StartTables | None = None,
         canary: Callable[[str], None] = ask_canary,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -77,7 +81,9 @@ class LocalCluster:
             model: logical name of the model in it; by default that of the settings.
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
+            tables: the remote tables of the generation.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
+            start_tables: starts a process of tables; by default as a Ray actor.
             canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
@@ -93,6 +99,7 @@ class LocalCluster:
         self._canary = canary
         self._report = report
         self._router = RouterWatch(state, config)
+        self._tables = TableTier(state, config, tables, start_tables)
         self._shards: list[ShardWatch] = []
         self._map: ShardMap | None = None
         self._written: ClusterRecord | None = None
@@ -116,8 +123,9 @@ class LocalCluster:
         self._router.start()
 
     def start_shards(self) -> None:
-        """Start one actor per shard, all at once."""
+        """Start the processes of remote tables and one actor per shard, all at once."""
         self._report("shards")
+        self._tables.start()
         self._shards = [
             ShardWatch(shard, self._start_shard(shard), self._config.runtime)
             for shard in range(self._config.sharding.shards)
@@ -135,8 +143,9 @@ class LocalCluster:
             self._config.sharding.shards,
             devices=self._config.sharding.devices,
             num_threads=threads_per_shard(self._config.sharding),
+            tables=self._tables.for_shards().model_dump(),
         )
-        return RayShard(actor)
+        return RayShard(actor, ShardEntry)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the router has reached every shard and has answered one question.
@@ -150,24 +159,29 @@ class LocalCluster:
             if self._router.has_failed:
                 raise CommandError(f"the router could not start: {self._router.last_words()}")
             self.poll()
-            for one in self._shards:
+            watches: list[ActorWatch[Any]] = [*self._tables.watches, *self._shards]
+            for one in watches:
                 if one.state == "failed":
-                    raise CommandError(f"shard {one.shard} could not start: {one.reason}")
+                    raise CommandError(f"{one.name} could not start: {one.reason}")
             serving = sum(one.state == "serving" for one in self._shards)
-            if serving == len(self._shards) and self._router.phase == "serving":
+            served = [one.state == "serving" for one in self._tables.watches]
+            if serving == len(self._shards) and all(served) and self._router.phase == "serving":
                 self._report("first question")
                 self._canary(self._router.address)
                 return
             if time.monotonic() > give_up_s:
+                tables = f"{sum(served)} of {len(served)} table processes and " if served else ""
                 raise TimedOut(
-                    f"not ready after {timeout_s:g} s: {serving} of {len(self._shards)} shards "
-                    f"serve, the router is {self._router.phase}; see {self._state.root / 'log'}"
+                    f"not ready after {timeout_s:g} s: {tables}{serving} of {len(self._shards)} "
+                    f"shards serve, the router is {self._router.phase}; "
+                    f"see {self._state.root / 'log'}"
                 )
             self._report(f"shards {serving}/{len(self._shards)}")
             time.sleep(TICK_S)
 
     def poll(self) -> None:
         """Look at everything once, repair the router, and keep map and record true."""
+        self._tables.poll()
         for one in self._shards:
             one.poll()
         self._router.poll()
@@ -205,10 +219,11 @@ class LocalCluster:
             address=self._router.address,
             model=self._model,
             generation=self._generation,
-            documents=sum(one.documents for one in self._shards),
+            documents=sum(one.record.documents for one in self._shards),
             map_version=self._map.version if self._map else 0,
             router=self._router.record,
             shards=tuple(one.record for one in self._shards),
+            tables=self._tables.records,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,
@@ -234,6 +249,7 @@ class LocalCluster:
         with ExitStack() as rest:
             for one in self._shards:
                 rest.callback(one.end)
+            rest.callback(self._tables.end)
         self._shards = []
 
     def kill_leftovers(self) -> list[Process]:

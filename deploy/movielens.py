@@ -1,7 +1,4 @@
-"""The MovieLens recipe: where the data come from, how they are split, and the catalogue they make.
-
-Held out is every user's last interaction; the one before it validates. Ratings of one user in the
-same second are ordered by movie id (see ``MovieLens``), and this order decides what is last.
+"""The MovieLens recipe: where the data come from, and the catalogue they make.
 
 Shapes: N movies, R ratings, U users, V signals.
 """
@@ -15,8 +12,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +23,8 @@ from tqdm import tqdm
 
 from silvershard.deploy.csv_files import DataError
 from silvershard.deploy.dataset import MovieLens, load
+from silvershard.deploy.movielens_users import declared
+from silvershard.deploy.split import Split, split
 from silvershard.deploy.synthetic import generate
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged, as_column
 from silvershard.model.schema import Attribute, Field, Schema, UserFeature
@@ -82,36 +80,6 @@ _YEARS = (1900.0, 2030.0)
 
 class DownloadError(RetrievalError, OSError):
     """The data set could not be downloaded; the message says what failed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Which ratings train, validate and test.
-
-    A user with at least three ratings has the last one held out for the test and the one before for
-    validation; everything else trains. "Last" is by timestamp, then movie id.
-
-    Attributes:
-        user_ids: ``(U,)`` int64, every user with a rating, ascending.
-        train_rows: int64 rows of the ``MovieLens`` that train, ascending: by user, then time.
-        valid_rows: ``(U,)`` int64 row that validates, -1 for a user with fewer than three ratings.
-        test_rows: ``(U,)`` int64 row held out for the test, -1 as above.
-        valid_item_ids: ``(U,)`` int64 movie of ``valid_rows``, -1 as above.
-        test_item_ids: ``(U,)`` int64 movie of ``test_rows``, -1 as above.
-        histories: movie ids that each user trains with, oldest first: what is known when predicting
-            the validation item.
-        test_histories: the same and then the validation item: what is known when predicting the
-            test item.
-    """
-
-    user_ids: NDArray[np.int64]
-    train_rows: NDArray[np.int64]
-    valid_rows: NDArray[np.int64]
-    test_rows: NDArray[np.int64]
-    valid_item_ids: NDArray[np.int64]
-    test_item_ids: NDArray[np.int64]
-    histories: Ragged
-    test_histories: Ragged
 
 
 class Popularity(NamedTuple):
@@ -227,29 +195,6 @@ def fetch(
     return path
 
 
-def split(movielens: MovieLens) -> Split:
-    """The one split that training, validation and every table of results use."""
-    starts = np.flatnonzero(np.diff(movielens.user_ids, prepend=-1)).astype(np.int64)
-    ends = np.append(starts[1:], len(movielens.user_ids)).astype(np.int64)
-    held_out = ends - starts >= 3
-    test_rows = np.where(held_out, ends - 1, -1)
-    valid_rows = np.where(held_out, ends - 2, -1)
-    trains = np.ones(len(movielens.user_ids), dtype=np.bool_)
-    trains[test_rows[held_out]] = False
-    test_histories = _grouped(movielens.rated_movie_ids[trains], ends - starts - held_out)
-    trains[valid_rows[held_out]] = False
-    return Split(
-        user_ids=movielens.user_ids[starts],
-        train_rows=np.flatnonzero(trains).astype(np.int64),
-        valid_rows=valid_rows,
-        test_rows=test_rows,
-        valid_item_ids=np.where(held_out, movielens.rated_movie_ids[valid_rows], -1),
-        test_item_ids=np.where(held_out, movielens.rated_movie_ids[test_rows], -1),
-        histories=_grouped(movielens.rated_movie_ids[trains], ends - starts - 2 * held_out),
-        test_histories=test_histories,
-    )
-
-
 def popularity(movielens: MovieLens, parts: Split) -> Popularity:
     """Counts and means per movie from the training rows alone."""
     rows = movielens.movie_rows(movielens.rated_movie_ids[parts.train_rows])
@@ -261,14 +206,23 @@ def popularity(movielens: MovieLens, parts: Split) -> Popularity:
     return Popularity(counts, means.astype(np.float32))
 
 
-def schema() -> Schema:
+def schema(user_features: Sequence[str] = ()) -> Schema:
     """What MovieLens items and users consist of.
+
+    Args:
+        user_features: names of features of ``movielens_users`` that there are beside the history.
+
+    Raises:
+        ConfigError: if there is no such feature.
 
     Signals are about 0 to 1: ``popularity`` is log1p of the training ratings over its largest
     value, ``mean_rating`` the damped mean over 5, ``recency`` the year from 1900 to 2030.
     """
     return Schema(
-        user_features=(UserFeature(name="history", dtype="int", max_length=HISTORY_LENGTH),),
+        user_features=(
+            UserFeature(name="history", dtype="int", max_length=HISTORY_LENGTH),
+            *declared(user_features),
+        ),
         item_features=(
             UserFeature(name="movie_id", dtype="int", max_length=1),
             UserFeature(name="genres", dtype="string", max_length=MAX_GENRES),

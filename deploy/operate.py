@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tqdm import tqdm
 
+from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.deploy import launch
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
@@ -17,6 +20,7 @@ from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.tables import pairs, table
 
 _HEALTH_TIMEOUT_S = 1.0
+_COUNTS = ("lookups", "rows", "cached", "fetched", "defaulted")
 
 
 class PhaseBar:
@@ -109,12 +113,19 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     for shard in document["shards"]:
         if shard["state"] == "serving" and not _health(shard["address"], f"shard/{shard['shard']}"):
             shard |= {"state": "not answering", "reason": "its health check failed"}
+    for tables in document["tables"]:
+        names = [f"table/{name}/{tables['shard']}" for name in tables["addresses"]]
+        answered = all(map(_health, tables["addresses"].values(), names))
+        if tables["state"] == "serving" and not answered:
+            tables |= {"state": "not answering", "reason": "its health check failed"}
+    if document["tables"]:
+        document["lookups"] = _lookups(document["shards"])
     serving = sum(one["documents"] for one in document["shards"] if one["state"] == "serving")
     document["coverage"] = serving / record.documents if record.documents else 1.0
     whole = (
         alive
         and document["router"]["state"] == "serving"
-        and all(one["state"] == "serving" for one in document["shards"])
+        and all(one["state"] == "serving" for one in (*document["shards"], *document["tables"]))
     )
     if record.map_version == 0:
         document["state"] = "starting" if alive else "down"
@@ -137,6 +148,25 @@ def _health(address: str, service: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def _lookups(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return what all serving shards looked up in each remote table since they started."""
+    found: dict[str, Counter[str]] = {}
+    for shard in shards:
+        if shard["state"] != "serving":
+            continue
+        with grpc.insecure_channel(shard["address"]) as channel:
+            try:
+                report = shard_pb2_grpc.ShardStub(channel).Inspect(
+                    shard_pb2.InspectRequest(), timeout=_HEALTH_TIMEOUT_S
+                )
+            except grpc.RpcError:
+                continue
+        for one in report.tables:
+            counts = {name: getattr(one, name) for name in _COUNTS}
+            found.setdefault(one.table, Counter()).update(counts)
+    return {name: dict(counts) for name, counts in found.items()}
+
+
 def _described(record: ClusterRecord) -> dict[str, Any]:
     return {
         "state": "up" if record.is_whole else "degraded",
@@ -150,6 +180,7 @@ def _described(record: ClusterRecord) -> dict[str, Any]:
         "daemon": {"pid": record.guard.pid, "state": "running"},
         "router": record.router.model_dump(),
         "shards": [shard.model_dump() for shard in record.shards],
+        "tables": [tables.model_dump() for tables in record.tables],
     }
 
 
@@ -183,7 +214,31 @@ def render_cluster(document: dict[str, Any]) -> str:
         for shard in document["shards"]
     ]
     headers = ("shard", "state", "pid", "documents", "restarts", "address", "epoch", "reason")
-    return pairs(facts) + "\n\n" + table(headers, rows, max_width=100)
+    parts = [pairs(facts), table(headers, rows, max_width=100)]
+    if document["tables"]:
+        parts.append(_tables_table(document["tables"]))
+    if document.get("lookups"):
+        rows = [(name, *counts.values()) for name, counts in sorted(document["lookups"].items())]
+        parts.append(table(("looked up", *_COUNTS), rows))
+    return "\n\n".join(parts)
+
+
+def _tables_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return the processes of remote tables for people."""
+    rows = [
+        (
+            str(one["shard"]),
+            one["state"],
+            str(one["pid"] or "-"),
+            one["rows"],
+            one["restarts"],
+            ", ".join(one["addresses"]) or "-",
+            one["reason"],
+        )
+        for one in records
+    ]
+    headers = ("tables", "state", "pid", "rows", "restarts", "of", "reason")
+    return table(headers, rows, max_width=100)
 
 
 def render_down(document: dict[str, Any], state: StateDir) -> str:

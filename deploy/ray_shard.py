@@ -1,20 +1,24 @@
-"""A shard as Ray sees it: its actor, how often it was started again, and what it says of itself."""
+"""An actor as Ray sees it: how often it was started again, and what it says of itself."""
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 import ray.exceptions
+from pydantic import BaseModel
 from ray._private.state import state as ray_state
 
-from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.shard_watch import ShardDead
 
+E = TypeVar("E", bound=BaseModel)
 
-class RayShard:
-    """One shard actor; nothing here waits."""
 
-    def __init__(self, actor: Any) -> None:
+class RayShard(Generic[E]):
+    """One actor of a shard; nothing here waits."""
+
+    def __init__(self, actor: Any, kind: type[E]) -> None:
+        """Watch an actor whose ``describe`` gives at least the fields of ``kind``."""
         self._actor = actor
+        self._kind = kind
         self._described = actor.describe.remote()
 
     def restarts(self) -> int:
@@ -22,8 +26,8 @@ class RayShard:
         table = ray_state.actor_table(self._actor._actor_id.hex()) or {}
         return int(table.get("NumRestarts", 0))
 
-    def entry(self) -> ShardEntry | None:
-        """Return where the shard serves, or None while it is loading.
+    def entry(self) -> E | None:
+        """Return where the actor serves, or None while it is loading.
 
         Raises:
             ShardDead: if Ray will not start it again, with the reason.
@@ -38,7 +42,7 @@ class RayShard:
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
             self.ask_again()
             return None
-        return ShardEntry(**{name: found[name] for name in ShardEntry.model_fields})
+        return self._kind(**{name: found[name] for name in self._kind.model_fields})
 
     def ask_again(self) -> None:
         """Forget what the actor said, because its process ended."""

@@ -1,6 +1,7 @@
 """The MovieLens recipe: from a data set to a trained model, and from there to a generation.
 
-``<state>/model`` holds ``model.safetensors`` and ``model.json``; nothing in it can run code.
+``<state>/model`` holds ``model.safetensors`` and ``model.json``, ``semantic.safetensors`` where
+semantic ids were trained, ``index.safetensors`` where the index was; nothing in it can run code.
 ``<state>/training`` holds the log and the last checkpoint of the training.
 
 Shapes: N movies, U users, R ratings.
@@ -21,30 +22,45 @@ import safetensors
 import safetensors.torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from silvershard.deploy import movielens
+from silvershard.deploy import movielens, movielens_users
 from silvershard.deploy.config import Config
+from silvershard.deploy.distributed import train_on_processes
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens import MovieLens, Popularity, Split
+from silvershard.deploy.movielens_users import Moments
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.training_files import TrainingFiles
 from silvershard.deploy.users import write_users
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.clustering import default_clusters
 from silvershard.model.registry import build
+from silvershard.model.remote_split import split_remote
+from silvershard.model.remote_tables import StoredRows
+from silvershard.model.request import FeatureValues, Request
 from silvershard.model.schema import Schema
+from silvershard.model.semantic_config import SemanticSpec
+from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults
 from silvershard.model.training import Trained, Watch, train
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions
 from silvershard.model.two_tower import TwoTower
 from silvershard.shard.publish import PHASES, Published, publish_generation
+from silvershard.shard.table_placement import connect_tables
 
 BUILDER = "two_tower"
 WEIGHTS = "model.safetensors"
+SEMANTIC_WEIGHTS = "semantic.safetensors"
+INDEX = "index.safetensors"
 DESCRIPTION = "model.json"
+# A training may go on with others of these.
+_ELSEWHERE = {"processes", "device", "process_timeout_s"}
+_CENTROIDS = "centroids"
+_GOLDEN_USERS = 64
+"""Users that golden requests are drawn from, about."""
 
 
 class DataSource(BaseModel):
@@ -71,6 +87,12 @@ class ModelDescription(BaseModel):
     tower_ndcg: float | None = Field(description="NDCG@10 of the towers on the validation items")
     ranker_ndcg: float | None = Field(description="NDCG@10 after the reranker on the same")
     data: DataSource = Field(description="what it was trained on")
+    semantic: SemanticSpec | None = Field(
+        default=None, description="sizes of the semantic ids that were trained; none without"
+    )
+    semantic_ndcg: float | None = Field(
+        default=None, description="NDCG@10 of the best items of their decoder on the same"
+    )
 
 
 class Prepared(NamedTuple):
@@ -89,6 +111,9 @@ class LoadedModel(NamedTuple):
 
     model: nn.Module
     description: ModelDescription
+    semantic: SemanticSource | None = None
+    centroids: Tensor | None = None
+    """``(C, D)`` float32 of an index that was trained with the towers."""
 
 
 def prepare(
@@ -97,6 +122,7 @@ def prepare(
     data: Path | None = None,
     environ: Mapping[str, str] = os.environ,
     report: Callable[[str], None] = print,
+    training: TrainingConfig | None = None,
 ) -> Prepared:
     """Find a data set and derive split, popularity and catalogue from it.
 
@@ -105,9 +131,11 @@ def prepare(
         data: folder or zip.
         environ: environment variables.
         report: hears the lines of ``movielens.find``; the first says where the data come from.
+        training: how the model was trained that these data are for, which decides the split; the
+            section of ``config`` if None.
 
     Raises:
-        DataError: if the data that were named cannot be used.
+        DataError: if the data that were named cannot be used, or leave nothing to train on.
     """
     named = data or (Path(config.paths.data) if config.paths.data else None)
     if named is None and environ.get(movielens.DATA_VARIABLE):
@@ -119,9 +147,11 @@ def prepare(
         max_malformed=config.paths.max_malformed,
         report=report,
     )
-    parts = movielens.split(found)
+    parts = movielens.split(found, training or config.training)
+    if parts.test_from is not None:
+        report(f"split: {parts.summary}")
     popular = movielens.popularity(found, parts)
-    schema = movielens.schema()
+    schema = movielens.schema((training or config.training).user_features)
     items = movielens.catalogue(found, popular.counts, popular.means)
     items.validate(schema)
     return Prepared(
@@ -175,11 +205,12 @@ def train_model(
         checkpoint_every=config.model.checkpoint_every,
         progress=progress,
     )
-    trained = train(
+    several = recipe.processes > 1 or recipe.device != "cpu"
+    trained = (train_on_processes if several else train)(
         prepared.schema,
         prepared.catalogue.features,
         prepared.catalogue.signals,
-        _interactions(prepared.data, rows),
+        interactions(prepared, rows),
         recipe,
         validation=_validation(prepared),
         seed=config.model.seed,
@@ -196,21 +227,25 @@ def train_model(
         tower_ndcg=finite(trained.tower_ndcg),
         ranker_ndcg=finite(trained.ranker_ndcg),
         data=prepared.source,
+        semantic=trained.semantic.spec if trained.semantic else None,
+        semantic_ndcg=finite(trained.semantic_ndcg),
     )
-    save_model(state.model_dir, trained.model, description)
+    save_model(state.model_dir, trained.model, description, trained.semantic, trained.centroids)
     return trained
 
 
 def _training(config: Config, recipe: TrainingConfig, prepared: Prepared) -> str:
     """Return what tells one training from another."""
     parts = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude=_ELSEWHERE),
         "seed": config.model.seed,
         "schema": prepared.schema.model_dump(mode="json"),
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     data, catalogue = prepared.data, prepared.catalogue
     columns: list[NDArray[Any]] = [data.user_ids, data.rated_movie_ids, data.ratings]
+    if recipe.user_features:
+        columns += [data.timestamps, *data.tagging]
     columns += [prepared.split.train_rows, prepared.split.valid_rows, catalogue.signals]
     for name in sorted(catalogue.features):
         columns += [catalogue.features[name].offsets, catalogue.features[name].values]
@@ -220,17 +255,32 @@ def _training(config: Config, recipe: TrainingConfig, prepared: Prepared) -> str
     return digest.hexdigest()
 
 
-def _interactions(data: MovieLens, rows: NDArray[np.int64]) -> Interactions:
+def interactions(prepared: Prepared, rows: NDArray[np.int64]) -> Interactions:
+    """Return the ratings ``(M,)`` of these rows, with the user features just before each."""
+    data, moments = prepared.data, movielens_users.before(prepared.data, rows)
     return Interactions(
         user_ids=data.user_ids[rows],
         item_ids=data.rated_movie_ids[rows],
         ratings=data.ratings[rows],
+        features=movielens_users.columns(data, _further(prepared), moments),
+        feature_rows=np.arange(len(rows), dtype=np.int64),
     )
+
+
+def user_features(prepared: Prepared, moments: Moments) -> list[dict[str, FeatureValues]]:
+    """Return what requests say of users at each moment beside the history."""
+    columns = movielens_users.columns(prepared.data, _further(prepared), moments)
+    return movielens_users.requests(columns, len(moments.ends))
+
+
+def _further(prepared: Prepared) -> list[str]:
+    """Return the names of the user features beside the history, which is the first."""
+    return [feature.name for feature in prepared.schema.user_features[1:]]
 
 
 def _validation(prepared: Prepared) -> Interactions:
     rows = prepared.split.valid_rows
-    return _interactions(prepared.data, rows[rows >= 0])
+    return interactions(prepared, rows[rows >= 0])
 
 
 def finite(value: float) -> float | None:
@@ -238,13 +288,23 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def save_model(directory: Path, model: nn.Module, description: ModelDescription) -> None:
+def save_model(
+    directory: Path,
+    model: nn.Module,
+    description: ModelDescription,
+    semantic: SemanticSource | None = None,
+    centroids: Tensor | None = None,
+) -> None:
     """Write a model; the directory has the old model or the new one, never a mixture."""
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     tensors = {name: one.detach().cpu().contiguous() for name, one in model.state_dict().items()}
     safetensors.torch.save_file(tensors, staging / WEIGHTS)
+    if semantic is not None:
+        safetensors.torch.save_file(semantic.state_dict(), staging / SEMANTIC_WEIGHTS)
+    if centroids is not None:
+        safetensors.torch.save_file({_CENTROIDS: centroids.contiguous()}, staging / INDEX)
     (staging / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n")
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
@@ -271,20 +331,71 @@ def load_model(directory: Path) -> LoadedModel:
         model.load_state_dict(safetensors.torch.load_file(weights))
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CommandError(f"{weights} cannot be used: {error}; train again") from None
-    return LoadedModel(model.eval().requires_grad_(requires_grad=False), description)
+    return LoadedModel(
+        model.eval().requires_grad_(requires_grad=False),
+        description,
+        _load_semantic(directory, description),
+        _load_centroids(directory, description),
+    )
+
+
+def _load_semantic(directory: Path, description: ModelDescription) -> SemanticSource | None:
+    if description.semantic is None:
+        return None
+    weights = directory / SEMANTIC_WEIGHTS
+    try:
+        state = safetensors.torch.load_file(weights)
+        semantic = SemanticSource(description.semantic, state["codebooks"].shape[2])
+        semantic.load_state_dict(state)
+    except (
+        OSError,
+        KeyError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise CommandError(f"{weights} cannot be used: {error}; train again") from None
+    return semantic.eval().requires_grad_(requires_grad=False)
+
+
+def _load_centroids(directory: Path, description: ModelDescription) -> Tensor | None:
+    if description.training.joint is None:
+        return None
+    file = directory / INDEX
+    try:
+        return safetensors.torch.load_file(file)[_CENTROIDS]
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise CommandError(f"{file} cannot be used: {error}; train again") from None
 
 
 def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedModel) -> Published:
     """Write the next generation, and the histories of the users beside it."""
     items = len(prepared.catalogue)
     clusters = num_clusters(config, items)
+    if loaded.centroids is not None:
+        clusters = len(loaded.centroids)
+        if config.index.clusters not in (0, clusters):
+            raise CommandError(
+                f"index.clusters must be 0 or {clusters}, which were trained with the towers, "
+                f"got {config.index.clusters}; set it so, or train again"
+            )
     model, settings = loaded.model, loaded.description.config
+    remote_rows: Mapping[str, Tensor] = {}
+    if config.tables.remote:
+        try:
+            split = split_remote(cast(TwoTower, model), config.tables.remote)
+        except ValueError as error:
+            raise CommandError(f"tables.remote: {error}") from None
+        model, remote_rows = split.model, split.records
+        settings = split.model.config.model_dump(mode="json")
     if config.index.table_precision != "float32":
         try:
             quantized = cast(TwoTower, model).quantized(config.index.table_precision)
         except ValueError as error:
             raise CommandError(f"index.table_precision: {error}") from None
         model, settings = quantized, quantized.config.model_dump(mode="json")
+    connect_tables(model, StoredRows(remote_rows), remote_rows.__getitem__)
     bar = tqdm(total=len(PHASES), desc="publishing", delay=2, leave=False)
 
     def on_phase(phase: str) -> None:
@@ -300,18 +411,41 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
         catalogue=prepared.catalogue,
         schema=prepared.schema,
         defaults=SearchDefaults(
-            probes=max(round(config.index.probe_share * clusters), 1), ann_k=config.index.ann_k
+            probes=max(round(config.index.probe_share * clusters), 1),
+            ann_k=config.index.ann_k,
+            semantic_k=config.index.semantic_k if loaded.semantic else 0,
         ),
         num_clusters=clusters,
         planned_shards=max(config.index.planned_shards, config.sharding.shards),
         page_slots=config.index.page_slots,
         false_positive_rate=config.index.false_positive_rate,
         seed=config.model.seed,
+        centroids=loaded.centroids,
+        remote_rows=remote_rows,
+        semantic=loaded.semantic,
+        golden_requests=config.index.golden_requests,
+        golden_users=_golden_users(prepared),
         on_phase=on_phase,
     )
     bar.close()
-    write_users(state.users_file, prepared.data.user_ids, prepared.data.rated_movie_ids)
+    data = prepared.data
+    features = user_features(prepared, movielens_users.after_all(data))
+    write_users(state.users_file, data.user_ids, data.rated_movie_ids, features)
     return published
+
+
+def _golden_users(prepared: Prepared) -> list[Request]:
+    """Return some users that are tested, evenly spread, as they are just before the test."""
+    split = prepared.split
+    tested = np.flatnonzero(split.test_rows >= 0)
+    chosen = tested[:: max(len(tested) // _GOLDEN_USERS, 1)]
+    histories = [split.test_histories.row(int(row)).tolist() for row in chosen]
+    moments = movielens_users.before(prepared.data, split.test_rows[chosen])
+    further = user_features(prepared, moments)
+    return [
+        Request(features={"history": history, **others}, exclude_ids=history)
+        for history, others in zip(histories, further, strict=True)
+    ]
 
 
 def describe_published(published: Published) -> dict[str, Any]:

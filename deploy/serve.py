@@ -20,6 +20,7 @@ from silvershard.deploy.processes import die_with_parent, identify
 from silvershard.deploy.runtime import prepare_ray, ray_runtime, threads_per_shard
 from silvershard.deploy.state import StateDir, remove_ray_dir
 from silvershard.shard.errors import RetrievalError, SnapshotError
+from silvershard.shard.table_files import row_files
 
 
 class Launch(BaseModel):
@@ -139,11 +140,13 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
     # It imports ray, which reads the environment that was just set.
     from silvershard.deploy.launcher import LocalCluster
 
+    tables = row_files(Path(launch.snapshot))
     cluster = LocalCluster(
         state,
         config,
         generation=launch.generation,
         snapshot=Path(launch.snapshot),
+        tables=tables,
         model=_model_of(Path(launch.snapshot)),
         guard=identify(guard_pid),
         ray_dir=ray_dir,
@@ -157,7 +160,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         stack.enter_context(
             ray_runtime(
                 Path(ray_dir),
-                num_workers=config.sharding.shards,
+                num_workers=config.sharding.shards + (config.tables.shards if tables else 0),
                 object_store_bytes=config.runtime.object_store_bytes,
             )
         )

@@ -1,12 +1,12 @@
-"""One shard, watched: where it is, what has become of it, and when to give it up.
+"""One actor, watched: where it is, what has become of it, and when to give it up.
 
-Ray starts its actor again when the process ends, and says how often, also while it loads. The watch
+Ray starts the actor again when the process ends, and says how often, also while it loads. The watch
 reads no clock but the one it is given, so that a test can be quicker than time.
 """
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import RuntimeSection
@@ -16,17 +16,30 @@ from silvershard.deploy.state import ShardPhase, ShardRecord
 
 
 class ShardDead(Exception):
-    """A shard that will not come back by itself; the text is the reason."""
+    """An actor that will not come back by itself; the text is the reason."""
 
 
-class ShardHandle(Protocol):
-    """What the watch needs of a shard; ``ray_shard.RayShard`` is one."""
+class Entry(Protocol):
+    """What an actor says of itself once it serves."""
+
+    @property
+    def pid(self) -> int:
+        """Return its process."""
+        ...
+
+
+E = TypeVar("E", bound=Entry)
+E_co = TypeVar("E_co", bound=Entry, covariant=True)
+
+
+class Handle(Protocol[E_co]):
+    """What the watch needs of an actor; ``ray_shard.RayShard`` is one."""
 
     def restarts(self) -> int:
         """Return how often it was started again."""
         ...
 
-    def entry(self) -> ShardEntry | None:
+    def entry(self) -> E_co | None:
         """Return where it serves, None while it loads; raise ``ShardDead`` if it never will."""
         ...
 
@@ -39,13 +52,19 @@ class ShardHandle(Protocol):
         ...
 
 
-class ShardWatch:
-    """The state of one shard; ``poll`` moves it on."""
+ShardHandle = Handle[ShardEntry]
+
+
+class ActorWatch(Generic[E]):
+    """The state of one actor; ``poll`` moves it on."""
+
+    kind = "actor"
+    """What people call it."""
 
     def __init__(
         self,
         shard: int,
-        handle: ShardHandle,
+        handle: Handle[E],
         runtime: RuntimeSection,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -54,9 +73,10 @@ class ShardWatch:
         self.state: ShardPhase = "starting"
         self.reason = ""
         self.restarts = 0
-        self.documents = 0
-        self.entry: ShardEntry | None = None
+        self.entry: E | None = None
         """Where it serves; None while it does not."""
+        self.last: E | None = None
+        """Where it served last."""
         self._handle = handle
         self._clock = clock
         self._process: Process | None = None
@@ -65,18 +85,9 @@ class ShardWatch:
         self._began_s = clock()
 
     @property
-    def record(self) -> ShardRecord:
-        """Return the shard as status shows it."""
-        return ShardRecord(
-            shard=self.shard,
-            state=self.state,
-            pid=self.entry.pid if self.entry else 0,
-            epoch=self.entry.epoch if self.entry else 0,
-            address=self.entry.address if self.entry else "",
-            documents=self.documents,
-            restarts=self.restarts,
-            reason=self.reason,
-        )
+    def name(self) -> str:
+        """Return what people call this one."""
+        return f"{self.kind} {self.shard}"
 
     def poll(self) -> None:
         """Look once, without waiting."""
@@ -115,7 +126,7 @@ class ShardWatch:
             return
         if found is not None:
             self.entry, self._process = found, identify(found.pid)
-            self.documents = found.documents
+            self.last = found
             self.state, self.reason = "serving", ""
 
     def _give_up(self, reason: str) -> None:
@@ -124,5 +135,25 @@ class ShardWatch:
         self.entry = self._process = None
 
     def end(self) -> None:
-        """End the shard for good."""
+        """End the actor for good."""
         self._handle.end()
+
+
+class ShardWatch(ActorWatch[ShardEntry]):
+    """The state of one shard."""
+
+    kind = "shard"
+
+    @property
+    def record(self) -> ShardRecord:
+        """Return the shard as status shows it."""
+        return ShardRecord(
+            shard=self.shard,
+            state=self.state,
+            pid=self.entry.pid if self.entry else 0,
+            epoch=self.entry.epoch if self.entry else 0,
+            address=self.entry.address if self.entry else "",
+            documents=self.last.documents if self.last else 0,
+            restarts=self.restarts,
+            reason=self.reason,
+        )

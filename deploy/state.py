@@ -12,6 +12,7 @@ Layout::
       work.lock              held while ``train`` or ``publish`` writes
       cluster.json           the running cluster, as its launcher sees it
       shard_map.json         where the shards are, read by the router
+      tables/                where the rows of each remote table are, read by the shards
       router.json            settings of the router process
       ray.token              secret of the embedded Ray, mode 0600
       log/                   daemon.log, router.log
@@ -40,7 +41,7 @@ _LAYOUT = frozenset(
     {
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
-        *("ray.token", "log"),
+        *("ray.token", "log", "tables"),
     }
 )
 
@@ -59,6 +60,22 @@ class ShardRecord(BaseModel):
     epoch: int = Field(default=0, ge=0, description="incarnation, larger after every restart")
     address: str = Field(default="", description="host:port of its gRPC server")
     documents: int = Field(ge=0, description="documents of its partitions")
+    restarts: int = Field(default=0, ge=0, description="how often it was started again")
+    reason: str = Field(default="", description="why it is not serving")
+
+
+class TableRecord(BaseModel):
+    """One process that serves a part of every remote table, as the launcher sees it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: int = Field(ge=0, description="index of the part")
+    state: ShardPhase = Field(description="where it is in its life")
+    pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
+    rows: int = Field(default=0, ge=0, description="rows that it holds, of all tables")
+    addresses: dict[str, str] = Field(
+        default={}, description="host:port of the gRPC server of each table"
+    )
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
     reason: str = Field(default="", description="why it is not serving")
 
@@ -88,6 +105,9 @@ class ClusterRecord(BaseModel):
     map_version: int = Field(default=0, ge=0, description="version of the shard map")
     router: RouterRecord = Field(description="the router")
     shards: tuple[ShardRecord, ...] = Field(description="every shard")
+    tables: tuple[TableRecord, ...] = Field(
+        default=(), description="every process of remote tables"
+    )
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
         default=(), description="all processes below the driver, for cleaning up after a crash"
@@ -102,8 +122,9 @@ class ClusterRecord(BaseModel):
 
     @property
     def is_whole(self) -> bool:
-        """Return whether the router and every shard are serving."""
-        return self.router.state == "serving" and all(one.state == "serving" for one in self.shards)
+        """Return whether the router, every shard and every process of tables are serving."""
+        states = [one.state for one in self.shards] + [one.state for one in self.tables]
+        return self.router.state == "serving" and all(one == "serving" for one in states)
 
 
 class StateDir:
@@ -151,6 +172,10 @@ class StateDir:
     def shard_map_file(self) -> Path:
         """Return the map that the router follows."""
         return self.root / "shard_map.json"
+
+    def table_map_file(self, table: str) -> Path:
+        """Return the map of a remote table that the shards follow."""
+        return self.root / "tables" / f"{table}.json"
 
     @property
     def router_file(self) -> Path:
@@ -302,6 +327,7 @@ class StateDir:
         """Remove what describes a running cluster."""
         for path in (self.record_file, self.shard_map_file, self.router_file, self.token_file):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.root / "tables", ignore_errors=True)
 
     def clean_leftovers(self, *, grace_s: float = 2.0) -> int:
         """End what a crashed cluster left behind; return how many processes that were.

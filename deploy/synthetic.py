@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from silvershard.deploy.dataset import MovieLens, from_ratings
+from silvershard.deploy.dataset import MovieLens, Tagging, from_ratings
 from silvershard.model.catalogue import NULL_INT, Ragged, as_column
 
 TAGS: dict[str, tuple[str, ...]] = {
@@ -66,6 +66,7 @@ _STAY = 0.92
 _FOLLOW_COMPANION = 0.35
 _WANDER = 0.1
 _TRIES = 8
+_TAGGED = 0.1
 _NO_GENRES, _NO_YEAR = 0.004, 0.002
 _FIRST_START, _LAST_START = 946_684_800, 1_546_300_800
 
@@ -114,7 +115,9 @@ def generate(
         watched.append(rows)
         liking.append(films.quality[rows] + 1.2 * match + rng.normal(0, 0.3))
     rows = np.concatenate(watched)
+    users = np.repeat(np.arange(1, num_users + 1, dtype=np.int64), lengths)
     scores = np.concatenate(liking) + rng.normal(0, 0.5, len(rows))
+    times = _timestamps(rng, lengths)
     return from_ratings(
         source="generated films with planted tastes",
         generated=True,
@@ -123,10 +126,11 @@ def generate(
         years=films.listed_years,
         genres=films.listed_genres,
         tags=films.tags,
-        user_ids=np.repeat(np.arange(1, num_users + 1, dtype=np.int64), lengths),
+        user_ids=users,
         rated_movie_ids=films.movie_ids[rows],
         ratings=np.clip(np.round(2 * scores) / 2, 0.5, 5.0).astype(np.float32),
-        timestamps=_timestamps(rng, lengths),
+        timestamps=times,
+        tagging=_tag(np.random.default_rng([seed, 1]), films, users, rows, times),
     )
 
 
@@ -238,6 +242,24 @@ def _watch(
             last = int(rng.integers(len(films.popular)))
         seen[last] = None
     return np.fromiter(seen, dtype=np.int64, count=length)
+
+
+def _tag(
+    rng: np.random.Generator,
+    films: _Films,
+    users: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    times: NDArray[np.int64],
+) -> Tagging:
+    """One rating in ten is followed by a tag of the film, a minute later."""
+    tagged = np.flatnonzero((rng.random(len(rows)) < _TAGGED) & (films.tags.lengths[rows] > 0))
+    picks = (rng.random(len(tagged)) * films.tags.lengths[rows[tagged]]).astype(np.int64)
+    return Tagging(
+        users[tagged],
+        films.movie_ids[rows[tagged]],
+        films.tags.values[films.tags.offsets[rows[tagged]] + picks],
+        times[tagged] + 60,
+    )
 
 
 def _timestamps(rng: np.random.Generator, lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.csv"
 _PROGRESS = "progress"
 _TRAINING = "training"
-_PHASES = ("towers", "reranker")
+_PHASES = ("towers", "reranker", "semantic")
 
 
 class TrainingFiles:

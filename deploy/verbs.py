@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from silvershard.deploy.config import Config, Loaded, load_with_sources, to_yaml
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import DEFAULT_STATE, STATE_VARIABLE, StateDir
+from silvershard.model.request import WeightedIds
 from silvershard.shard.errors import ConfigError, DeadlineExceeded, RemoteError, RetrievalError
 
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -111,6 +112,12 @@ def _arguments() -> argparse.ArgumentParser:
     verb("down", text, _down, state, config, timeout)
     verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
     _query_options(verb("query", "ask a running cluster", _query, state, timeout))
+    text = "ask a running cluster the requests its generation was published with, and compare"
+    golden = verb("golden", text, _golden, state, timeout)
+    golden.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")
+    text = "measure a running cluster on the held-out interactions of its data set"
+    evaluate = verb("evaluate", text, _evaluate, state, config)
+    evaluate.add_argument("--data", **data)
     text = "show the settings in force, or their JSON schema"
     settings = verb("config", text, _config, state, config)
     settings.add_argument("what", choices=("show", "schema"))
@@ -133,7 +140,20 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
 def _query_options(parser: argparse.ArgumentParser) -> None:
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", type=int, metavar="ID", help="user of the data set")
-    who.add_argument("--history", type=_ids, metavar="1,2,3", help="ids watched, oldest first")
+    who.add_argument(
+        "--history",
+        type=_history,
+        metavar="1,2,3",
+        help="ids watched, oldest first; with weights 1:0.5,2,3:2",
+    )
+    parser.add_argument(
+        "--feature",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help='user feature beside the history: an id, [3.5, 2] or [["heist", 2], ["noir", 0.5]], '
+        "ids with weights",
+    )
     parser.add_argument("-k", type=int, default=10, metavar="K", help="results wanted (default 10)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="what to let through")
     parser.add_argument(
@@ -148,6 +168,13 @@ def _query_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include-seen", action="store_true", help="do not exclude the history")
     parser.add_argument("--nprobe", type=int, default=0, metavar="P", help="clusters to probe")
+    parser.add_argument(
+        "--semantic-k",
+        type=int,
+        default=None,
+        metavar="N",
+        help="candidates of the decoder of semantic ids; 0: none",
+    )
     parser.add_argument("--exact", action="store_true", help="score every eligible item")
     parser.add_argument("--plan", default="", metavar="TEXT", help="plan that an answer named")
     parser.add_argument(
@@ -184,11 +211,17 @@ def _address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _ids(text: str) -> list[int]:
+def _history(text: str) -> WeightedIds:
+    pairs = [part.partition(":") for part in text.split(",") if part.strip()]
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return WeightedIds(
+            [int(item_id) for item_id, _, _ in pairs],
+            [float(weight) if colon else 1.0 for _, colon, weight in pairs],
+        )
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be ids as 1,2,3, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be ids as 1,2,3 or 1:0.5,2,3:2, got {text!r}"
+        ) from None
 
 
 def _state(options: argparse.Namespace) -> StateDir:
@@ -283,7 +316,9 @@ def _publish(options: argparse.Namespace) -> int:
         loaded = recipe.load_model(state.model_dir)
         source = loaded.description.data.path
         data = options.data or (Path(source) if source else None)
-        prepared = recipe.prepare(config, data=data, report=_report(options))
+        prepared = recipe.prepare(
+            config, data=data, report=_report(options), training=loaded.description.training
+        )
         published = recipe.publish(state, config, prepared, loaded)
     document = recipe.describe_published(published)
     _print(
@@ -336,17 +371,19 @@ def _query(options: argparse.Namespace) -> int:
         user=options.user,
         history=options.history,
         include_seen=options.include_seen,
+        features=ask.parse_features(options.feature),
     )
     result = ask.ask(
         address,
         Query(
-            features={"history": asker.history},
+            features={"history": asker.history, **asker.features},
             k=options.k,
             filter=options.filter,
             value=options.value,
             params=ask.parse_params(options.param),
             exclude_ids=asker.exclude,
             nprobe=options.nprobe,
+            semantic_k=options.semantic_k,
             exact=options.exact,
             plan=options.plan,
             min_coverage=options.min_coverage,
@@ -356,7 +393,27 @@ def _query(options: argparse.Namespace) -> int:
     )
     document = ask.described(result, asker)
     _print(options, document, lambda: ask.render(document))
-    return ExitCode.DEGRADED if result.is_partial else ExitCode.OK
+    return ExitCode.DEGRADED if result.coverage.reasons else ExitCode.OK
+
+
+def _golden(options: argparse.Namespace) -> int:
+    from silvershard.deploy import ask, golden
+
+    state = _state(options)
+    address = ask.address_of(state, options.address)
+    document = golden.check(state, address, timeout_s=options.timeout or 10.0)
+    _print(options, document, lambda: golden.render(document))
+    return ExitCode.FAILED if document["differences"] else ExitCode.OK
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from silvershard.deploy import quality_report
+
+    state = _state(options)
+    config = _load(options, state).config
+    found = quality_report.measure(state, config, data=options.data, report=_report(options))
+    _print(options, quality_report.document(found), lambda: quality_report.render(found))
+    return ExitCode.OK if found.served.coverage == 1.0 else ExitCode.DEGRADED
 
 
 def _config(options: argparse.Namespace) -> int:

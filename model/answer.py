@@ -56,14 +56,20 @@ def split_answers(
     """
     answers = []
     found = (second.item_ids >= 0).sum(1).tolist()
+    intersected = spec.item_schema.head_merge == "intersection"
     for at, (request, plan) in enumerate(zip(compiled, plans, strict=True)):
         size = min(request.k, found[at])
         short = size < request.k
         whole = plan.probes == spec.num_clusters
         # A head that kept fewer than R kept all that is eligible; as many as R may be a cut, unless
-        # no more can be eligible.
-        count = eligible[at]
-        uncut = found[at] < plan.ann_k or plan.ann_k >= (spec.documents if count is None else count)
+        # no more can be eligible. Over all clusters every head sees the same items; an intersection
+        # may be smaller than what its heads kept.
+        count, kept, most = eligible[at], int(second.kept[at]), plan.ann_k
+        if whole:
+            most *= len(spec.item_schema.heads)
+        elif not intersected:
+            kept = found[at]
+        uncut = kept < most or plan.ann_k >= (spec.documents if count is None else count)
         said = list(warnings[at])
         if short and not uncut:
             said.append(
@@ -92,6 +98,7 @@ def split_answers(
                     eligible=eligible[at],
                     ann_kept=int(second.kept[at]),
                     reranked=int(second.reranked[at]),
+                    semantic_kept=int(second.semantic_kept[at]),
                 ),
                 warnings=tuple(said),
                 times=times,

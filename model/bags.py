@@ -65,13 +65,62 @@ def mean_bags(rows: Tensor, lengths: Tensor) -> Bags:
         rows: ``(n,)`` int64, ``DEFAULT_ROW`` where a value is unknown.
         lengths: ``(B,)`` int64 values per bag.
     """
+    return weighted_bags(rows, lengths, torch.ones(rows.shape[0]))
+
+
+def weighted_bags(rows: Tensor, lengths: Tensor, weights: Tensor) -> Bags:
+    """Bags of the known rows whose weights are not 0; without any, the default row.
+
+    The weights of a bag are divided by the sum of their absolute values.
+
+    Args:
+        rows: ``(n,)`` int64, ``DEFAULT_ROW`` where a value is unknown.
+        lengths: ``(B,)`` int64 values per bag.
+        weights: ``(n,)`` float32, finite.
+    """
     bag = torch.arange(lengths.shape[0]).repeat_interleave(lengths)
-    known = rows != DEFAULT_ROW
-    counts = torch.zeros_like(lengths).index_add_(0, bag[known], torch.ones_like(bag[known]))
+    kept = (rows != DEFAULT_ROW) & (weights != 0)
+    counts = torch.bincount(bag[kept], minlength=lengths.shape[0])
     filled = counts.clamp(min=1)
+    at = spread(filled.cumsum(0) - filled, counts)
     out = torch.full((int(filled.sum()),), DEFAULT_ROW, dtype=torch.int64)
-    out[spread(filled.cumsum(0) - filled, counts)] = rows[known]
-    return Bags(out, (1.0 / filled.float()).repeat_interleave(filled), filled)
+    out[at] = rows[kept]
+    shares = torch.ones(out.shape[0])
+    shares[at] = shares_of(weights[kept].double(), bag[kept], lengths.shape[0])
+    return Bags(out, shares, filled)
+
+
+def shares_of(weights: Tensor, bag: Tensor, num_bags: int) -> Tensor:
+    """Weights ``(n,)`` float64 over the sums of the absolute ones of their bags, float32.
+
+    Args:
+        weights: those of a bag are summed in order, whatever other bags there are.
+        bag: ``(n,)`` int64 in [0, num_bags).
+        num_bags: B.
+    """
+    totals = torch.bincount(bag, weights=weights.abs(), minlength=num_bags)
+    return (weights / totals[bag]).float()
+
+
+def number_bags(numbers: Tensor, given: Tensor) -> Bags:
+    """Numbers as the inputs of a linear layer: a bag is a 1 and then its numbers, or empty.
+
+    Args:
+        numbers: ``(B, W)`` float32.
+        given: ``(B,)`` bool, whether the bag has numbers.
+    """
+    lengths = given.long() * (numbers.shape[1] + 1)
+    inputs = torch.nn.functional.pad(numbers[given], (1, 0), value=1.0)
+    rows = torch.arange(inputs.shape[1]).expand_as(inputs)
+    return Bags(rows.flatten(), inputs.flatten(), lengths)
+
+
+def inputs_of(bags: Bags, width: int) -> Tensor:
+    """The inputs ``(B, W + 1)`` float32 that ``number_bags`` packed; zeros where none are given."""
+    inputs = torch.zeros(bags.lengths.shape[0], width + 1)
+    bag = torch.arange(bags.lengths.shape[0]).repeat_interleave(bags.lengths)
+    inputs[bag, bags.rows] = bags.weights
+    return inputs
 
 
 class Vocabulary(nn.Module):

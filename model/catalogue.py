@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silvershard.model.dtypes import INT64_MIN, ValueType
-from silvershard.model.schema import Schema, SchemaError
+from silvershard.model.schema import Schema, SchemaError, UserFeature
 
 NULL_INT = INT64_MIN
 """Marks an item without a value in an int column; a float column uses NaN."""
+
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
     "int": np.dtype(np.int64),
@@ -100,6 +102,48 @@ class Ragged:
 
 
 @dataclass(frozen=True, eq=False)
+class UserColumn:
+    """A user feature of several users.
+
+    Attributes:
+        values: ids of each user; or float64 numbers, as many as the feature is wide, or none.
+        weights: ``(len(values.values),)`` float32, one per id; None where all are 1.
+    """
+
+    values: Ragged
+    weights: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        values = self.values.values
+        if values.dtype == np.float64 and not np.isfinite(values).all():
+            raise ValueError(f"numbers must be finite, got {values[~np.isfinite(values)][0]}")
+        weights, wanted = self.weights, values.shape
+        if weights is None:
+            return
+        if weights.shape != wanted or weights.dtype != np.float32:
+            raise ValueError(
+                f"weights must be {wanted} float32, got {weights.dtype} {weights.shape}"
+            )
+        if not np.isfinite(weights).all():
+            raise ValueError(f"weights must be finite, got {weights[~np.isfinite(weights)][0]}")
+
+    def validate(self, feature: UserFeature) -> None:
+        """Return if the values are what the feature declares.
+
+        Raises:
+            SchemaError: naming the feature, if values are of the wrong type, numbers are not finite
+                or not as many as the feature is wide, or values that are not ids have weights.
+        """
+        _validate_values(feature.name, self.values.values, feature.dtype)
+        if feature.kind == "numbers":
+            _validate_numbers(feature, self.values, np.arange(len(self.values)))
+        if feature.kind != "ids" and self.weights is not None:
+            raise SchemaError(
+                feature.name, f"must have no weights, which go with ids alone, got {feature.kind}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class Catalogue:
     """Items as columns; every column has one entry per item, in the same order.
 
@@ -110,7 +154,7 @@ class Catalogue:
             null NaN.
         signals: ``(N, V)`` float32, finite, in the order of the schema.
         fields: each stored field, ``(N,)``: int64, float64, or object holding str.
-        features: the raw ids of each item feature.
+        features: the raw ids, texts or float64 numbers of each item feature.
     """
 
     item_ids: NDArray[np.int64]
@@ -143,6 +187,8 @@ class Catalogue:
             self._validate_column(field.name, self.fields[field.name], field.dtype)
         for feature in schema.item_features:
             self._validate_ragged(feature.name, self.features[feature.name], feature.dtype)
+            if feature.kind == "numbers":
+                _validate_numbers(feature, self.features[feature.name], self.item_ids)
         self._validate_signals(schema.signals)
 
     def take(self, rows: NDArray[np.int64]) -> "Catalogue":
@@ -269,3 +315,20 @@ def _validate_values(name: str, values: NDArray[Any], dtype: ValueType) -> None:
         for value in values:
             if not isinstance(value, str):
                 raise SchemaError(name, f"must hold str, got {type(value).__name__} {value!r}")
+
+
+def _validate_numbers(feature: UserFeature, column: Ragged, rows: NDArray[np.int64]) -> None:
+    """Check a column of numbers; ``rows`` names its rows."""
+    lengths = column.lengths
+    for row in np.flatnonzero((lengths != 0) & (lengths != feature.width)):
+        raise SchemaError(
+            feature.name,
+            f"must have {feature.width} values or none, got {lengths[row]} in row {rows[row]}",
+        )
+    for at in np.flatnonzero(~(np.abs(column.values) <= _MAX_FLOAT32)):
+        row = column.row_of[at]
+        raise SchemaError(
+            feature.name,
+            f"position {at - column.offsets[row]} must be a finite float32, "
+            f"got {column.values[at]} in row {rows[row]}",
+        )

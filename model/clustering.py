@@ -24,6 +24,8 @@ from silvershard.kernels import fixed_dot, fixed_sqrt
 
 SAMPLE_PER_CLUSTER = 1024
 """Most items that train one centre; the number of batches, not this, bounds the work."""
+MAX_IMBALANCE = 4.0
+"""Longest list over mean list, where nothing else is asked for."""
 # Two unit vectors in steps of 1/4000 have an inner product of at most 4000² (1 + sqrt(D) / 8000)²,
 # below 2**24 up to this D.
 _STEPS = 4000
@@ -58,7 +60,7 @@ def spherical_kmeans(
     *,
     seed: int,
     iterations: int = 60,
-    max_imbalance: float = 4.0,
+    max_imbalance: float = MAX_IMBALANCE,
     sample_per_cluster: int = SAMPLE_PER_CLUSTER,
 ) -> Clustering:
     """Cluster vectors by the direction they point in, on the device they are on.
@@ -84,33 +86,76 @@ def spherical_kmeans(
     Raises:
         ValueError: if a shape or a setting is out of range, or a value is not finite.
     """
-    if items.ndim != 2 or items.dtype != torch.float32:
-        raise ValueError(f"items must be (n, D) float32, got {tuple(items.shape)} {items.dtype}")
-    if not 1 <= items.shape[1] <= _MAX_DIM:
-        raise ValueError(f"items must have D in [1, {_MAX_DIM}], got {items.shape[1]}")
+    _check(items, max_imbalance)
     if num_clusters < 1:
         raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {iterations}")
-    if not max_imbalance >= 1:
-        raise ValueError(f"max_imbalance must be at least 1, got {max_imbalance}")
     if sample_per_cluster < 1:
         raise ValueError(f"sample_per_cluster must be at least 1, got {sample_per_cluster}")
-    if not all(bool(part.isfinite().all()) for part in items.split(_rows_of(items.shape[1]))):
-        raise ValueError("items must be finite")
     count, dim = items.shape
     centroids = torch.zeros(num_clusters, dim, device=items.device)
     used = min(num_clusters, count)
     if not used:
         return Clustering(centroids, torch.zeros(0, dtype=torch.int64, device=items.device))
     centroids[:used] = _train(items, used, seed, iterations, sample_per_cluster * num_clusters)
-    codes = _codes(centroids[:used])
+    return Clustering(centroids, _assigned(items, centroids[:used], num_clusters, max_imbalance))
+
+
+def assign_clusters(
+    items: Tensor, centroids: Tensor, *, max_imbalance: float = MAX_IMBALANCE
+) -> Clustering:
+    """Put every item at its best centroid, on the device they are on.
+
+    The result depends only on the arguments, as that of ``spherical_kmeans`` does, and no list is
+    longer than there: one that is too long turns away the items that lose least.
+
+    Args:
+        items: ``(n, D)`` float32, finite; their lengths do not matter. D at most 32,768.
+        centroids: ``(C, D)`` float32, finite, no row of zeros; their lengths do not matter.
+        max_imbalance: longest list over mean list, at least 1.
+
+    Raises:
+        ValueError: if a shape or a setting is out of range, or a value is not finite.
+    """
+    _check(items, max_imbalance)
+    if centroids.ndim != 2 or centroids.dtype != torch.float32 or not len(centroids):
+        raise ValueError(
+            f"centroids must be (C, D) float32 with C >= 1, got {tuple(centroids.shape)} "
+            f"{centroids.dtype}"
+        )
+    if centroids.shape[1] != items.shape[1]:
+        raise ValueError(
+            f"centroids must have the D of the items, {items.shape[1]}, got {centroids.shape[1]}"
+        )
+    if not bool(centroids.isfinite().all()):
+        raise ValueError("centroids must be finite")
+    if not bool(centroids.any(1).all()):
+        raise ValueError("centroids must have no row of zeros")
+    unit = _unit(centroids)
+    return Clustering(unit, _assigned(items, unit, len(unit), max_imbalance))
+
+
+def _check(items: Tensor, max_imbalance: float) -> None:
+    if items.ndim != 2 or items.dtype != torch.float32:
+        raise ValueError(f"items must be (n, D) float32, got {tuple(items.shape)} {items.dtype}")
+    if not 1 <= items.shape[1] <= _MAX_DIM:
+        raise ValueError(f"items must have D in [1, {_MAX_DIM}], got {items.shape[1]}")
+    if not max_imbalance >= 1:
+        raise ValueError(f"max_imbalance must be at least 1, got {max_imbalance}")
+    if not all(bool(part.isfinite().all()) for part in items.split(_rows_of(items.shape[1]))):
+        raise ValueError("items must be finite")
+
+
+def _assigned(items: Tensor, centroids: Tensor, num_clusters: int, max_imbalance: float) -> Tensor:
+    """Return the cluster ``(n,)`` int64 of every item among the centroids, no list too long."""
+    codes, count = _codes(centroids), len(items)
     # Filled in place: small tensors kept between large ones that are freed would tear the heap.
     assignment = torch.empty(count, dtype=torch.int64, device=items.device)
-    for window, part in _chunks(items, used):
+    for window, part in _chunks(items, len(centroids)):
         assignment[window] = _best(part, codes)[1]
     capacity = math.ceil(min(count * max_imbalance / num_clusters, count))
-    return Clustering(centroids, _balanced(items, codes, assignment, capacity))
+    return _balanced(items, codes, assignment, capacity)
 
 
 def _train(items: Tensor, used: int, seed: int, iterations: int, most: int) -> Tensor:

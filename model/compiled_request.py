@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from silvershard.model.filter import FilterError, canonical, compile_filter, parse_filter
-from silvershard.model.plan import Plan, PlanError, choose_plan, parse_plan
+from silvershard.model.plan import Plan, PlanError, check_semantic_k, choose_plan, parse_plan
 from silvershard.model.request import FeatureValues, Request, RequestError
 from silvershard.model.schema import SchemaError
 from silvershard.model.spec import MAX_ANN_K, ServingSpec
@@ -33,6 +33,7 @@ class CompiledRequest:
     pinned: Plan | None
     nprobe: int
     ann_k: int
+    semantic_k: int | None
     exact: bool
     return_fields: tuple[str, ...]
 
@@ -56,6 +57,7 @@ class CompiledRequest:
                 eligible=eligible,
                 nprobe=self.nprobe,
                 ann_k=self.ann_k,
+                semantic_k=self.semantic_k,
                 exact=self.exact,
             )
         except PlanError as error:
@@ -111,8 +113,13 @@ def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
         value = compile_value(request.value or schema.value, schema.value_columns, weights)
     except ValueFormulaError as error:
         raise RequestError("value" if request.value else "task_weights", str(error)) from None
-    if request.plan and (request.exact or request.nprobe or request.ann_k):
-        raise RequestError("search.plan", "a pinned plan excludes exact, nprobe and ann_k")
+    try:
+        check_semantic_k(request.semantic_k or 0, spec)
+    except PlanError as error:
+        raise RequestError("search.semantic_k", str(error)) from None
+    own = request.exact or request.nprobe or request.ann_k or request.semantic_k is not None
+    if request.plan and own:
+        raise RequestError("search.plan", "a pinned plan excludes exact, nprobe, ann_k, semantic_k")
     try:
         pinned = parse_plan(request.plan, spec) if request.plan else None
     except PlanError as error:
@@ -138,6 +145,7 @@ def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
         pinned=pinned,
         nprobe=request.nprobe,
         ann_k=request.ann_k,
+        semantic_k=request.semantic_k,
         exact=request.exact,
         return_fields=tuple(dict.fromkeys(request.return_fields)),
     )

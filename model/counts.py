@@ -17,3 +17,5 @@ class Counts:
     """Candidates that passed the global scan cut, summed over the heads."""
     reranked: int
     """Distinct items that were reranked."""
+    semantic_kept: int = 0
+    """Candidates of the decoder of semantic ids that passed their global cut."""

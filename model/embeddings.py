@@ -1,6 +1,7 @@
 """Ids to embeddings: vocabularies, bags of rows, and the TorchRec tables that hold them.
 
-This is the one module that knows TorchRec, and it imports it only when tables are built.
+Beside ``distributed`` this is the one module that knows TorchRec; it imports it when tables are
+built.
 
 Bags are pooled with weights, sequences keep one row per value. Both come in float32, which trains,
 and quantised, which serves: in one piece, or cut over the devices of one process as a plan says,
@@ -32,7 +33,8 @@ from silvershard.model.placement import (
     check_cuda,
     plan_of,
 )
-from silvershard.model.quantized_rows import QuantizedModule, record_pool, sizes_of
+from silvershard.model.quantized_rows import QuantizedModule, sizes_of
+from silvershard.model.record_pool import RecordPool
 
 _SHARDINGS: Mapping[Sharding, str] = {cut: f"{cut}_wise" for cut in get_args(Sharding)}
 _KERNELS: Mapping[Tier, str] = {
@@ -201,7 +203,7 @@ class QuantizedTables(QuantizedModule):
     def __init__(self, rows: Mapping[str, int], dim: int, precision: Precision) -> None:
         super().__init__(rows, dim, precision)
         self._gathered: tuple[str, ...] = ()
-        self._pool: list[Any] = []
+        self._pool: list[RecordPool] = []
         self._build()
 
     def _build(self) -> None:
@@ -238,16 +240,11 @@ class QuantizedTables(QuantizedModule):
 
     def _pooled_rows(self, bags: Mapping[str, Bags]) -> dict[str, Tensor]:
         """Bring the records of a batch together in the order of the bags, then pool them."""
-        chosen = [bags[name] for name in self._gathered]
-        records = [self._stored[name].take(bags[name].rows) for name in self._gathered]
+        chosen = {name: bags[name] for name in self._gathered}
         (pool,) = self._pool
-        pool.weights_host = torch.cat(records).flatten()
-        lengths = torch.cat([one.lengths for one in chosen])
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        rows = torch.arange(int(offsets[-1]))
-        weights = torch.cat([one.weights for one in chosen])
-        found = pool(indices=rows, offsets=offsets, per_sample_weights=weights)
-        return dict(zip(self._gathered, found.split(self.dim, 1), strict=True))
+        return pool(
+            chosen, {name: self._stored[name].take(one.rows) for name, one in chosen.items()}
+        )
 
 
 class ShardedTables(QuantizedTables):
@@ -277,7 +274,7 @@ class ShardedTables(QuantizedTables):
             self._hold(_sharded_collection(self.plan, fused), fused)
         if self._gathered:
             self._hold(_sharded_collection(self.plan, self._gathered), ())
-            self._pool = [record_pool(len(self._gathered), self.dim, self.precision)]
+            self._pool = [RecordPool(len(self._gathered), self.dim, self.precision)]
 
 
 class QuantizedSequences(QuantizedModule):

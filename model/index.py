@@ -1,7 +1,7 @@
 """The paged int8 index of a set of documents, with everything that is known of each document.
 
 Shapes: N pages of G slots, W = G / 64 mask words, J planes, V columns, F term slots per item, S
-signals, C clusters owning at most X pages each, Q = B * H query rows.
+signals, L semantic codes, C clusters owning at most X pages each, Q = B * H query rows.
 
 Slots live in pages of one pool and each cluster owns a list of pages, as a paged KV cache does, so
 that items can come and go without a rebuild.
@@ -41,10 +41,12 @@ class IndexTensors(NamedTuple):
     """``(N, G, D)`` float16 embeddings for refine and rerank."""
     signals: Tensor
     """``(N, G, S)`` float32."""
+    semantic_codes: Tensor | None = None
+    """``(N, G, L)`` int16 semantic ids; None where the generation has none."""
 
 
 class ItemIndex(nn.Module):
-    """Documents of one device: paged lists, planes, columns, fp16 cache and signals."""
+    """Documents of one device: paged lists, planes, columns, fp16 cache, signals and codes."""
 
     page_table: Tensor
     codes: Tensor
@@ -55,6 +57,7 @@ class ItemIndex(nn.Module):
     terms: Tensor
     cache: Tensor
     signals: Tensor
+    semantic_codes: Tensor | None
     sorted_ids: Tensor
     sorted_slots: Tensor
 

@@ -3,7 +3,8 @@
 The same module joins the devices inside a shard and the shards inside the router; it holds no
 weights.
 
-Shapes: S lists, B requests, H heads, R candidates per head, T tasks, K results.
+Shapes: S lists, B requests, H heads, R candidates per head, Rs semantic candidates, T tasks, K
+results.
 """
 
 from collections.abc import Sequence
@@ -37,35 +38,59 @@ class Merge(nn.Module):
     """Global cut and global ranking over any number of lists; ties go to the smaller item id."""
 
     def candidates(self, rounds: Sequence[RoundOne], width: int) -> RoundOne:
-        """Return the best ``width`` candidates per head of all lists.
+        """Return the best ``width`` candidates per head of all lists, and the best semantic ones.
 
         Args:
-            rounds: S lists; their R may differ.
-            width: candidates per head to keep.
+            rounds: S lists; their R and Rs may differ.
+            width: candidates per head to keep; of the semantic ones the longest Rs is kept.
         """
         scores = _stack([one.scores for one in rounds], float("-inf"))  # (S, B, H, R)
         item_ids = _stack([one.item_ids for one in rounds], -1)
         batch, heads = scores.shape[1:3]
         best = merge_topk(scores.flatten(1, 2), item_ids.flatten(1, 2), width)
+        semantic_scores = _stack([one.semantic_scores for one in rounds], float("-inf"))
+        semantic_ids = _stack([one.semantic_item_ids for one in rounds], -1)
+        if semantic_scores.shape[2]:
+            generated = merge_topk(semantic_scores, semantic_ids, semantic_scores.shape[2])
+            semantic_scores, semantic_ids = generated.scores[None], generated.item_ids[None]
         return RoundOne(
             scores=best.scores.view(batch, heads, width),
             item_ids=best.item_ids.view(batch, heads, width),
             probed=torch.stack([one.probed for one in rounds]).sum(0),
             eligible=torch.stack([one.eligible for one in rounds]).sum(0),
+            semantic_scores=semantic_scores[0],
+            semantic_item_ids=semantic_ids[0],
             times=slowest([one.times for one in rounds]),
         )
 
-    def cutoffs(self, rounds: Sequence[RoundOne], ann_k: Tensor) -> Cutoffs:
-        """Return the score and id of the last candidate of each head that passes the global cut.
+    def cutoffs(
+        self, rounds: Sequence[RoundOne], ann_k: Tensor, semantic_k: Tensor | None = None
+    ) -> Cutoffs:
+        """Return the score and id of the last candidate of each list that passes the global cut.
 
         Args:
             rounds: one list per shard that answered.
             ann_k: ``(B,)`` int64 candidates per head to keep over all shards.
+            semantic_k: ``(B,)`` int64 semantic candidates to keep; None: of no request.
         """
         best = self.candidates(rounds, int(ann_k.max()))
         last = (ann_k - 1)[:, None, None].expand(-1, best.scores.shape[1], 1)  # (B, H, 1)
         scores = best.scores.gather(2, last).squeeze(2)  # (B, H)
         item_ids = best.item_ids.gather(2, last).squeeze(2)
+        if semantic_k is not None and bool(semantic_k.any()):
+            # These have a cut of their own: theirs and that of the heads are of different numbers.
+            none = (semantic_k == 0)[:, None]
+            last = (semantic_k - 1).clamp(min=0)[:, None]
+            missing = int(semantic_k.max()) - best.semantic_scores.shape[1]
+            own_scores, own_ids = (
+                torch.nn.functional.pad(one, (0, max(missing, 0)), value=fill).gather(1, last)
+                for one, fill in (
+                    (best.semantic_scores, float("-inf")),
+                    (best.semantic_item_ids, -1),
+                )
+            )
+            scores = torch.cat([scores, own_scores.masked_fill(none, float("inf"))], 1)
+            item_ids = torch.cat([item_ids, own_ids], 1)
         return Cutoffs(scores, torch.where(item_ids < 0, LARGEST_ID, item_ids))
 
     def forward(self, rounds: Sequence[RoundTwo], width: int) -> RoundTwo:
@@ -93,6 +118,7 @@ class Merge(nn.Module):
             refined=pick([one.refined for one in rounds], float("-inf")),
             tasks=torch.stack(tasks, 2) if tasks else values.new_zeros(*found.shape, 0),
             kept=torch.stack([one.kept for one in rounds]).sum(0),
+            semantic_kept=torch.stack([one.semantic_kept for one in rounds]).sum(0),
             reranked=torch.stack([one.reranked for one in rounds]).sum(0),
             times=slowest([one.times for one in rounds]),
         )

@@ -9,6 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
+from silvershard.model.semantic_config import MAX_SEMANTIC_K
 from silvershard.model.spec import MAX_ANN_K, ServingSpec
 
 PROBE = "probe"
@@ -16,7 +17,9 @@ PROBE_WIDE = "probe_wide"
 ALL_PAGES = "all_pages"
 KINDS = (PROBE, PROBE_WIDE, ALL_PAGES)
 
-_PATTERN = re.compile(r"(probe|probe_wide|all_pages)\(probes=(\d{1,9}),ann_k=(\d{1,9})\)")
+_PATTERN = re.compile(
+    r"(probe|probe_wide|all_pages)\(probes=(\d{1,9}),ann_k=(\d{1,9})(?:,semantic_k=(\d{1,9}))?\)"
+)
 
 # Probing more than this share of the clusters costs as much as reading every page once.
 _ALL_PAGES_SHARE = 0.5
@@ -34,10 +37,13 @@ class Plan(NamedTuple):
     """Clusters probed per head, over the whole catalogue."""
     ann_k: int
     """Candidates per head that pass the scan cut, over the whole catalogue."""
+    semantic_k: int = 0
+    """Candidates of the decoder of semantic ids, over the whole catalogue; 0: it is not asked."""
 
     def __str__(self) -> str:
         """Return the text form that an answer names and a request may pin."""
-        return f"{self.kind}(probes={self.probes},ann_k={self.ann_k})"
+        semantic = f",semantic_k={self.semantic_k}" if self.semantic_k else ""
+        return f"{self.kind}(probes={self.probes},ann_k={self.ann_k}{semantic})"
 
 
 def parse_plan(text: str, spec: ServingSpec) -> Plan:
@@ -49,17 +55,33 @@ def parse_plan(text: str, spec: ServingSpec) -> Plan:
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise PlanError(
-            f"expected kind(probes=P,ann_k=R) with kind one of {', '.join(KINDS)}, "
+            "expected kind(probes=P,ann_k=R) or kind(probes=P,ann_k=R,semantic_k=S) "
+            f"with kind one of {', '.join(KINDS)}, "
             f"got {text[:80]!r}"
         )
-    plan = Plan(match[1], int(match[2]), int(match[3]))
+    plan = Plan(match[1], int(match[2]), int(match[3]), int(match[4] or 0))
     if not 1 <= plan.probes <= spec.num_clusters:
         raise PlanError(f"probes must be in 1..{spec.num_clusters}, got {plan.probes}")
     if not 1 <= plan.ann_k <= MAX_ANN_K:
         raise PlanError(f"ann_k must be in 1..{MAX_ANN_K}, got {plan.ann_k}")
+    check_semantic_k(plan.semantic_k, spec)
     if plan.kind == ALL_PAGES and plan.probes != spec.num_clusters:
         raise PlanError(f"all_pages probes {spec.num_clusters} clusters, got {plan.probes}")
     return plan
+
+
+def check_semantic_k(semantic_k: int, spec: ServingSpec) -> None:
+    """Check a number of semantic candidates against a generation.
+
+    Raises:
+        PlanError: if it is out of range, or the generation has no semantic ids.
+    """
+    if semantic_k and spec.semantic is None:
+        raise PlanError(
+            f"semantic_k must be 0, as model {spec.model} has no semantic ids, got {semantic_k}"
+        )
+    if not 0 <= semantic_k <= MAX_SEMANTIC_K:
+        raise PlanError(f"semantic_k must be in 0..{MAX_SEMANTIC_K}, got {semantic_k}")
 
 
 def choose_plan(
@@ -69,6 +91,7 @@ def choose_plan(
     eligible: int | None,
     nprobe: int = 0,
     ann_k: int = 0,
+    semantic_k: int | None = None,
     exact: bool = False,
 ) -> Plan:
     """Return the plan for a query whose filter lets ``eligible`` items through.
@@ -80,7 +103,10 @@ def choose_plan(
             involved); None without a filter.
         nprobe: clusters per head asked for by the request; 0 leaves the choice to the plan.
         ann_k: candidates per head asked for by the request; 0 leaves the choice to the plan.
-        exact: score every eligible item.
+        semantic_k: semantic candidates asked for by the request; 0 turns the source off, None
+            leaves the choice to the plan.
+        exact: score every eligible item. The decoder is not asked unless the request says so, as
+            every eligible item is a candidate anyway.
 
     Raises:
         PlanError: if ``exact`` would keep more candidates than ``MAX_ANN_K``.
@@ -93,20 +119,21 @@ def choose_plan(
                 f"an exact search keeps every eligible item, at most {MAX_ANN_K}; "
                 f"{count} are eligible: narrow the filter"
             )
-        return Plan(ALL_PAGES, clusters, max(count, k, 1))
+        return Plan(ALL_PAGES, clusters, max(count, k, 1), semantic_k or 0)
     # Refine recovers the exact order only when the scan keeps clearly more than k (architecture 6).
     kept = min(ann_k or max(spec.defaults.ann_k, math.ceil(1.5 * k)), MAX_ANN_K)
+    generated = spec.defaults.semantic_k if semantic_k is None else semantic_k
     if nprobe:
         probes = min(nprobe, clusters)
-        return Plan(ALL_PAGES if probes == clusters else PROBE, probes, kept)
+        return Plan(ALL_PAGES if probes == clusters else PROBE, probes, kept, generated)
     base = spec.defaults.probes
     if count == 0:
-        return Plan(ALL_PAGES, clusters, kept)
+        return Plan(ALL_PAGES, clusters, kept, generated)
     by_selectivity = math.ceil(base * spec.documents / count)
     by_candidates = math.ceil(clusters * min(kept, count) / count)
     probes = max(base, by_selectivity, by_candidates)
     if probes == base:
-        return Plan(ALL_PAGES if base == clusters else PROBE, base, kept)
+        return Plan(ALL_PAGES if base == clusters else PROBE, base, kept, generated)
     if probes > _ALL_PAGES_SHARE * clusters:
-        return Plan(ALL_PAGES, clusters, kept)
-    return Plan(PROBE_WIDE, probes, kept)
+        return Plan(ALL_PAGES, clusters, kept, generated)
+    return Plan(PROBE_WIDE, probes, kept, generated)

@@ -119,6 +119,26 @@ def ndcg_at_k(ranked: ArrayLike, relevant: Relevant, k: int) -> NDArray[np.float
     return np.where(sizes > 0, reached / np.where(best > 0, best, 1.0), np.nan)
 
 
+def coverage_at_k(ranked: ArrayLike, num_items: int, k: int) -> float:
+    """The share of the catalogue that is among the first k of any user.
+
+    Args:
+        ranked: ``(B, K)`` item ids best first, -1 where there is none.
+        num_items: N, the items of the catalogue that the ids are from.
+        k: ranks that count, at least 1; ranks beyond K are empty.
+
+    Raises:
+        ValueError: if a shape, k or N is out of range, or there are more ids than items.
+    """
+    if num_items < 1:
+        raise ValueError(f"num_items must be at least 1, got {num_items}")
+    found = np.unique(_ids(ranked, k))
+    shown = int((found != PADDING).sum())
+    if shown > num_items:
+        raise ValueError(f"ranked must have at most {num_items} distinct ids, got {shown}")
+    return shown / num_items
+
+
 def overlap_at_k(a: ArrayLike, b: ArrayLike, k: int) -> NDArray[np.float64]:
     """The share of the first k of ``b`` that are among the first k of ``a``, per row.
 

@@ -379,25 +379,3 @@ class QuantizedModule(nn.Module):
             else:
                 stored.fill(state_dict[key])
         self._forget_cached()
-
-
-def record_pool(num_features: int, dim: int, precision: Precision) -> Any:
-    """Return a lookup of that many features over one list of records, given anew every time."""
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
-        EmbeddingLocation,
-        IntNBitTableBatchedEmbeddingBagsCodegen,
-        SparseType,
-    )
-
-    sparse_type = SparseType.INT8 if precision == "int8" else SparseType.INT4
-    pool = IntNBitTableBatchedEmbeddingBagsCodegen(
-        embedding_specs=[("records", 1, dim, sparse_type, EmbeddingLocation.HOST)],
-        feature_table_map=[0] * num_features,
-        device=torch.device("cpu"),
-        output_dtype=SparseType.FP32,
-        # The rows are counted up here, and the list is longer than the lookup knows.
-        bounds_check_mode=BoundsCheckMode.NONE,
-    )
-    pool.initialize_weights()
-    return pool

@@ -84,7 +84,7 @@ class RankerTraining:
         targets = data.items[positions]
         with torch.no_grad():
             rows, lengths = histories(model, data, positions)
-            state = model.user_state(model.history(rows, lengths))
+            state = model.user_state(model.history(rows, lengths, data.users.take(positions)))
             query = model.user_embedding(state)
             hard, found = self._hard(query, positions)
         count = targets.shape[0] * config.ranker_random

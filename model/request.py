@@ -3,9 +3,30 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 from silvershard.model.errors import FieldError
 
+
+@dataclass(frozen=True)
+class WeightedIds(Sequence[Any]):
+    """Ids of a user feature with a weight each; as a sequence it is the ids.
+
+    Weights may be negative. An id of weight 0 counts as not given.
+    """
+
+    ids: Sequence[int] | Sequence[str]
+    weights: Sequence[float]
+    """One per id; finite float32."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.ids[at]
+
+
+# Weighted ids are a sequence of their ids.
 FeatureValues = Sequence[int] | Sequence[float] | Sequence[str]
 FilterParam = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 
@@ -38,6 +59,8 @@ class Request:
     exclude_ids: Sequence[int] = ()
     nprobe: int = 0
     ann_k: int = 0
+    semantic_k: int | None = None
+    """Candidates of the decoder of semantic ids; 0: it is not asked, None: the model's default."""
     plan: str = ""
     exact: bool = False
     filter_mode: FilterMode = FilterMode.DEFAULT

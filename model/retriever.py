@@ -1,7 +1,7 @@
 """The whole retrieval pipeline as one module, from a user's features to a ranked answer.
 
 Shapes: B requests, H heads, Q = B * H query rows, D embedding dimension, P probes, R candidates
-per head, U candidates of the union of the heads, T tasks, K results.
+per head, Rs semantic candidates, U candidates of the union of all, T tasks, K results.
 """
 
 import time
@@ -26,6 +26,9 @@ from silvershard.model.index import ItemIndex
 from silvershard.model.merge import Merge, passes
 from silvershard.model.plan import Plan
 from silvershard.model.request import FeatureValues, Request
+from silvershard.model.semantic_search import Generated
+from silvershard.model.semantic_source import SemanticSource
+from silvershard.model.semantic_trie import CodeTrie
 from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
@@ -78,6 +81,8 @@ class PartCandidates(NamedTuple):
     """``(B, H, R)`` int64."""
     slots: Tensor
     """``(B, H, R)`` int64."""
+    generated: Generated | None = None
+    """The semantic candidates; None where nobody asked for any."""
 
 
 class _Stopwatch:
@@ -123,6 +128,7 @@ def assemble(
         value_constants=pad_programs([one.value_constants for one in compiled]),
         probes=torch.tensor([plan.probes for plan in plans], dtype=torch.int64),
         ann_k=torch.tensor([plan.ann_k for plan in plans], dtype=torch.int64),
+        semantic_k=torch.tensor([plan.semantic_k for plan in plans], dtype=torch.int64),
         k=torch.tensor([one.k for one in compiled], dtype=torch.int64),
     )
 
@@ -145,15 +151,22 @@ class Retriever(nn.Module):
         centroids: Centroids,
         parts: Sequence[ItemIndex],
         spec: ServingSpec,
+        semantic: SemanticSource | None = None,
     ) -> None:
         super().__init__()
         if not parts:
             raise ValueError("a retriever needs at least one part, got none")
+        if (spec.semantic is None) != (semantic is None):
+            raise ValueError(
+                "semantic must be given if and only if the generation has semantic ids"
+            )
         self.model = model
         self.register_buffer("centroids", centroids.vectors)
         self.register_buffer("centroid_codes", centroids.codes)
         self.register_buffer("centroid_scales", centroids.scales)
         self.parts = nn.ModuleList(parts)
+        self.semantic = semantic
+        self.tries = nn.ModuleList([semantic.trie(part) for part in parts] if semantic else [])
         self.merge = Merge()
         self.spec = spec
         self._searched: list[IvfIndex] = []
@@ -196,8 +209,15 @@ class Retriever(nn.Module):
 
     @torch.inference_mode()
     def encode(self, features: Sequence[Mapping[str, FeatureValues]]) -> Encoded:
-        """Return query embeddings and user states; features are checked already."""
-        return cast(RetrievalModel, self.model).encode(features)
+        """Return query embeddings and user states; features are checked already.
+
+        What the decoder of semantic ids reads of a user stands at the end of the state, so that it
+        is made once and not by every shard.
+        """
+        encoded = cast(RetrievalModel, self.model).encode(features)
+        if self.semantic is None:
+            return encoded
+        return encoded._replace(user_state=self.semantic.with_context(encoded.user_state))
 
     @torch.inference_mode()
     def count(self, scan: Tensor) -> Tensor:
@@ -245,12 +265,27 @@ class Retriever(nn.Module):
             for part in self.indexes
         ]
 
+    def _generate(self, work: Work) -> list[Generated | None]:
+        """Return the best semantic candidates of every part; None where nobody asked for any."""
+        if not bool(work.semantic_k.any()):
+            return [None] * len(self.parts)
+        if self.semantic is None:
+            raise ValueError("semantic_k must be 0 in a generation without semantic ids")
+        return [
+            self.semantic.search(work, part, cast(CodeTrie, trie))
+            for part, trie in zip(self.indexes, self.tries, strict=True)
+        ]
+
     @torch.inference_mode()
     def open(self, work: Work) -> tuple[RoundOne, list[PartCandidates]]:
-        """Run round one: probe, filter and scan.
+        """Run round one: probe, filter and scan, and the search for semantic candidates.
 
         Returns:
-            The best candidates per head over all parts, and what each part keeps for round two.
+            The best candidates per head over all parts, the best semantic ones beside them, and
+            what each part keeps for round two.
+
+        Raises:
+            ValueError: if semantic candidates are asked of a generation without semantic ids.
         """
         watch = _Stopwatch()
         batch, heads, _ = work.embedding.shape
@@ -259,11 +294,18 @@ class Retriever(nn.Module):
         # passes its cutoffs, which are made for its own R.
         kept: list[PartCandidates] = []
         rounds: list[RoundOne] = []
-        for found in self._scan(work, width):
+        scanned = self._scan(work, width)
+        watch.mark("ann")
+        generated = self._generate(work)
+        if work.semantic_k.any():
+            watch.mark("semantic")
+        no_scores, no_ids = work.embedding.new_zeros(batch, 0), work.k.new_zeros(batch, 0)
+        for found, beside in zip(scanned, generated, strict=True):
             candidates = PartCandidates(
                 found.scores.view(batch, heads, width),
                 found.item_ids.view(batch, heads, width),
                 found.slots.view(batch, heads, width),
+                beside,
             )
             kept.append(candidates)
             rounds.append(
@@ -272,6 +314,8 @@ class Retriever(nn.Module):
                     candidates.item_ids,
                     found.probed.view(batch, heads).sum(1),
                     found.eligible.view(batch, heads).sum(1),
+                    no_scores if beside is None else beside.scores,
+                    no_ids if beside is None else beside.item_ids,
                     {},
                 )
             )
@@ -292,16 +336,29 @@ class Retriever(nn.Module):
         self, part: ItemIndex, work: Work, candidates: PartCandidates, cutoffs: Cutoffs
     ) -> RoundTwo:
         watch = _Stopwatch()
-        batch = work.embedding.shape[0]
-        passing = passes(candidates.scores, candidates.item_ids, cutoffs)  # (B, H, R)
-        needed = passing.shape[1] if self.spec.item_schema.head_merge == "intersection" else 1
-        slots, valid = _distinct(candidates.slots, passing, needed)  # (B, U)
+        batch, heads, _ = work.embedding.shape
+        own = Cutoffs(*(one[:, :heads] for one in cutoffs))
+        passing = passes(candidates.scores, candidates.item_ids, own)  # (B, H, R)
+        needed = heads if self.spec.item_schema.head_merge == "intersection" else 1
+        flat = candidates.slots.masked_fill(~passing, -1).flatten(1)  # (B, H * R)
+        semantic_kept = torch.zeros_like(work.k)
+        if candidates.generated is not None and cutoffs.scores.shape[1] > heads:
+            of_source = _passing_slots(candidates.generated, cutoffs)  # (B, Rs)
+            semantic_kept = (of_source >= 0).sum(1)
+            if needed > 1:
+                # The source is no head: it adds to what the heads agree on.
+                flat, needed = _distinct(flat, needed)[0], 1
+            flat = torch.cat([flat, of_source], 1)
+        slots, valid = _distinct(flat, needed)  # (B, U)
         refined = part.refine(work.embedding, slots)  # (B, U, H)
         watch.mark("refine")
         by_head = refined.masked_fill(~valid[:, :, None], 0.0)
         item_ids, signals = part.items_at(slots)  # (B, U), (B, U, Vs)
+        state = work.user_state
+        if self.semantic is not None:
+            state = self.semantic.without_context(state)
         logits = cast(RetrievalModel, self.model).rank_slots(
-            work.embedding, work.user_state, part.cache, slots, by_head, signals
+            work.embedding, state, part.cache, slots, by_head, signals
         )
         tasks = fixed_sigmoid(logits)  # (B, U, T)
         watch.mark("rerank")
@@ -325,6 +382,7 @@ class Retriever(nn.Module):
             refined=best_score,
             tasks=best_tasks,
             kept=passing.sum((1, 2)),
+            semantic_kept=semantic_kept,
             reranked=valid.sum(1),
             times=watch.times,
         )
@@ -353,7 +411,7 @@ class Retriever(nn.Module):
         watch.mark("tower")
         work = assemble(compiled, plans, encoded.embedding, encoded.user_state)
         first, candidates = self.open(work)
-        cutoffs = self.merge.cutoffs([first], work.ann_k)
+        cutoffs = self.merge.cutoffs([first], work.ann_k, work.semantic_k)
         second = self.close(work, candidates, cutoffs)
         times = {**watch.times, **first.times, **second.times}
         return split_answers(
@@ -361,18 +419,28 @@ class Retriever(nn.Module):
         )
 
 
-def _distinct(slots: Tensor, passing: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct slots that pass in at least ``needed`` heads, and their mask.
+def _passing_slots(generated: Generated, cutoffs: Cutoffs) -> Tensor:
+    """Return the slots of semantic candidates that pass the last cutoff, -1 elsewhere.
 
     Args:
-        slots: ``(B, H, R)`` int64, distinct in each head.
-        passing: ``(B, H, R)`` bool.
-        needed: 1 unites the heads, H intersects them.
+        generated: ``(B, Rs)`` candidates.
+        cutoffs: of the heads and, last, of these.
+    """
+    own = Cutoffs(*(one[:, -1:] for one in cutoffs))
+    passing = passes(generated.scores[:, None], generated.item_ids[:, None], own)[:, 0]
+    return generated.slots.masked_fill(~passing, -1)
+
+
+def _distinct(flat: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+    """Return the slots that come at least ``needed`` times, each once, and their mask.
+
+    Args:
+        flat: ``(B, n)`` int64 slots of several lists, each of distinct ones; -1 is none.
+        needed: 1 unites the lists, their number intersects them.
 
     Returns:
         ``(B, U)`` int64 padded with -1, and ``(B, U)`` bool.
     """
-    flat = slots.masked_fill(~passing, -1).flatten(1)  # (B, H * R)
     ordered = torch.sort(flat, 1, descending=True).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]

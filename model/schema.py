@@ -7,7 +7,7 @@ attribute or a value column is checked against it.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import pydantic
@@ -15,10 +15,14 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from silvershard.model.dtypes import INT64_MAX, INT64_MIN, ValueType
 from silvershard.model.errors import FieldError
+from silvershard.model.request import FeatureValues, WeightedIds
 from silvershard.model.value import VALUE_KEYWORDS, compile_value
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SCORE_COLUMN = "score"
+
+MAX_WIDTH = 1024
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 FILTER_KEYWORDS = frozenset({"and", "or", "not", "in"})
 
@@ -28,24 +32,31 @@ class SchemaError(FieldError):
 
 
 class UserFeature(BaseModel):
-    """What a tower reads of a user or an item: ids to look up in a table, or texts."""
+    """What a tower reads of a user or an item: ids to look up in a table, texts, or numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = pydantic.Field(description="identifier of the feature")
-    kind: Literal["ids", "text"] = pydantic.Field(
+    kind: Literal["ids", "text", "numbers"] = pydantic.Field(
         default="ids",
         description="how the feature is encoded; ids: a list of ids to look up; "
-        "text: a list of texts for a text encoder, which dtype string goes with",
+        "text: a list of texts for a text encoder, which dtype string goes with; numbers: so many "
+        "numbers as width says, or none, which dtype float goes with",
     )
-    dtype: Literal["int", "string"] = pydantic.Field(
-        default="int", description="type of the ids; strings are hashed into the table"
+    dtype: ValueType = pydantic.Field(
+        default="int", description="type of the values; string ids are hashed into the table"
     )
     max_length: int = pydantic.Field(
         default=128, ge=1, description="values kept; a longer list keeps its last max_length"
     )
     max_characters: int = pydantic.Field(
         default=4096, ge=1, description="longest text of a request that is not refused"
+    )
+    width: int = pydantic.Field(
+        default=1,
+        ge=1,
+        le=MAX_WIDTH,
+        description="numbers of a feature of that kind; others have 1",
     )
 
     @field_validator("name")
@@ -55,10 +66,15 @@ class UserFeature(BaseModel):
 
     @model_validator(mode="after")
     def _check_dtype(self) -> Self:
-        if self.kind == "text" and self.dtype != "string":
+        allowed = {"ids": ("int", "string"), "text": ("string",), "numbers": ("float",)}[self.kind]
+        what = {"ids": "ids", "text": "a text", "numbers": "numbers"}[self.kind]
+        if self.dtype not in allowed:
             raise ValueError(
-                f"feature {self.name!r}: dtype of a text must be string, got {self.dtype}"
+                f"feature {self.name!r}: dtype of {what} must be {' or '.join(allowed)}, "
+                f"got {self.dtype}"
             )
+        if self.kind != "numbers" and self.width != 1:
+            raise ValueError(f"feature {self.name!r}: width of {what} must be 1, got {self.width}")
         return self
 
 
@@ -204,13 +220,13 @@ class Schema(BaseModel):
                 return attribute
         return None
 
-    def check_features(
-        self, features: Mapping[str, Sequence[Any]]
-    ) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
+    def check_features(self, features: Mapping[str, FeatureValues]) -> dict[str, FeatureValues]:
         """Every declared user feature with its checked values; ``()`` where none were given.
 
-        Lists longer than ``max_length`` keep their last values. numpy integers count as ints;
-        bools, floats and numbers in strings do not. A text that is given must say something.
+        Ids are a tuple, or ``WeightedIds`` of tuples where a weight differs from 1. Lists longer
+        than ``max_length`` keep their last values, with their weights. Weights and numbers are
+        rounded to float32. numpy numbers count as their kind; bools and numbers in strings do not.
+        A text that is given must say something.
 
         Raises:
             SchemaError: naming the feature that is unknown or of the wrong type.
@@ -228,6 +244,46 @@ class Schema(BaseModel):
         }
 
 
+def check_model(schema: Schema, config: Mapping[str, Any]) -> None:
+    """Return if a model has the heads, tasks, signals and features of the schema.
+
+    Args:
+        schema: what requests and items have.
+        config: of the model; what it does not name fits every schema.
+
+    Raises:
+        SchemaError: naming the part of the config.
+    """
+    for part in ("heads", "tasks", "signals"):
+        wanted, made = tuple(getattr(schema, part)), tuple(config.get(part, getattr(schema, part)))
+        if wanted != made:
+            raise SchemaError(part, f"the schema has {wanted}, the model was made for {made}")
+    for part, features in (
+        ("user_ids", schema.user_features),
+        ("user_numbers", schema.user_features),
+        ("item_numbers", schema.item_features),
+    ):
+        kind = "ids" if part == "user_ids" else "numbers"
+        declared = {
+            one.name: {"dtype": one.dtype, "width": one.width}
+            for one in features
+            if one.kind == kind
+        }
+        for read in config.get(part, ()):
+            has = declared.get(read["name"])
+            wants = {key: read[key] for key in ("dtype", "width") if key in read}
+            if has is None or wants.items() - has.items():
+                raise SchemaError(
+                    part,
+                    f"the model reads {kind} {read['name']} of {_listed(wants)}, "
+                    f"the schema has {_listed(has or {}) or 'none'}",
+                )
+
+
+def _listed(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
 def _identifier(name: str) -> str:
     if not IDENTIFIER.fullmatch(name):
         raise ValueError(f"name must match [A-Za-z_][A-Za-z0-9_]*, got {name!r}")
@@ -242,23 +298,72 @@ def _unique(what: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def _check_values(feature: UserFeature, values: Sequence[Any]) -> tuple[int, ...] | tuple[str, ...]:
+def _check_values(feature: UserFeature, values: FeatureValues) -> FeatureValues:
+    if isinstance(values, WeightedIds):
+        return _check_weighted(feature, values)
     if isinstance(values, np.ndarray) and values.ndim == 1:
         values = values.tolist()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        what = "texts" if feature.kind == "text" else f"{feature.dtype} ids"
+        what = {
+            "ids": f"{feature.dtype} ids",
+            "text": "texts",
+            "numbers": "one number" if feature.width == 1 else f"{feature.width} numbers",
+        }[feature.kind]
         raise SchemaError(feature.name, f"must be a list of {what}, got {type(values).__name__}")
+    if feature.kind == "numbers":
+        if len(values) not in (0, feature.width):
+            raise SchemaError(
+                feature.name, f"must have {feature.width} values or none, got {len(values)}"
+            )
+        return _float32(feature.name, "position", values)
     for position, value in enumerate(values):
         problem = _id_problem(feature.dtype, value)
         if problem is None and feature.kind == "text":
-            problem = _text_problem(value, feature.max_characters)
+            problem = _text_problem(str(value), feature.max_characters)
         if problem:
             raise SchemaError(feature.name, f"position {position} must be {problem}")
     kept = values[-feature.max_length :]
-    return tuple(kept) if feature.dtype == "string" else tuple(int(value) for value in kept)
+    if feature.dtype == "string":
+        return tuple(map(str, kept))
+    return tuple(int(value) for value in kept)
 
 
-def _id_problem(dtype: Literal["int", "string"], value: object) -> str | None:
+def _check_weighted(feature: UserFeature, values: WeightedIds) -> FeatureValues:
+    if feature.kind != "ids":
+        raise SchemaError(
+            feature.name, f"must have no weights, which go with ids alone, got {feature.kind}"
+        )
+    ids = _check_values(feature, values.ids)
+    given: Any = values.weights
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence | np.ndarray):
+        raise SchemaError(
+            feature.name, f"weights must be a list of numbers, got {type(given).__name__}"
+        )
+    if len(given) != len(values.ids):
+        raise SchemaError(
+            feature.name,
+            f"must have as many weights as ids, {len(values.ids)}, got {len(given)}",
+        )
+    weights = _float32(feature.name, "weight", given)[len(given) - len(ids) :]
+    if all(weight == 1.0 for weight in weights):
+        return ids
+    return WeightedIds(cast(tuple[int, ...] | tuple[str, ...], ids), weights)
+
+
+def _float32(name: str, what: str, values: Sequence[Any]) -> tuple[float, ...]:
+    """The numbers rounded to float32."""
+    for position, given in enumerate(values):
+        value = given.item() if isinstance(given, np.generic) else given
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SchemaError(name, f"{what} {position} must be a number, got {_described(value)}")
+        if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
+            raise SchemaError(
+                name, f"{what} {position} must be a finite float32, got {_described(value)}"
+            )
+    return tuple(np.array(values, dtype=np.float64).astype(np.float32).tolist())
+
+
+def _id_problem(dtype: ValueType, value: object) -> str | None:
     if dtype == "string":
         return None if isinstance(value, str) else f"a string, got {_described(value)}"
     if isinstance(value, bool | np.bool) or not isinstance(value, int | np.integer):

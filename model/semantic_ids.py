@@ -14,43 +14,19 @@ Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 
 """
 
 import math
-from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from silvershard.kernels import fixed_dot, fixed_log
 from silvershard.kernels.contract import check_finite, check_not_nan, check_range, check_tensor
 from silvershard.model.dense import PaddedLinear, padded_product
 from silvershard.model.ranker_arithmetic import fixed_exp2, normed_rows
+from silvershard.model.semantic_config import MAX_WIDTH, SemanticConfig
 
-MAX_WIDTH = 4096
 _LOG2_E = math.log2(math.e)
-_MAX_CODE_BITS = 62
 _MAX_INPUT = 16.0
 _CHUNK_ROWS = 1 << 14
-
-
-class SemanticConfig(BaseModel):
-    """Sizes of the codes and of the decoder over them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    levels: int = Field(default=3, ge=1, le=8, description="codes L of an item")
-    width: int = Field(default=256, ge=2, le=MAX_WIDTH, description="codes V of a level")
-    hidden: int = Field(default=64, ge=1, le=4096, description="width E of the decoder's state")
-    blocks: int = Field(default=1, ge=1, le=8, description="gated layers of the decoder")
-    expansion: int = Field(default=2, ge=1, le=8, description="units of a gate per hidden unit")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.width**self.levels > 1 << _MAX_CODE_BITS:
-            raise ValueError(
-                f"width ** levels must be at most 2 ** {_MAX_CODE_BITS}, "
-                f"got {self.width} ** {self.levels}"
-            )
-        return self
 
 
 def encode_items(items: Tensor, codebooks: Tensor) -> Tensor:

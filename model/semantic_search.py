@@ -5,7 +5,7 @@ in the order of their scores, those without an eligible item never, and the sear
 open prefix can reach the last result: what it has then is exact. As the score of an item depends on
 no other item, the best of several shards merge into the best of all.
 
-Shapes: B requests, Us user state, n items, N pages of G slots, W = G / 64 words, L levels, V codes
+Shapes: B requests, E hidden units, n items, N pages of G slots, W = G / 64 words, L levels, V codes
 of a level, M prefixes of a trie, F open prefixes, R results, x entries of all requests, X entries
 of the request that has most.
 
@@ -17,26 +17,22 @@ Source: Russell and Norvig, "Artificial Intelligence: A Modern Approach", 4th ed
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from silvershard.kernels import eligibility, pack_bits, popcount, select_topk, unpack_bits
-from silvershard.kernels.contract import check_devices, check_range, check_tensor
+from silvershard.kernels import eligibility, popcount, select_topk
+from silvershard.kernels.contract import check_tensor
 from silvershard.model.index import ItemIndex
 from silvershard.model.semantic_ids import SemanticDecoder
+from silvershard.model.semantic_trie import CodeTrie
 
 BATCH = 1024
 """Most prefixes of a request that are expanded at a time."""
-MAX_EXPANSIONS = 1 << 16
-"""Most prefixes that are expanded for a request; a core expands about 100,000 a second."""
 _NONE = float("-inf")
 # A round costs as much as some hundred prefixes, and expands some that need not be. The first one
 # takes so many, each later one twice as many.
 _FIRST_BATCH = 32
 # Log-probabilities of so many rows stay in the second-level cache.
 _CHUNK_ROWS = 512
-# Bits that differ from none or from all are moved one by one up to one in so many items: for a
-# million, 0.6 ms at 0.1 % and 1.4 ms at 1 %, where moving every bit takes 2 ms.
-_FEW = 64
 _LEVEL_BONUS = 1e4
 
 
@@ -54,128 +50,6 @@ class Generated(NamedTuple):
     exact: Tensor
     """``(B,)`` bool; False where the limit on expansions ended the search, and better items may be
     missing."""
-
-
-class CodeTrie(nn.Module):
-    """The prefixes of the codes of some items, each with its range in one order of the items.
-
-    Items are ordered by codes, then by id. Prefixes are numbered level by level in that order, the
-    empty one first, so that the next longer prefixes of one are neighbours; items lie directly
-    below the prefixes of L - 1 codes.
-
-    A delete needs nothing: the live bit of its slot is off. An insert changes the order. No array
-    is longer than L times the slots of the index, so a part can hold all of them at that size and
-    copy the trie of its new items into the same storage between two forward passes; building one
-    over a million items takes 0.3 s on one core.
-    """
-
-    order: Tensor
-    place: Tensor
-    codes: Tensor
-    item_ids: Tensor
-    members: Tensor
-    every: Tensor
-    starts: Tensor
-    stops: Tensor
-    longer: Tensor
-
-    def __init__(self, codes: Tensor, item_ids: Tensor, width: int) -> None:
-        """Order the items of an index.
-
-        Args:
-            codes: ``(N, G, L)`` int16 in [0, V) where there is an item.
-            item_ids: ``(N, G)`` int64, -1 in a dead slot; no id twice.
-            width: V.
-
-        Raises:
-            ValueError: if shapes, dtypes or ranges disagree.
-        """
-        super().__init__()
-        check_tensor("item_ids", item_ids, torch.int64, ("N", "G"))
-        check_tensor("codes", codes, torch.int16, (*item_ids.shape, "L"))
-        check_devices(item_ids=item_ids, codes=codes)
-        levels = codes.shape[2]
-        if not levels or item_ids.shape[1] % 64:
-            raise ValueError(
-                "codes must be (N, G, L) with G a multiple of 64 and L at least 1, "
-                f"got {tuple(codes.shape)}"
-            )
-        self.levels = levels
-        self.width = width
-        present = item_ids.flatten() >= 0
-        slots = torch.nonzero(present).flatten()
-        item_codes = codes.flatten(0, 1)[slots]
-        check_range("codes", item_codes, 0, width)
-        key = torch.zeros_like(slots)
-        for code in item_codes.unbind(1):
-            key = key * width + code
-        by_id = torch.argsort(item_ids.flatten()[slots])
-        order = by_id[torch.argsort(key[by_id], stable=True)]
-        slots, key = slots[order], key[order]
-        begins = [_run_begins(key // width ** (levels - level)) for level in range(levels)]
-        sizes = [len(begin) for begin in begins]
-        self.bounds = tuple(sum(sizes[:level]) for level in range(levels + 1))
-        """The number of the first prefix of each length, and M."""
-        longer = [
-            torch.searchsorted(deeper, begin) + first
-            for begin, deeper, first in zip(begins, begins[1:], self.bounds[1:], strict=False)
-        ]
-        last = slots.new_full((1,), self.bounds[levels])
-        stops = [torch.cat([begin[1:], torch.full_like(begin[:1], len(slots))]) for begin in begins]
-        place = torch.zeros_like(present, dtype=torch.int32)
-        place[slots] = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-        self.register_buffer("order", slots.int())
-        self.register_buffer("place", place)
-        self.register_buffer("codes", item_codes[order])
-        self.register_buffer("item_ids", item_ids.flatten()[slots])
-        self.register_buffer("members", pack_bits(present))
-        every = torch.arange((len(slots) // 64 + 1) * 64, device=slots.device) < len(slots)
-        self.register_buffer("every", pack_bits(every))
-        self.register_buffer("starts", torch.cat(begins))
-        self.register_buffer("stops", torch.cat(stops))
-        self.register_buffer("longer", torch.cat([*longer, last]))
-
-    @property
-    def num_items(self) -> int:
-        """Return the number of items."""
-        return len(self.order)
-
-    def in_code_order(self, eligible: Tensor) -> Tensor:
-        """Return the bits of slots as bits of items in their order, ``(B, n // 64 + 1)`` int64.
-
-        Args:
-            eligible: ``(B, N, W)`` int64; bits of slots that hold no item of the trie are dropped.
-        """
-        words = eligible.flatten(1) & self.members
-        counts = popcount(words).sum(1).tolist()
-        rows = [self._moved(row, count) for row, count in zip(words, counts, strict=True)]
-        return torch.stack(rows) if rows else words.new_zeros(0, len(self.every))
-
-    def _moved(self, words: Tensor, count: int) -> Tensor:
-        """Return one row of ``in_code_order``; ``count`` bits are set in ``words``."""
-        size = len(self.every)
-        many = 2 * count > self.num_items
-        if min(count, self.num_items - count) * _FEW > self.num_items:
-            flags = words.new_zeros(size * 64, dtype=torch.bool)
-            flags[: self.num_items] = unpack_bits(words).index_select(0, self.order)
-            return pack_bits(flags)
-        odd = words ^ self.members if many else words
-        at = torch.nonzero(odd).flatten()
-        bit = torch.nonzero(unpack_bits(odd[at]))[:, 0]
-        position = self.place[(at[bit >> 6] << 6) + (bit & 63)].long()
-        # A bit of its own each: their sum is their union.
-        bits = torch.ones_like(position) << (position & 63)
-        moved = words.new_zeros(size).scatter_add_(0, position >> 6, bits)
-        if not many:
-            return moved
-        return self.every ^ moved
-
-
-def _run_begins(values: Tensor) -> Tensor:
-    """Return where runs of equal neighbours begin, int64."""
-    first = torch.ones_like(values, dtype=torch.bool)
-    first[1:] = values[1:] != values[:-1]
-    return torch.nonzero(first).flatten()
 
 
 def _ranges(begins: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,13 +83,13 @@ def eligible_slots(index: ItemIndex, scan: Tensor, verify: Tensor, exclude: Tens
 @torch.inference_mode()
 def generate(
     decoder: SemanticDecoder,
-    user_state: Tensor,
+    context: Tensor,
     trie: CodeTrie,
     eligible: Tensor,
     num_results: int,
     *,
     batch: int = BATCH,
-    max_expansions: int = MAX_EXPANSIONS,
+    max_expansions: int | None = None,
 ) -> Generated:
     """Return the most probable eligible items of each request.
 
@@ -226,15 +100,15 @@ def generate(
 
     Args:
         decoder: in evaluation mode.
-        user_state: ``(B, Us)`` float32, finite.
+        context: ``(B, E)`` float32, the users' part as ``decoder.context`` gives it.
         trie: the items.
         eligible: ``(B, N, W)`` int64, as ``eligible_slots`` or ``kernels.eligibility`` over all
             pages returns it.
         num_results: R.
         batch: most prefixes of a request that are expanded at a time, at least 1.
-        max_expansions: most prefixes that may be expanded for a request, at least 1. In the second
-            half of them the longest prefixes come first, so that a search which cannot be finished
-            returns items.
+        max_expansions: most prefixes that may be expanded for a request, at least 1; None: all, a
+            core expands about 100,000 a second. In the second half of them the longest prefixes
+            come first, so that a search which cannot be finished returns items.
 
     Returns:
         Fewer than R items where fewer are eligible.
@@ -247,6 +121,9 @@ def generate(
             f"trie must have the decoder's {decoder.config.levels} levels of "
             f"{decoder.config.width} codes, got {trie.levels} of {trie.width}"
         )
+    if max_expansions is None:
+        # No prefix is expanded twice, so that even the first half is never used up.
+        max_expansions = 2 * trie.bounds[-1] + 2
     for name, value in (
         ("num_results", num_results),
         ("batch", batch),
@@ -254,11 +131,12 @@ def generate(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    check_tensor("eligible", eligible, torch.int64, (len(user_state), "N", "W"))
+    check_tensor("context", context, torch.float32, ("B", decoder.config.hidden))
+    check_tensor("eligible", eligible, torch.int64, (len(context), "N", "W"))
     words = eligible.shape[1] * eligible.shape[2]
     if words != len(trie.members):
         raise ValueError(f"eligible must have {len(trie.members)} words per request, got {words}")
-    search = _Search(decoder, user_state, trie, eligible, num_results, max_expansions)
+    search = _Search(decoder, context, trie, eligible, num_results, max_expansions)
     most = min(_FIRST_BATCH, batch)
     while search.expand(most):
         most = min(2 * most, batch)
@@ -275,22 +153,22 @@ class _Search:
     def __init__(
         self,
         decoder: SemanticDecoder,
-        user_state: Tensor,
+        context: Tensor,
         trie: CodeTrie,
         eligible: Tensor,
         num_results: int,
         max_expansions: int,
     ) -> None:
         self._decoder = decoder
-        self._context = decoder.context(user_state)  # (B, E)
+        self._context = context
         self._trie = trie
         self._words = trie.in_code_order(eligible)
         counts = popcount(self._words)
         self._ahead = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
         """``(B, n // 64 + 2)`` int64 eligible items before each word."""
         self._max_expansions = max_expansions
-        batch = len(user_state)
-        device = user_state.device
+        batch = len(context)
+        device = context.device
         self._best_scores = torch.full((batch, num_results), _NONE, device=device)
         self._best_ids = torch.full((batch, num_results), -1, device=device)
         self._best_positions = torch.full((batch, num_results), -1, device=device)

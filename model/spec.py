@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.model.planes import PlaneDictionary
 from silvershard.model.schema import Schema
+from silvershard.model.semantic_config import MAX_SEMANTIC_K, SemanticSpec
 
 MAX_ANN_K = 300_000
 """The largest number of candidates per head that a plan may ask for."""
@@ -18,6 +19,12 @@ class SearchDefaults(BaseModel):
 
     probes: int = Field(ge=1, description="clusters probed per query embedding")
     ann_k: int = Field(ge=1, le=MAX_ANN_K, description="candidates per head that pass the scan cut")
+    semantic_k: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_SEMANTIC_K,
+        description="candidates of the decoder of semantic ids, beside those of the heads",
+    )
     k_max: int = Field(default=100_000, ge=1, le=100_000, description="largest k of a request")
     max_exclusions: int = Field(
         default=100_000, ge=0, description="largest number of excluded ids of a request"
@@ -41,6 +48,9 @@ class ServingSpec(BaseModel):
     item_schema: Schema = Field(description="features, attributes, signals, fields, heads, tasks")
     planes: PlaneDictionary = Field(description="filter planes, columns and Bloom settings")
     defaults: SearchDefaults = Field(description="search settings used when a request has none")
+    semantic: SemanticSpec | None = Field(
+        default=None, description="semantic ids and their decoder; none without"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -62,5 +72,10 @@ class ServingSpec(BaseModel):
             raise ValueError(
                 f"defaults.probes must be at most num_clusters={self.num_clusters}, "
                 f"got {self.defaults.probes}"
+            )
+        if self.defaults.semantic_k and self.semantic is None:
+            raise ValueError(
+                "defaults.semantic_k must be 0 without semantic ids, "
+                f"got {self.defaults.semantic_k}"
             )
         return self

@@ -2,7 +2,7 @@
 
 The towers predict the next item at positions of the training histories. Meanwhile the item
 embeddings are pulled towards the centres of their clusters, so that an inverted file over them
-finds nearly everything in a few lists.
+finds nearly everything in a few lists. In training through the index these are its centroids.
 
 Shapes: N items, B positions of a batch, H heads, D embedding dimension, n negatives, C clusters.
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from silvershard.model.clustering import default_clusters, spherical_kmeans
+from silvershard.model.distributed_step import LocalStep, StartStep
+from silvershard.model.joint import JointIndex, straight_through
 from silvershard.model.training_batches import (
     EXCLUDED,
     all_items,
@@ -28,8 +30,6 @@ from silvershard.model.training_batches import (
     item_batch,
     item_odds,
     learning_rate_factor,
-    load_optimizer_state,
-    optimizer_state,
     tower_ndcg,
     user_batch,
     user_odds,
@@ -40,6 +40,7 @@ from silvershard.model.two_tower import TwoTower
 
 _CENTRE_EVERY = 50
 _CENTRE_ITERATIONS = 10
+_SEED_STRIDE = 1_000_003
 
 
 class TowerTraining:
@@ -54,6 +55,7 @@ class TowerTraining:
         config: TrainingConfig,
         held: HeldOut | None,
         seed: int,
+        start: StartStep = LocalStep,
     ) -> None:
         self.done = 0
         self.steps = config.steps
@@ -65,8 +67,16 @@ class TowerTraining:
         self._config = config
         self._held = held
         self._seed = seed
+        self._towers = start(model)
+        self._synchronised = True
         self._parameters = list(model.tower_parameters())
-        self._optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate)
+        self._joint: JointIndex | None = None
+        if config.joint is not None:
+            self._joint = JointIndex(config.joint, config.cluster_pull, self._first_centres())
+            self._joint.to(self._towers.device)
+        learned = [*self._towers.parameters, *(self._joint.parameters() if self._joint else ())]
+        self._parameters += learned[len(self._towers.parameters) :]
+        self._optimizer = torch.optim.Adam(learned, lr=config.learning_rate)
         odds = item_odds(data, config)
         self._odds = odds
         self._log_odds = (odds / odds.sum()).log().float()
@@ -85,65 +95,88 @@ class TowerTraining:
     def step(self) -> float:
         """Train on one batch and return its loss."""
         model, data, config = self._model, self._data, self._config
-        model.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         positions = draw(data.tower_positions, self._user_odds, config.batch)
         targets = data.items[positions]
         negatives = torch.multinomial(self._odds, config.negatives, replacement=True)
-        query = user_batch(model, data, config, positions)  # (B, H, D)
-        chosen = torch.cat([targets, negatives])
-        items = model.item_embedding(item_batch(model, data, config, chosen))  # (B + n, D)
+        users = user_batch(model, data, config, positions)
+        chosen = item_batch(model, data, config, torch.cat([targets, negatives]))
+        seed = self._seed * _SEED_STRIDE + self.done
+        query, items = self._towers.embed(users, chosen, seed)  # (B, H, D), (B + n, D)
+        log_odds, counted = self._log_odds[negatives], data.head_positive[positions].float()
+        targets, negatives, log_odds, counted = (
+            one.to(query.device) for one in (targets, negatives, log_odds, counted)
+        )
+        scored = items if self._joint is None else straight_through(items)
         logits = torch.cat(
             [
-                (query * items[: config.batch, None]).sum(2, keepdim=True),
-                (query.flatten(0, 1) @ items[config.batch :].T).view(*query.shape[:2], -1),
+                (query * scored[: config.batch, None]).sum(2, keepdim=True),
+                (query.flatten(0, 1) @ scored[config.batch :].T).view(*query.shape[:2], -1),
             ],
             2,
         )  # (B, H, 1 + n)
-        per_head = sampled_softmax(
-            logits / config.temperature, targets, negatives, self._log_odds[negatives]
-        )
-        counted = data.head_positive[positions].float()
+        per_head = sampled_softmax(logits / config.temperature, targets, negatives, log_odds)
         loss = ((per_head * counted).sum(0) / counted.sum(0).clamp(min=1)).sum()
-        if config.cluster_pull and self.done >= config.cluster_start * self.steps:
+        if self._joint is not None:
+            loss = loss + self._joint(query, items, logits[..., 1:], log_odds, config.temperature)
+        elif config.cluster_pull and self.done >= config.cluster_start * self.steps:
             loss = loss + config.cluster_pull * self._spread(items)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
+        self._synchronised = False
         self.done += 1
         return loss.item()
 
     def _spread(self, items: Tensor) -> Tensor:
         """The mean distance of items ``(n, D)`` from the nearest centre."""
         if self._centroids is None or self.done % _CENTRE_EVERY == 0:
-            self._centroids = self._centres()
-        nearest = (items.detach() @ self._centroids.T).argmax(1)
-        return (1 - (items * self._centroids[nearest]).sum(1)).mean()
+            self._synchronise()
+            self._centroids = self._towers.agree(self._centres)
+        centroids = self._centroids.to(items.device)
+        nearest = (items.detach() @ centroids.T).argmax(1)
+        return (1 - (items * centroids[nearest]).sum(1)).mean()
+
+    def _synchronise(self) -> None:
+        """Bring the present weights into the model, where training goes on."""
+        if not self._synchronised:
+            self._towers.synchronise()
+            self._synchronised = True
+
+    @torch.no_grad()
+    def _first_centres(self) -> Tensor:
+        """Cluster centres ``(C, D)`` of the present embeddings."""
+        items = all_items(self._model, self._data)
+        clusters = min(self._config.clusters or default_clusters(len(items)), len(items))
+        return spherical_kmeans(
+            items,
+            clusters,
+            seed=self._seed,
+            iterations=_CENTRE_ITERATIONS,
+            max_imbalance=clusters,
+        ).centroids
 
     @torch.no_grad()
     def _centres(self) -> Tensor:
         """Cluster centres ``(C, D)`` of the present embeddings, moved on from those before."""
-        items, before = all_items(self._model, self._data), self._centroids
+        before = self._centroids
         if before is None:
-            wanted = self._config.clusters or default_clusters(items.shape[0])
-            clusters = min(wanted, items.shape[0])
-            return spherical_kmeans(
-                items,
-                clusters,
-                seed=self._seed,
-                iterations=_CENTRE_ITERATIONS,
-                max_imbalance=clusters,
-            ).centroids
+            return self._first_centres()
+        items = all_items(self._model, self._data)
         sums = torch.zeros_like(before).index_add_(0, (items @ before.T).argmax(1), items)
         return torch.where(sums.any(1, keepdim=True), functional.normalize(sums, dim=1), before)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Return NDCG@10 on the held-out items; NaN without them."""
+        self._synchronise()
         self._model.eval()
-        if self._held is not None:
-            self.ndcg = tower_ndcg(self._held, self._model, all_items(self._model, self._data))
+        held = self._held
+        if held is not None:
+            self.ndcg = self._towers.agree(
+                lambda: tower_ndcg(held, self._model, all_items(self._model, self._data))
+            )
         return self.ndcg
 
     def keep(self) -> None:
@@ -153,23 +186,36 @@ class TowerTraining:
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to the best weights, if any were kept."""
+        self._synchronise()
         for number, value in self._best.items():
             self._parameters[int(number)].copy_(value)
 
+    @property
+    def centroids(self) -> Tensor | None:
+        """Centroids ``(C, D)`` float32 that were trained with the towers; none without joint."""
+        return None if self._joint is None else self._joint.centroids.detach()
+
     def state(self) -> dict[str, Tensor]:
-        """Everything but the weights that the next step depends on."""
-        tensors = {f"optimizer.{key}": one for key, one in optimizer_state(self._optimizer).items()}
+        """Everything but the weights of the model that the next step depends on."""
+        self._synchronise()
+        optimizer = self._towers.optimizer_state(self._optimizer)
+        tensors = {f"optimizer.{key}": one for key, one in optimizer.items()}
         tensors |= {f"best.{key}": one for key, one in self._best.items()}
         if self._centroids is not None:
             tensors["centroids"] = self._centroids
+        if self._joint is not None:
+            tensors |= {f"joint.{key}": one for key, one in self._joint.state_dict().items()}
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], done: int) -> None:
         """Continue after ``done`` steps from what ``state`` gave."""
         self.done = done
-        load_optimizer_state(self._optimizer, with_prefix(tensors, "optimizer."))
+        optimizer = with_prefix(tensors, "optimizer.")
+        self._towers.load_optimizer_state(self._optimizer, optimizer)
         self._best = with_prefix(tensors, "best.")
         self._centroids = tensors.get("centroids")
+        if self._joint is not None:
+            self._joint.load_state_dict(with_prefix(tensors, "joint."))
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Training of a two-tower model on interactions: the towers first, then the reranker.
+"""Training of a two-tower model on interactions: towers, reranker, then semantic ids if wanted.
 
 A training can be interrupted after any step and continued from a checkpoint; the result has the
 same bits as that of a training without interruption.
@@ -21,8 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from silvershard.model.catalogue import Ragged
+from silvershard.model.distributed_step import LocalStep, StartStep
 from silvershard.model.ranker_training import RankerTraining
 from silvershard.model.schema import Schema
+from silvershard.model.semantic_source import SemanticSource
+from silvershard.model.semantic_training import SemanticTraining
 from silvershard.model.tower_training import TowerTraining, with_prefix
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions, held_out, prepare
@@ -31,14 +34,14 @@ from silvershard.model.two_tower import TwoTower
 _LOG_EVERY = 10
 
 
-Phase = TowerTraining | RankerTraining
+Phase = TowerTraining | RankerTraining | SemanticTraining
 
 
 class LogRow(NamedTuple):
     """One line of the log of a training."""
 
     phase: str
-    """towers or reranker"""
+    """towers, reranker or semantic"""
     step: int
     """Steps of the phase so far."""
     loss: float
@@ -55,7 +58,7 @@ class Progress(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    phase: Literal["towers", "reranker"] = Field(description="what is being trained")
+    phase: Literal["towers", "reranker", "semantic"] = Field(description="what is being trained")
     done: int = Field(ge=0, description="steps of the phase so far")
     losses: dict[str, tuple[float, ...]] = Field(description="loss of every step by phase")
     kept: dict[str, int] = Field(description="steps after which each phase was best")
@@ -103,6 +106,11 @@ class Trained:
         tower_step: steps after which the towers were kept.
         ranker_step: steps after which the reranker was kept; 0 is the untrained one.
         seconds: time that training took.
+        centroids: of the index, ``(C, D)`` float32, trained with the towers; None without joint.
+        semantic: the source of semantic candidates, without gradients; None where none was wanted.
+        semantic_losses: mean loss of each tenth of its steps.
+        semantic_ndcg: NDCG@10 of its best items on the validation items; NaN without validation.
+        semantic_step: steps after which it was kept.
     """
 
     model: TwoTower
@@ -113,6 +121,11 @@ class Trained:
     tower_step: int
     ranker_step: int
     seconds: float
+    centroids: Tensor | None = None
+    semantic: SemanticSource | None = None
+    semantic_losses: tuple[float, ...] = ()
+    semantic_ndcg: float = math.nan
+    semantic_step: int = 0
 
 
 def train(
@@ -126,8 +139,9 @@ def train(
     seed: int = 0,
     watch: Watch | None = None,
     resume: Checkpoint | None = None,
+    start: StartStep = LocalStep,
 ) -> Trained:
-    """Train towers and reranker.
+    """Train towers and reranker, and semantic ids where the recipe has a section for them.
 
     The result depends only on the arguments and the instruction set, not on where a training was
     interrupted. The global random state and the number of threads are left as they were.
@@ -143,6 +157,8 @@ def train(
         seed: of the initial weights, the batches and the dropout.
         watch: hears of the training; by default progress bars are shown.
         resume: a checkpoint of a training with the same other arguments.
+        start: makes the towers ready on this process. Where there are several, this one must be the
+            one that leads, and the others ``assist``.
 
     Raises:
         ValueError: if an interaction names an item without features, no user has two of them, or
@@ -155,13 +171,16 @@ def train(
         run = _Run(model, config, watch or Watch(), validated=held is not None)
         if resume is not None:
             run.load(resume)
-        towers = TowerTraining(model, data, config, held, seed)
-        run.phase(towers, resume)
-        # Without evaluations on the way the towers are as the last step left them.
-        tower_ndcg = run.reached.get(towers.name) or towers.evaluate()
+        towers = TowerTraining(model, data, config, held, seed, start)
+        tower_ndcg = run.towers(towers, resume)
         # The reranker starts from the finished towers, so it is made only now.
         ranker = RankerTraining(model, data, config, held)
         run.phase(ranker, resume)
+        semantic = None
+        if config.semantic is not None:
+            decoder = SemanticTraining(model, data, config, held, seed)
+            run.phase(decoder, resume)
+            semantic = decoder.source.eval().requires_grad_(requires_grad=False)
     model.eval().requires_grad_(requires_grad=False)
     return Trained(
         model=model,
@@ -172,7 +191,54 @@ def train(
         tower_step=run.kept[towers.name],
         ranker_step=run.kept[ranker.name],
         seconds=run.seconds,
+        centroids=run.centroids,
+        semantic=semantic,
+        semantic_losses=_tenths(run.losses.get(SemanticTraining.name, [])),
+        semantic_ndcg=run.reached.get(SemanticTraining.name, math.nan),
+        semantic_step=run.kept.get(SemanticTraining.name, 0),
     )
+
+
+def assist(
+    schema: Schema,
+    features: Mapping[str, Ragged],
+    signals: NDArray[np.float32],
+    interactions: Interactions,
+    config: TrainingConfig,
+    *,
+    checkpoint_every: int,
+    validation: Interactions | None = None,
+    seed: int = 0,
+    resume: Checkpoint | None = None,
+    start: StartStep,
+) -> None:
+    """Train the towers beside the process that leads, whose business all the rest is.
+
+    Args:
+        schema: like all arguments but the last the same as those of ``train`` there.
+        features: raw ids of each item feature.
+        signals: of the items.
+        interactions: what the model learns from.
+        config: the recipe.
+        checkpoint_every: steps, as ``Watch`` has them there.
+        validation: the next item of some users.
+        seed: of everything that is drawn.
+        resume: a checkpoint.
+        start: makes the towers ready on this process.
+
+    Raises:
+        ValueError: as ``train`` does.
+    """
+    watch = Watch(on_checkpoint=lambda _: None, checkpoint_every=checkpoint_every, progress=False)
+    with _threads(config.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, data = prepare(schema, features, signals, interactions, config)
+        held = None if validation is None else held_out(model, data, interactions, validation)
+        run = _Run(model, config, watch, validated=held is not None)
+        if resume is not None:
+            run.load(resume)
+        towers = TowerTraining(model, data, config, held, seed, start)
+        run.towers(towers, resume)
 
 
 @dataclass
@@ -187,6 +253,8 @@ class _Run:
     kept: dict[str, int] = field(default_factory=dict)
     reached: dict[str, float] = field(default_factory=dict)
     stale: int = 0
+    centroids: Tensor | None = None
+    """Of the finished towers."""
     began: float = field(default_factory=time.perf_counter)
     before: float = 0.0
     """Seconds spent before the checkpoint."""
@@ -206,7 +274,16 @@ class _Run:
         self.losses = {name: list(losses) for name, losses in progress.losses.items()}
         self.kept, self.reached = dict(progress.kept), dict(progress.reached)
         self.stale, self.before = progress.stale, progress.seconds
+        self.centroids = checkpoint.tensors.get("centroids")
         self.model.load_state_dict(weights)
+
+    def towers(self, towers: TowerTraining, resume: Checkpoint | None) -> float:
+        """Train the towers; return their NDCG@10."""
+        self.phase(towers, resume)
+        if towers.done:  # Else the training went on behind the towers, from its checkpoint.
+            self.centroids = towers.centroids
+        # Without evaluations on the way the towers are as the last step left them.
+        return self.reached.get(towers.name) or towers.evaluate()
 
     def phase(self, phase: Phase, resume: Checkpoint | None) -> None:
         name = phase.name
@@ -288,9 +365,12 @@ class _Run:
     def _checkpoint(self, phase: Phase) -> None:
         if self.watch.on_checkpoint is None:
             return
-        tensors = {f"model.{name}": one for name, one in self.model.state_dict().items()}
-        tensors |= {f"phase.{name}": one for name, one in phase.state().items()}
+        # The state of the phase comes first: with it the model has its present weights.
+        tensors = {f"phase.{name}": one for name, one in phase.state().items()}
+        tensors |= {f"model.{name}": one for name, one in self.model.state_dict().items()}
         tensors["random"] = torch.get_rng_state()
+        if self.centroids is not None:
+            tensors["centroids"] = self.centroids
         self.watch.on_checkpoint(
             Checkpoint(
                 Progress(

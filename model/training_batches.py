@@ -6,7 +6,7 @@ embedding dimension, m candidates per position.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from silvershard.model.bags import DEFAULT_ROW, Bags, spread
 from silvershard.model.quality import ndcg_at_k
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import HeldOut, TrainingData
-from silvershard.model.two_tower import TwoTower
+from silvershard.model.two_tower import History, TwoTower
 from silvershard.model.two_tower_config import BAND_TABLE
 
 EXCLUDED = -1e9
@@ -48,17 +48,41 @@ def histories(model: TwoTower, data: TrainingData, positions: Tensor) -> tuple[T
     return data.item_rows[data.items[spread(positions - lengths, lengths)]], lengths
 
 
+class UserBatch(NamedTuple):
+    """What the user tower reads of a batch of positions."""
+
+    history: History
+    """Of B positions, thinned."""
+    dropout: Tensor
+    """``(B, profile)`` float32, factors of the profile: 0 or a little above 1."""
+
+
 def user_batch(
     model: TwoTower, data: TrainingData, config: TrainingConfig, positions: Tensor
-) -> Tensor:
-    """Query embeddings ``(B, H, D)`` of thinned histories."""
+) -> UserBatch:
+    """Thinned histories of B positions, and the dropout of their profiles."""
     rows, lengths = histories(model, data, positions)
     request = torch.arange(len(lengths)).repeat_interleave(lengths)
     emptied = torch.rand(len(lengths)) < config.empty_history
     kept = (torch.rand(len(rows)) >= config.history_dropout) & ~emptied[request]
     lengths = torch.bincount(request[kept], minlength=len(lengths))
-    state = model.user_state(model.history(rows[kept], lengths))
-    return model.user_embedding(functional.dropout(state, config.dropout))
+    users = without_some(model, data.users.take(positions), config.user_feature_dropout)
+    ones = torch.ones(len(lengths), model.config.profile_dim)
+    return UserBatch(
+        model.history(rows[kept], lengths, users), functional.dropout(ones, config.dropout)
+    )
+
+
+def without_some(model: TwoTower, users: Mapping[str, Bags], dropout: float) -> dict[str, Bags]:
+    """These user features, each of them absent of a share of the users."""
+    thinned = {}
+    for name, bags in users.items():
+        count = len(bags.lengths)
+        absent = model.user_features.of_columns({}, count)[name]
+        both = Bags(*(torch.cat(parts) for parts in zip(bags, absent, strict=True)))
+        dropped = torch.rand(count) < dropout
+        thinned[name] = both.take(torch.arange(count) + count * dropped)
+    return thinned
 
 
 def item_batch(
@@ -140,7 +164,7 @@ def ranker_ndcg(
 
 def _scores(held: HeldOut, model: TwoTower, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of all items ``(U, H, N)`` but those of the history, queries and user states."""
-    state = model.user_state(model.history(held.rows, held.lengths))
+    state = model.user_state(model.history(held.rows, held.lengths, held.users))
     query = model.user_embedding(state)
     scores = query @ items.T
     scores[held.seen[0], :, held.seen[1]] = EXCLUDED

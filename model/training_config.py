@@ -5,7 +5,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
+from silvershard.model.joint_config import JointConfig
 from silvershard.model.ranker_config import MLPConfig, RankerConfig
+from silvershard.model.semantic_config import SemanticTrainingConfig
 
 
 class TrainingConfig(BaseModel):
@@ -18,6 +20,17 @@ class TrainingConfig(BaseModel):
     pooled: tuple[str, ...] = Field(
         default=("genres",), description="item features pooled over the history"
     )
+    user_features: tuple[str, ...] = Field(
+        default=(),
+        description="user features that the user tower reads beside the history; the MovieLens "
+        "recipe has tags (the user's own, by how often) and activity (mean rating and number)",
+    )
+    user_feature_dropout: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="positions that are trained without a user feature, for each of them",
+    )
     min_rating: dict[str, float] = Field(
         default={"liked": 4.0},
         description="least rating of a positive, by head or task; every interaction where none",
@@ -28,6 +41,22 @@ class TrainingConfig(BaseModel):
         le=1024,
         description="threads of torch; on busy cores one is several times faster than two, which "
         "wait for each other",
+    )
+    processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="processes of this machine that train the towers together; the same model up "
+        "to rounding and the dropout within an encoder",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="where the towers are trained; cuda needs as many GPUs as there are processes",
+    )
+    process_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="seconds that one process waits for another before training fails",
     )
     dim: int = Field(default=64, ge=1, le=1024, description="embedding dimension")
     recent: int = Field(default=3, ge=1, description="last ids that are also pooled by themselves")
@@ -78,6 +107,11 @@ class TrainingConfig(BaseModel):
     cluster_start: float = Field(
         default=0.0, ge=0, le=1, description="share of the steps after which the pull begins"
     )
+    joint: JointConfig | None = Field(
+        default=None,
+        description="training through the index: its centroids learn with the towers, pull the "
+        "items and are published; none: the items are clustered when they are published",
+    )
     encoder: SequenceEncoderConfig | None = Field(
         default=None,
         description="sequence encoder of the history, beside its pooled features; none without",
@@ -95,11 +129,52 @@ class TrainingConfig(BaseModel):
     ranker_random: int = Field(default=4, ge=1, description="candidates drawn by popularity")
     ranker_depth: int = Field(default=200, ge=1, description="ranks that hard candidates come from")
     ranker_learning_rate: float = Field(default=2e-3, gt=0, description="of Adam, at its highest")
+    semantic: SemanticTrainingConfig | None = Field(
+        default=None,
+        description="semantic ids and their decoder, a further source of candidates; none without",
+    )
+
+    split: Literal["leave_last_out", "temporal"] = Field(
+        default="leave_last_out",
+        description="what is held out: the last interaction of each user and the one before it, or "
+        "everything after one time",
+    )
+    test_share: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of the interactions, the latest, that a temporal split tests with",
+    )
+    validation_share: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share of the interactions, the latest before those, that it validates with",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        held_out = self.test_share + self.validation_share
+        if held_out >= 1:
+            raise ValueError(
+                f"test_share and validation_share must be less than 1 together, got {held_out:g}"
+            )
+        if self.joint is not None and self.cluster_start:
+            raise ValueError(
+                f"cluster_start must be 0 with joint, got {self.cluster_start:g}: "
+                "centroids learn from the first step"
+            )
+        if self.processes > self.batch:
+            raise ValueError(
+                f"processes must be at most batch, {self.batch}, got {self.processes}: "
+                "each of them has a share of it"
+            )
         if self.encoder is not None:
             check_encoder(self.encoder, dim=self.dim)
         if len(set(self.pooled)) != len(self.pooled):
             raise ValueError(f"pooled must name each feature once, got {list(self.pooled)}")
+        if len(set(self.user_features)) != len(self.user_features):
+            raise ValueError(
+                f"user_features must name each feature once, got {list(self.user_features)}"
+            )
         return self

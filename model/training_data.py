@@ -4,9 +4,9 @@ Shapes: N items of the catalogue, M interactions, H heads, T tasks, D embedding 
 Vs signals.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,24 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silvershard.model.bags import DEFAULT_ROW, Bags, spread
-from silvershard.model.catalogue import Ragged
+from silvershard.model.catalogue import Ragged, UserColumn
+from silvershard.model.initial_weights import fill_weights
+from silvershard.model.numbers import NumberFeatures, numbers_of
 from silvershard.model.ranker_config import check_ranker
-from silvershard.model.schema import Schema
+from silvershard.model.schema import Schema, UserFeature
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.two_tower import TwoTower
 from silvershard.model.two_tower_config import (
-    HISTORY_TABLE,
-    RECENT_TABLE,
-    SESSION,
     HistoryPool,
     ItemTable,
+    NumberFeature,
     TwoTowerConfig,
 )
 
-_CONTENT_SCALE = 0.4
 _FEWEST_TO_RESERVE = 4
-_ID_NOISE = 0.02
-_POOL_SCALE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +39,17 @@ class Interactions:
         user_ids: ``(M,)`` int64, ascending.
         item_ids: ``(M,)`` ids of the item feature that histories name.
         ratings: ``(M,)`` float32.
+        features: user features beside the history, as the model may know them when it predicts an
+            interaction: nothing that happened later. All columns have the same rows.
+        feature_rows: ``(M,)`` int64, the row of the columns for each interaction; None: the columns
+            have one row per user, in the order of their ids.
     """
 
     user_ids: NDArray[np.int64]
     item_ids: NDArray[Any]
     ratings: NDArray[np.float32]
+    features: Mapping[str, UserColumn] = field(default_factory=dict)
+    feature_rows: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.user_ids) == len(self.item_ids) == len(self.ratings):
@@ -56,6 +59,51 @@ class Interactions:
             )
         if (np.diff(self.user_ids) < 0).any():
             raise ValueError("user_ids must be ascending")
+        self._check_features()
+
+    def _check_features(self) -> None:
+        if not self.features:
+            return
+        count = self.num_feature_rows
+        for name, column in self.features.items():
+            if len(column.values) != count:
+                raise ValueError(f"feature {name} must have {count} rows, got {len(column.values)}")
+        rows = self.rows_of_features
+        if len(rows) != len(self.user_ids) or (
+            len(rows) and not 0 <= rows.min() <= rows.max() < count
+        ):
+            raise ValueError(
+                f"feature_rows must be {len(self.user_ids)} rows in [0, {count}), got {len(rows)}"
+            )
+
+    @property
+    def num_feature_rows(self) -> int:
+        """Rows of every column of features; 0 without features."""
+        if self.feature_rows is None and self.features:
+            return len(np.unique(self.user_ids))
+        return max((len(column.values) for column in self.features.values()), default=0)
+
+    @property
+    def rows_of_features(self) -> NDArray[np.int64]:
+        """The row of the features of each interaction, ``(M,)`` int64."""
+        if self.feature_rows is not None:
+            return self.feature_rows
+        return np.unique(self.user_ids, return_inverse=True)[1].astype(np.int64)
+
+
+class Users(NamedTuple):
+    """The user features beside the history, as user tables and projections read them."""
+
+    bags: Mapping[str, Bags]
+    rows: Tensor
+    """int64 row of the bags of each interaction."""
+
+    def take(self, positions: Tensor) -> dict[str, Bags]:
+        """The features of interactions ``(B,)`` int64; empty where the model has none."""
+        return {name: bags.take(self.rows[positions]) for name, bags in self.bags.items()}
+
+
+NO_USERS = Users({}, torch.zeros(0, dtype=torch.int64))
 
 
 class TrainingData(NamedTuple):
@@ -83,6 +131,8 @@ class TrainingData(NamedTuple):
     """``(N,)`` int64 interactions of each item."""
     signals: Tensor
     """``(N, Vs)`` float32."""
+    users: Users = NO_USERS
+    """User features of each interaction."""
 
 
 class HeldOut(NamedTuple):
@@ -96,6 +146,8 @@ class HeldOut(NamedTuple):
     """``(B,)`` int64 item that comes next."""
     seen: Tensor
     """``(2, n)`` int64 pairs of user and an item of its history."""
+    users: Mapping[str, Bags] = NO_USERS.bags
+    """User features, B bags each."""
 
 
 def prepare(
@@ -108,12 +160,18 @@ def prepare(
     """Return the model with its initial weights and the tensors that it is trained on.
 
     Raises:
-        ValueError: if an interaction names an item without features, or no user has two of them.
+        ValueError: if an interaction names an item without features, no user has two of them, or
+            the features of users or items are not as schema and config say.
     """
-    tower, known = _tower_config(schema, features, config)
+    tower, known = _tower_config(schema, features, interactions, config)
     model = TwoTower(tower)
     for name, values in known.items():
         model.vocabulary(name).fill(values)
+    for name in model.user_features.ids:
+        model.user_features.vocabulary(name).fill(_distinct(interactions.features[name].values))
+    of_users = {name: column.values for name, column in interactions.features.items()}
+    _fill_numbers(model.user_features.numbers, of_users)
+    _fill_numbers(model.item_numbers, features)
     num_items = len(signals)
     bags = model.item_bags(features)
     item_rows = bags[config.item].take(torch.arange(num_items)).rows
@@ -137,7 +195,7 @@ def prepare(
     model.bands[item_rows] = popularity_bands(counts, tower.bands)
     for name in config.pooled:
         _fill_links(model.links(name), item_rows, model.item_bags(features)[name])
-    _fill_weights(model, items[~reserved], users[~reserved], item_rows, config)
+    fill_weights(model, items[~reserved], users[~reserved], item_rows, config)
     _fill_signal_scale(model, torch.from_numpy(signals))
     data = TrainingData(
         bags=model.item_bags(features),
@@ -151,8 +209,29 @@ def prepare(
         user_sizes=sizes,
         counts=counts,
         signals=torch.from_numpy(signals),
+        users=users_of(model, interactions),
     )
     return model, data
+
+
+def users_of(model: TwoTower, interactions: Interactions) -> Users:
+    """The features of the users of interactions, in the form the model reads; others are left out.
+
+    Raises:
+        ValueError: naming the feature that is missing, or of which a row has a wrong number of
+            numbers.
+    """
+    features = model.user_features
+    if not features.names:
+        return NO_USERS
+    for name in features.names:
+        if name not in interactions.features:
+            raise ValueError(f"interactions must have the user feature {name}")
+    columns = {name: interactions.features[name] for name in features.names}
+    return Users(
+        features.of_columns(columns, interactions.num_feature_rows),
+        torch.from_numpy(interactions.rows_of_features),
+    )
 
 
 def items_of(model: TwoTower, item_rows: Tensor, item_ids: NDArray[Any]) -> Tensor:
@@ -183,7 +262,13 @@ def held_out(
     items = items_of(model, data.item_rows, interactions.item_ids)
     seen = items[spread(begins, ends - begins)]
     user = torch.arange(len(users)).repeat_interleave(ends - begins)
-    return HeldOut(data.item_rows[seen], ends - begins, targets, torch.stack([user, seen]))
+    return HeldOut(
+        data.item_rows[seen],
+        ends - begins,
+        targets,
+        torch.stack([user, seen]),
+        users_of(model, following).take(torch.arange(len(users))),
+    )
 
 
 def popularity_bands(counts: Tensor, num_bands: int) -> Tensor:
@@ -192,12 +277,55 @@ def popularity_bands(counts: Tensor, num_bands: int) -> Tensor:
     return bands.clamp(max=num_bands - 1)
 
 
+def _distinct(column: Ragged) -> list[Any]:
+    return sorted(set(column.values.tolist()))
+
+
+def _fill_numbers(numbers: NumberFeatures, columns: Mapping[str, Ragged]) -> None:
+    """Standardise each feature by all its rows."""
+    for name in numbers.names:
+        projection = numbers.projection(name)
+        found, _ = numbers_of(name, columns[name], projection.width)
+        projection.fill(found.view(-1, projection.width))
+
+
+def _user_features(
+    schema: Schema, interactions: Interactions, config: TrainingConfig
+) -> dict[str, UserFeature]:
+    """The user features that the tower reads beside the history, by name."""
+    declared = {one.name: one for one in schema.user_features if one.name != config.history}
+    chosen = {}
+    for name in config.user_features:
+        feature = declared.get(name)
+        if feature is None or feature.kind == "text":
+            known = [one.name for one in declared.values() if one.kind != "text"]
+            raise ValueError(
+                "user_features must name user features of ids or numbers beside the history, "
+                f"which are {', '.join(known) or 'none'}, got {name!r}"
+            )
+        if name not in interactions.features:
+            raise ValueError(f"interactions must have the user feature {name}")
+        interactions.features[name].validate(feature)
+        chosen[name] = feature
+    return chosen
+
+
+def _id_table(feature: UserFeature, values: Sequence[Any]) -> ItemTable:
+    dtype = cast(Literal["int", "string"], feature.dtype)
+    return ItemTable(name=feature.name, dtype=dtype, size=len(values))
+
+
 def _tower_config(
-    schema: Schema, features: Mapping[str, Ragged], config: TrainingConfig
+    schema: Schema,
+    features: Mapping[str, Ragged],
+    interactions: Interactions,
+    config: TrainingConfig,
 ) -> tuple[TwoTowerConfig, dict[str, list[Any]]]:
+    users = _user_features(schema, interactions, config)
     known = {
-        feature.name: sorted(set(features[feature.name].values.tolist()))
+        feature.name: _distinct(features[feature.name])
         for feature in schema.item_features
+        if feature.kind != "numbers"
     }
     lengths = {feature.name: feature.max_length for feature in schema.user_features}
     if config.history not in lengths:
@@ -230,9 +358,17 @@ def _tower_config(
         history=config.history,
         item=config.item,
         tables=tuple(
-            ItemTable(name=feature.name, dtype=feature.dtype, size=len(known[feature.name]))
+            _id_table(feature, known[feature.name])
             for feature in schema.item_features
+            if feature.kind != "numbers"
         ),
+        item_numbers=_numbers(schema.item_features),
+        user_ids=tuple(
+            _id_table(feature, _distinct(interactions.features[name].values))
+            for name, feature in users.items()
+            if feature.kind == "ids"
+        ),
+        user_numbers=_numbers(users.values()),
         pooled=tuple(
             HistoryPool(feature=name, width=max(int(features[name].lengths.max(initial=0)), 1))
             for name in config.pooled
@@ -244,6 +380,14 @@ def _tower_config(
         ranker=config.ranker,
     )
     return tower, known
+
+
+def _numbers(features: Iterable[UserFeature]) -> tuple[NumberFeature, ...]:
+    return tuple(
+        NumberFeature(name=feature.name, width=feature.width)
+        for feature in features
+        if feature.kind == "numbers"
+    )
 
 
 def _positive(names: Sequence[str], ratings: NDArray[np.float32], config: TrainingConfig) -> Tensor:
@@ -266,59 +410,3 @@ def _fill_signal_scale(model: TwoTower, signals: Tensor) -> None:
         scale = torch.where(deviation > 0, 1.0 / deviation.clamp(min=1e-9), 1.0)
         model.ranker.signal_mean.copy_(signals.double().mean(0))
         model.ranker.signal_scale.copy_(scale)
-
-
-@torch.no_grad()
-def _fill_weights(
-    model: TwoTower, items: Tensor, users: Tensor, item_rows: Tensor, config: TrainingConfig
-) -> None:
-    """Start the item tables from a factorisation of the training interactions."""
-    dim = config.dim
-    for tables in (model.user_tables, model.item_tables):
-        for name in tables.features:
-            tables.weight(name).normal_(std=_CONTENT_SCALE * dim**-0.5)
-    factors = _item_factors(items, users, item_rows.shape[0], dim)
-    ids = model.item_tables.weight(config.item)
-    ids[item_rows] = factors + _ID_NOISE * torch.randn_like(factors)
-    for name in (HISTORY_TABLE, RECENT_TABLE):
-        model.user_tables.weight(name)[item_rows] = factors
-    if model.session_table is not None:
-        session = model.session_table.weight(SESSION)
-        session.normal_(std=_CONTENT_SCALE * dim**-0.5)
-        session[item_rows] = factors
-    # Each head starts as a weighted sum of the pooled features, so that histories start out near
-    # the items that share their factors.
-    model.user_head.weight.zero_()
-    model.user_head.bias.zero_()
-    for place, name in enumerate(model.user_tables.features):
-        scale = 1.0 if name in (HISTORY_TABLE, RECENT_TABLE) else _POOL_SCALE
-        for head in range(len(model.config.heads)):
-            block = model.user_head.weight[place * dim :, head * dim :]
-            block[:dim, :dim].diagonal().fill_(scale)
-    if model.encoder is not None:
-        for head in range(len(model.config.heads)):
-            block = model.user_head.weight[len(model.user_tables.features) * dim :, head * dim :]
-            block[:dim, :dim].diagonal().fill_(_POOL_SCALE)
-
-
-def _item_factors(items: Tensor, users: Tensor, num_items: int, dim: int) -> Tensor:
-    """Factors ``(N, D)`` float32 of the degree-normalised interaction matrix, mean length 1.
-
-    Rows of items without interactions are zero. Normalising items by the fourth root of their
-    degree keeps part of their popularity.
-    """
-    _, user = torch.unique_consecutive(users, return_inverse=True)
-    num_users = int(user[-1]) + 1
-    of_user = torch.bincount(user).float()
-    of_item = torch.bincount(items, minlength=num_items).float()
-    values = of_user[user] ** -0.5 * of_item[items] ** -0.25
-    matrix = torch.sparse_coo_tensor(
-        torch.stack([user, items]), values, (num_users, num_items), check_invariants=False
-    ).coalesce()
-    rank = min(dim, num_users, num_items)
-    _, strength, right = torch.svd_lowrank(matrix, q=rank, niter=4)
-    factors = torch.zeros(num_items, dim)
-    factors[:, :rank] = right * strength
-    lengths = torch.linalg.vector_norm(factors, dim=1)
-    scaled: Tensor = factors / lengths[lengths > 0].mean().clamp(min=1e-6)
-    return scaled

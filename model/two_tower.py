@@ -18,6 +18,7 @@ from silvershard.model.bags import (
     Sequences,
     Vocabulary,
     mean_bags,
+    shares_of,
     spread,
 )
 from silvershard.model.catalogue import Ragged
@@ -29,9 +30,11 @@ from silvershard.model.embeddings import (
     SequenceTables,
 )
 from silvershard.model.encoders import SequenceEncoder, build_encoder
+from silvershard.model.numbers import NumberFeatures
 from silvershard.model.placement import Precision
 from silvershard.model.ranker import build_ranker
 from silvershard.model.ranker_session import pack_session
+from silvershard.model.remote_tables import Looked, NoTables, RemoteTables
 from silvershard.model.two_tower_config import (
     BAND_TABLE,
     HISTORY_TABLE,
@@ -40,6 +43,7 @@ from silvershard.model.two_tower_config import (
     TwoTowerConfig,
     pool_table,
 )
+from silvershard.model.user_features import UserFeatures, flattened, unknown_values
 
 _ITEM_CHUNK = 4096
 _SMALLEST_SQUARE = 1e-24
@@ -54,13 +58,15 @@ class Encoded(NamedTuple):
     """``(B, Us)`` float32, the user side of the reranker."""
     warnings: tuple[tuple[str, ...], ...]
     """What was wrong with the features of each request; empty where nothing was."""
+    fallback: tuple[bool, ...] = ()
+    """Whether default rows stand for rows of remote tables, of each request; none: of nobody."""
 
 
 class History(NamedTuple):
     """The histories of a batch of users, as the user tower reads them."""
 
     bags: dict[str, Bags]
-    """What the user tables pool, B bags each."""
+    """What the user tables pool and the projections of numbers read, B bags each."""
     session: Sequences
     """The newest rows of each history, oldest first; empty where nothing reads them."""
 
@@ -84,7 +90,11 @@ def _newest(embedded: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tenso
     return rows.index_put((request, position), chosen), counts
 
 
-def _pooled(rows: Mapping[str, int], config: TwoTowerConfig) -> PooledTables | QuantizedTables:
+def _pooled(
+    rows: Mapping[str, int], config: TwoTowerConfig
+) -> PooledTables | QuantizedTables | NoTables:
+    if not rows:
+        return NoTables()
     if config.table_precision == "float32":
         return PooledTables(rows, config.dim)
     return QuantizedTables(rows, config.dim, config.table_precision)
@@ -119,7 +129,7 @@ def recency_weights(max_history: int, half_life: float) -> Tensor:
 
 
 class TwoTower(nn.Module):
-    """A user tower over the history, an item tower over item features, and a reranker.
+    """A user tower over history and user features, an item tower, and a reranker.
 
     Row 0 of every table is the default for what is absent or unknown; it is trained, so that a user
     without a history and an item without a known id get sensible embeddings. Every output row has
@@ -142,12 +152,19 @@ class TwoTower(nn.Module):
             links = torch.full((num_items, pool.width), -1, dtype=torch.int64)
             links[:, 0] = DEFAULT_ROW
             self.register_buffer(f"links_{pool.feature}", links)
-        self.user_tables = _pooled(config.user_tables, config)
+        self.user_tables = _pooled(config.local_user_tables, config)
         self.item_tables = _pooled(config.item_tables, config)
+        self.user_features = UserFeatures(config)
+        self.item_numbers = NumberFeatures(config.item_numbers, config.dim)
         num_heads = len(config.heads)
         self.session_table: SequenceTables | QuantizedSequences | None = None
-        if config.session_length:
-            self.session_table = _sequences({SESSION: num_items}, config)
+        sessions = {SESSION: num_items} if config.session_length else {}
+        remote_sessions = sessions if SESSION in config.remote else {}
+        if sessions and not remote_sessions:
+            self.session_table = _sequences(sessions, config)
+        self.remote: RemoteTables | None = None
+        if config.remote:
+            self.remote = RemoteTables(config.remote_user_tables, remote_sessions, config.dim)
         self.encoder: SequenceEncoder | None = None
         if config.encoder is not None:
             self.encoder = build_encoder(config.encoder, config.dim)
@@ -177,7 +194,7 @@ class TwoTower(nn.Module):
         tables = ("user_tables", "item_tables", "session_table")
         for name in tables:
             own, other = getattr(self, name), getattr(made, name)
-            if own is not None:
+            if own is not None and own.features:
                 other.quantize({one: own.weight(one) for one in own.features})
         others = {
             name: one for name, one in self.state_dict().items() if not name.startswith(tables)
@@ -187,7 +204,13 @@ class TwoTower(nn.Module):
 
     def tower_parameters(self) -> Iterator[nn.Parameter]:
         """What towers learn: all parameters but those of the reranker."""
-        for part in (self.user_tables, self.item_tables, self.user_head):
+        for part in (
+            self.user_tables,
+            self.item_tables,
+            self.user_features,
+            self.item_numbers,
+            self.user_head,
+        ):
             yield from part.parameters()
         if self.encoder is not None and self.session_table is not None:
             yield from self.encoder.parameters()
@@ -209,17 +232,27 @@ class TwoTower(nn.Module):
         """Rows of a pooled feature per item row, ``(rows, width)`` int64 padded with -1."""
         return self.get_buffer(f"links_{feature}")
 
-    def history(self, rows: Tensor, lengths: Tensor) -> History:
-        """The histories of a batch of users.
+    def history(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        users: Mapping[str, Bags] | None = None,
+        weights: Tensor | None = None,
+    ) -> History:
+        """The histories of a batch of users, and their further features.
 
         Args:
             rows: ``(n,)`` int64 item rows of all histories, oldest first, none of them the default.
             lengths: ``(B,)`` int64 ids per history; an empty one counts as the default row.
+            users: what ``user_features`` makes of the further features; None: all are absent.
+            weights: ``(n,)`` float32, not 0, factors of the recency weights and of the mean of the
+                newest ids; None: all are 1.
         """
         config = self.config
-        history = self._last(rows, lengths, config.max_history, self.recency)
-        recent = self._last(rows, lengths, config.recent, None)
+        history = self._last(rows, lengths, config.max_history, self.recency, weights)
+        recent = self._last(rows, lengths, config.recent, None, weights)
         bags = {HISTORY_TABLE: history, RECENT_TABLE: recent}
+        bags |= users or self.user_features.of_columns({}, lengths.shape[0])
         request = torch.arange(lengths.shape[0]).repeat_interleave(history.lengths)
         for pool in config.pooled:
             links = self.links(pool.feature)[history.rows]  # (n, width)
@@ -233,26 +266,67 @@ class TwoTower(nn.Module):
         return History(bags, Sequences(newest, counts))
 
     @staticmethod
-    def _last(rows: Tensor, lengths: Tensor, most: int, weights: Tensor | None) -> Bags:
-        """The last ``most`` rows of each list; ``weights`` by count and age, else the mean."""
+    def _last(
+        rows: Tensor,
+        lengths: Tensor,
+        most: int,
+        recency: Tensor | None,
+        factors: Tensor | None,
+    ) -> Bags:
+        """The last ``most`` rows of each list, weighted by count and age, else their mean.
+
+        Where a factor is not 1, the weights times the factors are divided by their absolute sum.
+        """
         counts = lengths.clamp(max=most)
         filled = counts.clamp(min=1)
         begins = filled.cumsum(0) - filled
         out = torch.full((int(filled.sum()),), DEFAULT_ROW, dtype=torch.int64)
-        out[spread(begins, counts)] = rows[spread(lengths.cumsum(0) - counts, counts)]
+        newest = spread(lengths.cumsum(0) - counts, counts)
+        at = spread(begins, counts)
+        out[at] = rows[newest]
         per_value = filled.repeat_interleave(filled)
-        if weights is None:
-            return Bags(out, 1.0 / per_value.float(), filled)
-        ends = (begins + filled - 1).repeat_interleave(filled)
-        return Bags(out, weights[per_value, ends - torch.arange(out.shape[0])], filled)
+        if recency is None:
+            weights = 1.0 / per_value.float()
+        else:
+            ends = (begins + filled - 1).repeat_interleave(filled)
+            weights = recency[per_value, ends - torch.arange(out.shape[0])]
+        if factors is not None:
+            scale = torch.ones(out.shape[0], dtype=torch.float64)
+            scale[at] = factors[newest].double()
+            bag = torch.arange(lengths.shape[0]).repeat_interleave(filled)
+            plain = torch.bincount(bag[scale != 1], minlength=lengths.shape[0]) == 0
+            shares = shares_of(weights.double() * scale, bag, lengths.shape[0])
+            weights = torch.where(plain[bag], weights, shares)
+        return Bags(out, weights, filled)
 
-    def user_state(self, history: History) -> Tensor:
-        """The profile of each user, then the session of the reranker, ``(B, Us)`` float32."""
-        pooled = self.user_tables(history.bags)
-        parts = [pooled[name] for name in self.user_tables.features]
-        if self.session_table is not None:
+    def look_up_remote(self, history: History) -> Looked | None:
+        """What the remote tables have of the histories of a batch; None where there are none."""
+        if self.remote is None:
+            return None
+        bags = {name: history.bags[name] for name in self.remote.pooled}
+        sequences = dict.fromkeys(self.remote.sequences, history.session)
+        found: Looked = self.remote(bags, sequences)
+        return found
+
+    def user_state(self, history: History, remote: Looked | None = None) -> Tensor:
+        """The profile of each user, then the session of the reranker, ``(B, Us)`` float32.
+
+        Args:
+            history: the histories.
+            remote: what the remote tables have of them.
+        """
+        pooled = self.user_tables({one: history.bags[one] for one in self.user_tables.features})
+        if remote is not None:
+            pooled |= remote.pooled
+        parts = [pooled[name] for name in self.config.user_tables]
+        parts += self.user_features(history.bags)
+        if self.config.session_length:
             lengths = history.session.lengths
-            embedded = self.session_table({SESSION: history.session})[SESSION]
+            if self.session_table is not None:
+                embedded = self.session_table({SESSION: history.session})[SESSION]
+            else:
+                assert remote is not None
+                embedded = remote.sequences[SESSION]
             if self.encoder is not None:
                 session, counts = _newest(embedded, lengths, self.encoder.max_length)
                 parts.append(self.encoder.forward_last(session, counts))
@@ -268,26 +342,30 @@ class TwoTower(nn.Module):
     def encode(self, features: Sequence[Mapping[str, Sequence[Any]]]) -> Encoded:
         """Return the query embeddings and the reranker's user state of each user.
 
-        Ids that the model does not know are left out of the history and reported; a history without
-        known ids gets the default embedding.
+        Ids that the model does not know are left out and reported, ids of weight 0 are left out; a
+        history without known ids gets the default embedding.
 
         Args:
             features: user features of B requests, checked against the schema; B may be 0.
         """
-        histories = [one.get(self.config.history, ()) for one in features]
-        given = torch.tensor([len(history) for history in histories], dtype=torch.int64)
-        flat = [value for history in histories for value in history]
-        rows = self.vocabulary(self.config.item).rows(flat)
-        request = torch.arange(len(histories)).repeat_interleave(given)
-        known = rows != DEFAULT_ROW
-        lengths = torch.bincount(request[known], minlength=len(histories))
-        state = self.user_state(self.history(rows[known], lengths))
         name = self.config.history
-        warnings = tuple(
-            (f"feature {name}: {asked - found} of {asked} values unknown",) if found < asked else ()
-            for asked, found in zip(given.tolist(), lengths.tolist(), strict=True)
-        )
-        return Encoded(self.user_embedding(state), state, warnings)
+        flat, given, weights = flattened([one.get(name, ()) for one in features])
+        rows = self.vocabulary(self.config.item).rows(flat)
+        users, further = self.user_features.of_requests(features)
+        warnings: list[list[str]] = [[] for _ in features]
+        unknown_values(name, rows, given, warnings)
+        request = torch.arange(len(features)).repeat_interleave(given)
+        kept = rows != DEFAULT_ROW
+        if weights is not None:
+            kept &= weights != 0
+            weights = weights[kept]
+        lengths = torch.bincount(request[kept], minlength=len(features))
+        history = self.history(rows[kept], lengths, users, weights)
+        remote = self.look_up_remote(history)
+        state = self.user_state(history, remote)
+        fallback = () if remote is None else remote.fallback
+        said = tuple((*one, *more) for one, more in zip(warnings, further, strict=True))
+        return Encoded(self.user_embedding(state), state, said, fallback)
 
     def item_bags(self, features: Mapping[str, Ragged]) -> dict[str, Bags]:
         """What the item tables pool for each item; features that are not given are absent."""
@@ -307,6 +385,7 @@ class TwoTower(nn.Module):
             rows[table.name] = self.vocabulary(table.name).rows(column.values)
             lengths[table.name] = torch.from_numpy(column.lengths)
         bags = {name: mean_bags(rows[name], lengths[name]) for name in rows}
+        bags |= self.item_numbers.bags(features, num_items)
         item = bags[self.config.item]
         first = item.rows[item.lengths.cumsum(0) - item.lengths]
         ones = torch.ones(num_items)
@@ -314,10 +393,12 @@ class TwoTower(nn.Module):
 
     def item_embedding(self, bags: Mapping[str, Bags]) -> Tensor:
         """Embeddings ``(N, D)`` float32 of unit length."""
-        pooled = self.item_tables(bags)
+        pooled = self.item_tables({name: bags[name] for name in self.item_tables.features})
         total = pooled[BAND_TABLE]
         for table in self.config.tables:
             total = total + pooled[table.name]
+        for column in self.item_numbers(bags):
+            total = total + column
         return unit_rows(total)
 
     def embed_items(self, features: Mapping[str, Ragged]) -> Tensor:

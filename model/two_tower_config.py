@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
 from silvershard.model.ranker_config import MLPConfig, RankerConfig, check_ranker, session_rows
 from silvershard.model.ranker_session import session_width
+from silvershard.model.schema import MAX_WIDTH
 
 BAND_TABLE = "popularity_band"
 HISTORY_TABLE = "history"
@@ -15,13 +16,22 @@ SESSION = "session"
 
 
 class ItemTable(BaseModel):
-    """One item feature with its vocabulary."""
+    """One feature of ids with its vocabulary."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, description="name of the item feature")
+    name: str = Field(min_length=1, description="name of the feature")
     dtype: Literal["int", "string"] = Field(description="type of its ids")
     size: int = Field(ge=0, description="number of known ids")
+
+
+class NumberFeature(BaseModel):
+    """One feature of numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, description="name of the feature")
+    width: int = Field(ge=1, le=MAX_WIDTH, description="its numbers")
 
 
 class HistoryPool(BaseModel):
@@ -45,6 +55,15 @@ class TwoTowerConfig(BaseModel):
     history: str = Field(description="user feature that lists item ids, oldest first")
     item: str = Field(description="item feature whose ids the history names")
     tables: tuple[ItemTable, ...] = Field(min_length=1, description="the item features")
+    item_numbers: tuple[NumberFeature, ...] = Field(
+        default=(), description="the item features of numbers"
+    )
+    user_ids: tuple[ItemTable, ...] = Field(
+        default=(), description="user features of ids beside the history, each in its own table"
+    )
+    user_numbers: tuple[NumberFeature, ...] = Field(
+        default=(), description="user features of numbers"
+    )
     pooled: tuple[HistoryPool, ...] = Field(
         default=(), description="item features pooled over the history"
     )
@@ -58,6 +77,11 @@ class TwoTowerConfig(BaseModel):
         default="float32",
         description="of the embedding tables; quantised ones are served, not trained",
     )
+    remote: tuple[str, ...] = Field(
+        default=(),
+        description="user tables whose rows are not in the model: they are int8 and come from the "
+        "source that is connected to it",
+    )
     encoder: SequenceEncoderConfig | None = Field(
         default=None,
         description="sequence encoder of the newest ids of a history, whose state after the last "
@@ -70,9 +94,17 @@ class TwoTowerConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [table.name for table in self.tables]
-        if len(set(names)) != len(names) or BAND_TABLE in names:
+        inputs = [*names, *(one.name for one in self.item_numbers)]
+        if len(set(inputs)) != len(inputs) or BAND_TABLE in inputs:
             raise ValueError(
-                f"tables must have distinct names other than {BAND_TABLE!r}, got {names}"
+                "tables and item_numbers must have distinct names other than "
+                f"{BAND_TABLE!r}, got {inputs}"
+            )
+        users = [self.history, *(one.name for one in self.user_ids)]
+        users += [one.name for one in self.user_numbers]
+        if len(set(users)) != len(users):
+            raise ValueError(
+                f"history, user_ids and user_numbers must have distinct names, got {users}"
             )
         pooled = [pool.feature for pool in self.pooled]
         if len(set(pooled)) != len(pooled):
@@ -94,7 +126,18 @@ class TwoTowerConfig(BaseModel):
                     f"encoder.max_length must be at most max_history={self.max_history}, "
                     f"got {self.encoder.max_length}"
                 )
+        self._check_remote()
         return self
+
+    def _check_remote(self) -> None:
+        known = [*self.user_tables, *([SESSION] if self.session_length else [])]
+        for name in self.remote:
+            if name not in known or self.remote.count(name) > 1:
+                raise ValueError(
+                    f"remote must name tables of the user tower {known} once each, got {name!r}"
+                )
+        if self.remote and self.dim % 4:
+            raise ValueError(f"dim must be a multiple of 4 for remote tables, got {self.dim}")
 
     def table(self, name: str) -> ItemTable:
         """The item feature of that name."""
@@ -107,7 +150,18 @@ class TwoTowerConfig(BaseModel):
         derived = {
             pool_table(pool.feature): self.table(pool.feature).size + 1 for pool in self.pooled
         }
-        return {HISTORY_TABLE: rows, RECENT_TABLE: rows, **derived}
+        further = {user_table(one.name): one.size + 1 for one in self.user_ids}
+        return {HISTORY_TABLE: rows, RECENT_TABLE: rows, **derived, **further}
+
+    @property
+    def local_user_tables(self) -> dict[str, int]:
+        """Rows of each table of the user tower that is in the model."""
+        return {name: rows for name, rows in self.user_tables.items() if name not in self.remote}
+
+    @property
+    def remote_user_tables(self) -> dict[str, int]:
+        """Rows of each table of the user tower that is pooled and not in the model."""
+        return {name: rows for name, rows in self.user_tables.items() if name in self.remote}
 
     @property
     def item_tables(self) -> dict[str, int]:
@@ -117,7 +171,12 @@ class TwoTowerConfig(BaseModel):
     @property
     def profile_dim(self) -> int:
         """Width of what the query embeddings are made of, which the user state begins with."""
-        return (len(self.user_tables) + (self.encoder is not None)) * self.dim
+        return self.encoder_column + (self.encoder is not None) * self.dim
+
+    @property
+    def encoder_column(self) -> int:
+        """Width of the profile before the state of the encoder: pooled tables, then numbers."""
+        return (len(self.user_tables) + len(self.user_numbers)) * self.dim
 
     @property
     def state_dim(self) -> int:
@@ -134,3 +193,13 @@ class TwoTowerConfig(BaseModel):
 def pool_table(feature: str) -> str:
     """Return the name of the table in which a feature of the history is pooled."""
     return f"{HISTORY_TABLE}_{feature}"
+
+
+def user_table(feature: str) -> str:
+    """Return the name of the table of a user feature of ids."""
+    return f"user_{feature}"
+
+
+def number_inputs(feature: str) -> str:
+    """Return the name of the inputs that a feature of numbers is projected from; no table's."""
+    return f"numbers:{feature}"

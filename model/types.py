@@ -1,8 +1,8 @@
 """Tensors that enter and leave the stages of retrieval.
 
 Shapes: B requests, H heads (query embeddings per user), D embedding dimension, E exclusions, L and
-Y program lengths, R candidates per head, U candidates of the union of the heads, T tasks, K
-results.
+Y program lengths, R candidates per head, Rs semantic candidates, U candidates of the union of all,
+T tasks, K results.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,8 @@ class Work(NamedTuple):
     embedding: Tensor
     """``(B, H, D)`` float32 query embeddings."""
     user_state: Tensor
-    """``(B, Us)`` float32, the user side of the reranker."""
+    """``(B, Us)`` float32, the user side of the reranker; then what the decoder of semantic ids
+    reads, where the generation has one."""
     scan: Tensor
     """``(B, L, 4)`` int64 filter programs over the planes."""
     verify: Tensor
@@ -34,12 +35,14 @@ class Work(NamedTuple):
     """``(B,)`` int64 clusters to probe per head."""
     ann_k: Tensor
     """``(B,)`` int64 candidates per head that pass the scan cut."""
+    semantic_k: Tensor
+    """``(B,)`` int64 candidates of the decoder of semantic ids that pass their cut; 0: none."""
     k: Tensor
     """``(B,)`` int64 wanted results."""
 
 
 class RoundOne(NamedTuple):
-    """The best candidates of a set of documents, per head, before the global cut."""
+    """The best candidates of a set of documents, per head and of the decoder of semantic ids."""
 
     scores: Tensor
     """``(B, H, R)`` float32 scan scores, best first; ``-inf`` marks padding."""
@@ -49,16 +52,22 @@ class RoundOne(NamedTuple):
     """``(B,)`` int64 live slots on the probed pages, summed over the heads."""
     eligible: Tensor
     """``(B,)`` int64 probed slots that passed the scan program, summed over the heads."""
+    semantic_scores: Tensor
+    """``(B, Rs)`` float32 log-probabilities, best first; ``-inf`` marks padding; Rs is 0 where
+    nobody asked."""
+    semantic_item_ids: Tensor
+    """``(B, Rs)`` int64; -1 marks padding."""
     times: StageTimes
 
 
 class Cutoffs(NamedTuple):
-    """The last ``(score, item_id)`` of every head that passes the scan cut."""
+    """The last ``(score, item_id)`` that passes, of every head and of the semantic candidates."""
 
     scores: Tensor
-    """``(B, H)`` float32; ``-inf`` where everything passes."""
+    """``(B, H)`` or, where a request of the batch asked for semantic candidates, ``(B, H + 1)``
+    float32; ``-inf`` where everything passes, ``inf`` where nothing does."""
     item_ids: Tensor
-    """``(B, H)`` int64; the largest int64 where everything passes."""
+    """int64 of the same shape; the largest int64 where everything passes."""
 
 
 class RoundTwo(NamedTuple):
@@ -74,6 +83,8 @@ class RoundTwo(NamedTuple):
     """``(B, K, T)`` float32 probabilities."""
     kept: Tensor
     """``(B,)`` int64 candidates that passed the global cut, summed over the heads."""
+    semantic_kept: Tensor
+    """``(B,)`` int64 semantic candidates that passed theirs."""
     reranked: Tensor
     """``(B,)`` int64 items of the union that were reranked."""
     times: StageTimes

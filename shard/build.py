@@ -74,6 +74,14 @@ def build_index(partitions: Sequence[PartitionData], spec: ServingSpec) -> ItemI
             (len(schema.signals),),
             torch.float32,
         ),
+        semantic_codes=None
+        if spec.semantic is None
+        else lay(
+            [one.semantic_codes for one in partitions if one.semantic_codes is not None],
+            0,
+            (spec.semantic.decoder.levels,),
+            torch.int16,
+        ),
     )
     return ItemIndex(tensors)
 

@@ -129,8 +129,10 @@ class ShardExecutor:
             value_constants=torch.zeros(batch, 1),
             probes=torch.tensor([self.spec.defaults.probes]),
             ann_k=torch.tensor([self.spec.defaults.ann_k]),
+            semantic_k=torch.tensor([self.spec.defaults.semantic_k]),
             k=torch.tensor([1]),
         )
         first = self.open("warm", work, float("inf"))
-        self.close("warm", self._retriever.merge.cutoffs([first], work.ann_k))
+        merge = self._retriever.merge
+        self.close("warm", merge.cutoffs([first], work.ann_k, work.semantic_k))
         self.release("warm")

@@ -10,20 +10,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silvershard.model.registry import build
+from silvershard.model.remote_tables import RowSource
 from silvershard.model.retriever import Centroids, Retriever
 from silvershard.model.schema import Field
+from silvershard.model.semantic_source import SemanticSource
 from silvershard.shard.build import build_index
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.fields import FieldStore
 from silvershard.shard.partition import shard_partitions
 from silvershard.shard.snapshot import PartitionData, Snapshot, open_snapshot
+from silvershard.shard.table_placement import TableSettings, connect_tables, place_tables
 
 _FIELD_TYPES = {"int": np.int64, "float": np.float64, "string": object}
 
 
-def load_model(snapshot: Snapshot) -> tuple[nn.Module, Centroids]:
+def load_model(snapshot: Snapshot, source: RowSource | None = None) -> tuple[nn.Module, Centroids]:
     """Return the model with its weights, and the centroids.
+
+    Args:
+        snapshot: the generation.
+        source: where the rows of its remote tables are; None: they are loaded with the model.
 
     Raises:
         SnapshotError: if the builder is not registered here, or the tensors are not those it makes.
@@ -33,6 +40,7 @@ def load_model(snapshot: Snapshot) -> tuple[nn.Module, Centroids]:
     try:
         model = build(builder.name, builder.config)
         _load_state(model, state)
+        connect_tables(model, source, snapshot.load_rows)
     except (ValueError, RuntimeError) as error:
         raise SnapshotError(str(snapshot.path), f"model {builder.name!r}: {error}") from None
     return model.eval(), Centroids.of(centroids)
@@ -52,12 +60,30 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(state))
 
 
+def load_semantic(snapshot: Snapshot) -> SemanticSource | None:
+    """Return the source of semantic candidates, or None where the generation has none.
+
+    Raises:
+        SnapshotError: if its file is missing, damaged, or holds other tensors.
+    """
+    spec = snapshot.spec
+    if spec.semantic is None:
+        return None
+    source, state = SemanticSource(spec.semantic, spec.dim), snapshot.load_semantic()
+    try:
+        _load_state(source, state)
+    except ValueError as error:
+        raise SnapshotError(str(snapshot.path), f"semantic ids: {error}") from None
+    return source.eval().requires_grad_(requires_grad=False)
+
+
 def load_retriever(
     path: Path,
     *,
     shard: int = 0,
     num_shards: int = 1,
     devices: Sequence[str] = ("cpu",),
+    tables: TableSettings | None = None,
 ) -> tuple[Retriever, FieldStore]:
     """Load the partitions of one shard of a snapshot; by default all of them.
 
@@ -65,11 +91,12 @@ def load_retriever(
         path: directory of the generation.
         shard: index of the shard.
         num_shards: S; any number up to the partitions, whatever the snapshot was planned for.
-        devices: the local devices that the shard's documents are split over.
+        devices: the local devices that the shard's documents and tables are split over.
+        tables: what is decided about embedding tables.
 
     Raises:
         SnapshotError: if a file is missing or damaged.
-        ValueError: if the shard or a device is out of range.
+        ValueError: if the shard or a device is out of range, or a table does not fit.
     """
     if not devices:
         raise ValueError("devices must name at least one device, got none")
@@ -79,14 +106,16 @@ def load_retriever(
     snapshot = open_snapshot(path)
     spec = snapshot.spec
     owned = shard_partitions(shard, num_shards, spec.num_partitions)
-    model, centroids = load_model(snapshot)
+    settings = tables or TableSettings()
+    model, centroids = load_model(snapshot, settings.source)
+    place_tables(model, devices, settings)
     loaded = [(number, snapshot.load_partition(number)) for number in owned]
     held = [(number, data) for number, data in loaded if data is not None]
     parts = []
     for at in range(len(devices)):
         local = [data for number, data in held if number % len(devices) == at]
         parts.append(build_index(local, spec))
-    retriever = Retriever(model, centroids, parts, spec).eval()
+    retriever = Retriever(model, centroids, parts, spec, load_semantic(snapshot)).eval()
     return retriever, _field_store([data for _, data in held], spec.item_schema.fields)
 
 
@@ -108,15 +137,18 @@ def load_executor(
     num_shards: int,
     *,
     devices: Sequence[str] = ("cpu",),
+    tables: TableSettings | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> ShardExecutor:
-    """Load one shard of a snapshot and run every stage once.
+    """Load one shard of a snapshot and run every stage once; arguments as for ``load_retriever``.
 
     Raises:
         SnapshotError: if a file is missing or damaged.
         ValueError: if the shard or a device is out of range.
     """
-    retriever, fields = load_retriever(path, shard=shard, num_shards=num_shards, devices=devices)
+    retriever, fields = load_retriever(
+        path, shard=shard, num_shards=num_shards, devices=devices, tables=tables
+    )
     executor = ShardExecutor(retriever, fields, shard=shard, num_shards=num_shards, clock=clock)
     executor.warm()
     return executor

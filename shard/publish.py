@@ -5,20 +5,27 @@ Shapes: n items, C clusters, D embedding dimension.
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from silvershard.kernels import quantize_rows
-from silvershard.model.catalogue import Catalogue, Ragged
-from silvershard.model.clustering import spherical_kmeans
+from silvershard.model.brute_force import BruteForce
+from silvershard.model.catalogue import Catalogue
+from silvershard.model.clustering import assign_clusters, spherical_kmeans
 from silvershard.model.planes import ItemBits, PlaneReport, choose_planes, encode_items
-from silvershard.model.schema import Schema, SchemaError
+from silvershard.model.request import Request
+from silvershard.model.retriever import Centroids, RetrievalModel, Retriever
+from silvershard.model.schema import Schema, check_model
+from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults, ServingSpec
+from silvershard.shard.build import build_index
 from silvershard.shard.generations import list_generations
+from silvershard.shard.golden import Embedded, Golden, ItemTower, check_exact, check_generation
+from silvershard.shard.golden_requests import draw_requests
 from silvershard.shard.partition import choose_num_partitions, partition_of
 from silvershard.shard.snapshot import (
     Builder,
@@ -26,15 +33,14 @@ from silvershard.shard.snapshot import (
     write_snapshot,
 )
 
-PHASES = ("embedding the items", "clustering", "encoding filters", "writing")
-
-
-class ItemTower(Protocol):
-    """What publishing needs of a model."""
-
-    def embed_items(self, features: dict[str, Ragged]) -> Tensor:
-        """Return unit embeddings ``(n, D)`` float32 of items given their raw features."""
-        ...
+PHASES = (
+    "embedding the items",
+    "clustering",
+    "encoding filters",
+    "answering golden requests",
+    "writing",
+    "checking",
+)
 
 
 class Published(NamedTuple):
@@ -66,6 +72,11 @@ def publish_generation(
     max_exact_planes: int = 256,
     seed: int = 17,
     generation: int | None = None,
+    centroids: Tensor | None = None,
+    remote_rows: Mapping[str, Tensor] | None = None,
+    semantic: SemanticSource | None = None,
+    golden_requests: int = 24,
+    golden_users: Sequence[Request] = (),
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Published:
     """Embed, cluster, encode and write a catalogue as the next generation.
@@ -86,18 +97,23 @@ def publish_generation(
         max_exact_planes: most values with a plane of their own.
         seed: of clustering and hashing.
         generation: its number; by default one more than the newest.
+        centroids: ``(C, D)`` float32 that were trained with the model; None: k-means makes them. No
+            list gets longer than four times the mean: it turns away the items that lose least.
+        remote_rows: records ``(rows, W)`` uint8 of each remote table of the model.
+        semantic: gives the items their semantic ids, and serves as a source of candidates.
+        golden_requests: requests that are written with the answers of the model in memory and asked
+            again of what was written; with 0 nothing is written or asked.
+        golden_users: features and excluded ids of real users, to draw those requests from.
         on_phase: hears the name of each of the ``PHASES`` when it begins.
 
     Raises:
         SchemaError: if the catalogue or the model does not fit the schema.
-        SnapshotError: if the generation exists already.
+        SnapshotError: if the generation exists already, or if what was written does not answer as
+            the model in memory, naming the first difference.
         ValueError: if a setting is out of range or the filter target cannot be reached.
     """
     catalogue.validate(schema)
-    for part in ("heads", "tasks", "signals"):
-        wanted, made = tuple(getattr(schema, part)), tuple(config.get(part, getattr(schema, part)))
-        if wanted != made:
-            raise SchemaError(part, f"the schema has {wanted}, the model was made for {made}")
+    check_model(schema, config)
     if generation is None:
         generation = max(list_generations(repository), default=0) + 1
     on_phase(PHASES[0])
@@ -105,8 +121,16 @@ def publish_generation(
         embeddings = cast(ItemTower, model.eval()).embed_items(dict(catalogue.features)).clone()
     if not bool(torch.isfinite(embeddings).all()):
         raise ValueError("the item tower gave an embedding that is not finite")
+    semantic_codes = None if semantic is None else _semantic_codes(semantic, model, embeddings)
     on_phase(PHASES[1])
-    clustering = spherical_kmeans(embeddings, num_clusters, seed=seed)
+    if centroids is None:
+        clustering = spherical_kmeans(embeddings, num_clusters, seed=seed)
+    elif len(centroids) == num_clusters:
+        clustering = assign_clusters(embeddings, centroids)
+    else:
+        raise ValueError(
+            f"centroids must be as many as num_clusters, {num_clusters}, got {len(centroids)}"
+        )
     codes, scales = (one.cpu() for one in quantize_rows(embeddings))
     cache = embeddings.half().cpu()
     if not bool(torch.isfinite(cache).all()):
@@ -137,6 +161,7 @@ def publish_generation(
         item_schema=schema,
         planes=planes,
         defaults=defaults,
+        semantic=None if semantic is None else semantic.spec,
     )
     bits = encode_items(planes, schema, catalogue)
     partitions = {}
@@ -152,8 +177,30 @@ def publish_generation(
             scales=scales[rows],
             cache=cache[rows],
             bits=ItemBits(bits.exact[rows], bits.terms[rows], bits.columns[rows]),
+            semantic_codes=None if semantic_codes is None else semantic_codes[rows],
         )
     on_phase(PHASES[3])
+    golden = None
+    if golden_requests:
+        # The index lives no longer than this, so that it is gone when the written one is loaded.
+        golden = Golden.of(
+            Retriever(
+                model,
+                Centroids.of(clustering.centroids),
+                [build_index(list(partitions.values()), spec)],
+                spec,
+                semantic,
+            ).eval(),
+            draw_requests(spec, catalogue, golden_requests, users=golden_users, seed=seed),
+        )
+        check_exact(golden, BruteForce(model, spec, catalogue, embeddings))
+
+    def check(written: Path) -> None:
+        on_phase(PHASES[5])
+        if golden is not None:
+            check_generation(written, packed=Embedded(catalogue.item_ids, embeddings))
+
+    on_phase(PHASES[4])
     path = write_snapshot(
         repository,
         spec,
@@ -163,6 +210,10 @@ def publish_generation(
         partitions,
         code_version=importlib.metadata.version("silvershard"),
         created_unix_s=int(time.time()),
+        rows=remote_rows,
+        semantic=None if semantic is None else semantic.state_dict(),
+        golden=None if golden is None else golden.to_bytes(),
+        check=check,
     )
     sizes = torch.bincount(assignment, minlength=num_clusters)
     return Published(
@@ -173,3 +224,22 @@ def publish_generation(
         mean_list=len(catalogue) / num_clusters,
         planes=planes.report(),
     )
+
+
+def _semantic_codes(source: SemanticSource, model: nn.Module, embeddings: Tensor) -> Tensor:
+    """Return the semantic ids of all items, ``(n, L)`` int16.
+
+    Raises:
+        ValueError: if the source is of another model.
+    """
+    wanted, made = source.codebooks.shape[2], embeddings.shape[1]
+    if wanted != made:
+        raise ValueError(f"semantic ids must be of embeddings of {made} elements, got {wanted}")
+    with torch.inference_mode():
+        width = cast(RetrievalModel, model).encode([{}]).user_state.shape[1]
+        if source.spec.state_dim > width:
+            raise ValueError(
+                f"the decoder of semantic ids must read at most the {width} elements of a user "
+                f"state, got {source.spec.state_dim}"
+            )
+        return source.item_codes(embeddings).cpu()

@@ -6,7 +6,10 @@ Layout::
       manifest.json                      spec, builder, checksums of every other file and of itself
       dense.safetensors                  centroids, towers, reranker, vocabularies
       tables/<name>.safetensors          one embedding table each
+      semantic.safetensors               codebooks and decoder of semantic ids, where there are any
+      rows/<name>.safetensors            rows of one remote table, which table processes serve
       partitions/p-00000.safetensors     the items of one partition, cluster-sorted
+      golden.json                        requests with the answers of the eager model
 
 A snapshot does not depend on the number of shards: a shard reads the partitions it serves. It is
 written under a temporary name, synced and renamed, so that a directory with its final name is
@@ -19,7 +22,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -33,16 +36,21 @@ from torch import Tensor
 from silvershard.kernels import MAX_CODE
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.planes import ItemBits
+from silvershard.model.schema import check_model
 from silvershard.model.spec import ServingSpec
 from silvershard.shard.columns import pack_catalogue, unpack_catalogue
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.generations import generation_dir
+from silvershard.shard.table_files import RECORDS, row_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
+SEMANTIC = "semantic.safetensors"
+GOLDEN = "golden.json"
 _FILE_NAME = re.compile(
-    r"dense\.safetensors|tables/[A-Za-z0-9_.]+\.safetensors|partitions/p-\d{5,9}\.safetensors"
+    r"(dense|semantic)\.safetensors|(tables|rows)/[A-Za-z0-9_.]+\.safetensors"
+    r"|partitions/p-\d{5,9}\.safetensors|golden\.json"
 )
 _MAX_MANIFEST_BYTES = 256 << 20
 
@@ -89,11 +97,7 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
-        for part in ("heads", "tasks", "signals"):
-            wanted = tuple(getattr(self.spec.item_schema, part))
-            made = tuple(self.builder.config.get(part, wanted))
-            if wanted != made:
-                raise ValueError(f"{part}: the schema has {wanted}, the model was made for {made}")
+        check_model(self.spec.item_schema, self.builder.config)
         return self
 
 
@@ -110,6 +114,8 @@ class PartitionData(NamedTuple):
     cache: Tensor
     """``(n, D)`` float16."""
     bits: ItemBits
+    semantic_codes: Tensor | None = None
+    """``(n, L)`` int16; None where the generation has no semantic ids."""
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
@@ -151,11 +157,24 @@ def content_hash(spec: ServingSpec, builder: Builder, files: Mapping[str, FileEn
 
     The generation number is not part of it, so that a republished generation can be recognised.
     """
-    document = {
-        "spec": spec.model_dump(mode="json", exclude={"generation"}),
-        "builder": builder.model_dump(mode="json"),
-        "files": {name: entry.sha256 for name, entry in files.items()},
-    }
+    return _content_hash(
+        {
+            "spec": spec.model_dump(mode="json"),
+            "builder": builder.model_dump(mode="json"),
+            "files": {name: entry.model_dump(mode="json") for name, entry in files.items()},
+        }
+    )
+
+
+def _content_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the content hash of a manifest as it is written.
+
+    What was written counts, not what this version makes of it: a setting that is new since then has
+    no place in the hash of an old snapshot.
+    """
+    spec = {name: one for name, one in manifest["spec"].items() if name != "generation"}
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    document = {"spec": spec, "builder": manifest["builder"], "files": files}
     return hashlib.sha256(_canonical(document)).hexdigest()
 
 
@@ -169,6 +188,10 @@ def write_snapshot(
     *,
     code_version: str,
     created_unix_s: int,
+    rows: Mapping[str, Tensor] | None = None,
+    semantic: Mapping[str, Tensor] | None = None,
+    golden: bytes | None = None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> Path:
     """Write one generation atomically and return its directory.
 
@@ -181,6 +204,10 @@ def write_snapshot(
         partitions: the data of every partition that holds items.
         code_version: silvershard version.
         created_unix_s: wall-clock time.
+        rows: records ``(rows, W)`` uint8 of each remote table of the model.
+        semantic: the semantic source's parameters and buffers by name, where there is one.
+        golden: content of the file of golden requests; none without.
+        check: is given what was written before it gets its name, and raises if it is not sound.
 
     Raises:
         SnapshotError: if the generation exists already.
@@ -192,8 +219,13 @@ def write_snapshot(
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "partitions").mkdir(parents=True)
     (staging / "tables").mkdir()
+    if rows:
+        (staging / "rows").mkdir()
     try:
-        files = _write_files(staging, state, centroids, partitions)
+        files = _write_files(staging, state, centroids, partitions, rows or {}, semantic or {})
+        if golden is not None:
+            (staging / GOLDEN).write_bytes(golden)
+            files[GOLDEN] = FileEntry(sha256=_sha256(staging / GOLDEN), size=len(golden))
         document = Manifest(
             format=FORMAT,
             code_version=code_version,
@@ -205,6 +237,7 @@ def write_snapshot(
         ).model_dump(mode="json")
         document["checksum"] = hashlib.sha256(_canonical(document)).hexdigest()
         (staging / MANIFEST).write_bytes(_canonical(document))
+        check(staging)
         for path in [*staging.rglob("*"), staging]:
             _sync(path)
         staging.rename(target)
@@ -220,6 +253,8 @@ def _write_files(
     state: Mapping[str, Tensor],
     centroids: Tensor,
     partitions: Mapping[int, PartitionData],
+    rows: Mapping[str, Tensor],
+    semantic: Mapping[str, Tensor],
 ) -> dict[str, FileEntry]:
     contents: dict[str, dict[str, Tensor]] = {DENSE: {"centroids": centroids}}
     for key, tensor in state.items():
@@ -238,6 +273,12 @@ def _write_files(
             "terms": data.bits.terms,
             "columns": data.bits.columns,
         }
+        if data.semantic_codes is not None:
+            contents[_partition_path(partition)]["semantic_codes"] = data.semantic_codes
+    if semantic:
+        contents[SEMANTIC] = dict(semantic)
+    for table, records in rows.items():
+        contents[row_path(table)] = {RECORDS: records}
     files = {}
     for name, tensors in contents.items():
         path = staging / name
@@ -268,6 +309,14 @@ class Snapshot:
         """
         for name in self.manifest.files:
             self._verified(name)
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            SnapshotError: if the file is missing, damaged or not in the manifest.
+        """
+        return self._verified(name).read_bytes()
 
     def _verified(self, name: str) -> Path:
         entry = self.manifest.files.get(name)
@@ -303,6 +352,40 @@ class Snapshot:
                 tensors |= self._load(name)
         return centroids, {key.removeprefix("model/"): one for key, one in tensors.items()}
 
+    def load_rows(self, table: str) -> Tensor:
+        """Return the records ``(rows, W)`` uint8 of a remote table, for a model in one process.
+
+        Raises:
+            SnapshotError: if the file is missing, damaged, or holds something else.
+        """
+        name = row_path(table)
+        records = self._load(name).get(RECORDS)
+        if records is None or records.ndim != 2 or records.dtype != torch.uint8:
+            raise SnapshotError(str(self.path), f"{name} has no records")
+        return records
+
+    def load_semantic(self) -> dict[str, Tensor]:
+        """Return the state of the semantic source.
+
+        Raises:
+            SnapshotError: if the file is missing or damaged.
+        """
+        return self._load(SEMANTIC)
+
+    def _semantic_codes(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        if self.spec.semantic is None:
+            return None
+        sizes, codes = self.spec.semantic.decoder, tensors["semantic_codes"]
+        shape = (len(tensors["codes"]), sizes.levels)
+        if tuple(codes.shape) != shape or codes.dtype != torch.int16:
+            raise ValueError(
+                f"semantic_codes must be {shape} torch.int16, got {tuple(codes.shape)} "
+                f"{codes.dtype}"
+            )
+        if int(codes.min()) < 0 or int(codes.max()) >= sizes.width:
+            raise ValueError(f"semantic_codes must be in [0, {sizes.width})")
+        return codes
+
     def load_partition(self, partition: int) -> PartitionData | None:
         """Return the items of a partition, or None where it is empty.
 
@@ -327,6 +410,7 @@ class Snapshot:
                 scales=tensors["scales"],
                 cache=tensors["cache"],
                 bits=ItemBits(exact, tensors["terms"], tensors["columns"]),
+                semantic_codes=self._semantic_codes(tensors),
             )
         except (KeyError, ValueError, IndexError) as error:
             raise SnapshotError(
@@ -367,6 +451,6 @@ def open_snapshot(path: Path) -> Snapshot:
         manifest = Manifest.model_validate(document)
     except pydantic.ValidationError as error:
         raise SnapshotError(str(path), f"{MANIFEST} does not fit this version: {error}") from None
-    if content_hash(manifest.spec, manifest.builder, manifest.files) != manifest.content_hash:
+    if _content_hash(document) != manifest.content_hash:
         raise SnapshotError(str(path), f"{MANIFEST} is damaged: its content hash differs")
     return Snapshot(path, manifest)

@@ -14,6 +14,7 @@ import safetensors
 
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import SnapshotError
+from silvershard.shard.table_files import RECORDS
 from silvershard.shard.table_plan import TablePlan
 from silvershard.shard.table_rows import (
     Ints,
@@ -102,9 +103,9 @@ class TableShard:
         """
         try:
             with safetensors.safe_open(str(path), framework="numpy") as file:
-                name = "records" if "records" in file.keys() else "weight"  # noqa: SIM118
+                name = RECORDS if RECORDS in file.keys() else "weight"  # noqa: SIM118
                 tensor = file.get_slice(name)
-                width = plan.record_bytes if name == "records" else plan.dim
+                width = plan.record_bytes if name == RECORDS else plan.dim
                 if tuple(tensor.get_shape()) != (plan.num_rows, width):
                     raise SnapshotError(
                         str(path),
@@ -118,7 +119,7 @@ class TableShard:
                     (start, tensor[start : min(start + _BLOCK_ROWS, rows.stop)])
                     for start in range(rows.start, rows.stop, _BLOCK_ROWS)
                 )
-                to_records = _checked if name == "records" else quantize_rows
+                to_records = _checked if name == RECORDS else quantize_rows
                 return cls._collect(plan, shard, blocks, width, to_records)
         except (OSError, safetensors.SafetensorError, RequestError) as error:
             raise SnapshotError(str(path), str(error)) from None

@@ -1,6 +1,6 @@
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,20 @@ import torch
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
 from silvershard.model.dense import PaddedLinear
 from silvershard.model.ranker_config import MLPConfig
-from silvershard.model.request import Request
+from silvershard.model.remote_split import split_remote
+from silvershard.model.remote_tables import StoredRows
+from silvershard.model.request import FeatureValues, Request, WeightedIds
 from silvershard.model.schema import Attribute, Field, Schema, UserFeature
+from silvershard.model.semantic_config import SemanticConfig, SemanticSpec
+from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults
 from silvershard.model.two_tower import TwoTower
-from silvershard.model.two_tower_config import HistoryPool, ItemTable, TwoTowerConfig
+from silvershard.model.two_tower_config import (
+    HistoryPool,
+    ItemTable,
+    NumberFeature,
+    TwoTowerConfig,
+)
 from silvershard.shard.publish import publish_generation
 
 # Triton reads this once, when it is imported.
@@ -52,12 +61,29 @@ def _words(generator: np.random.Generator, most: int) -> list[str]:
     return [GENRES[at] for at in generator.permutation(len(GENRES))[:count]]
 
 
-def make_schema() -> Schema:
+def numbers(features: Sequence[NumberFeature]) -> tuple[UserFeature, ...]:
+    return tuple(
+        UserFeature(name=one.name, kind="numbers", dtype="float", width=one.width)
+        for one in features
+    )
+
+
+def make_schema(model: TwoTower | None = None) -> Schema:
+    """What films consist of, and the further features of a model."""
+    further = model.config if model else None
     return Schema(
-        user_features=(UserFeature(name="history", dtype="int", max_length=20),),
+        user_features=(
+            UserFeature(name="history", dtype="int", max_length=20),
+            *(
+                UserFeature(name=one.name, dtype=one.dtype)
+                for one in (further.user_ids if further else ())
+            ),
+            *numbers(further.user_numbers if further else ()),
+        ),
         item_features=(
             UserFeature(name="movie", dtype="int", max_length=1),
             UserFeature(name="genres", dtype="string", max_length=8),
+            *numbers(further.item_numbers if further else ()),
         ),
         attributes=(
             Attribute(name="genre", kind="category", dtype="string"),
@@ -129,6 +155,9 @@ def make_model(catalogue: Catalogue, seed: int = 0, **changes: Any) -> TwoTower:
     model = TwoTower(TwoTowerConfig.model_validate(settings | changes))
     model.vocabulary("movie").fill(known.tolist())
     model.vocabulary("genres").fill(GENRES)
+    for feature in model.config.user_ids:
+        values = [*range(feature.size)] if feature.dtype == "int" else GENRES[: feature.size]
+        model.user_features.vocabulary(feature.name).fill(values)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     for layer in model.modules():
@@ -156,9 +185,18 @@ def publish(
     num_clusters: int,
     *,
     model: TwoTower | None = None,
+    schema: Schema | None = None,
+    semantic_k: int = 0,
     **options: Any,
 ) -> Generation:
-    model, schema = model or make_model(catalogue), make_schema()
+    model = model or make_model(catalogue)
+    schema = schema or make_schema(model)
+    generator = np.random.default_rng(2)
+    for one in model.config.item_numbers:
+        rows = generator.normal(size=(len(catalogue), one.width)).round(1).tolist()
+        rows[::5] = [[]] * len(rows[::5])
+        column = Ragged.from_rows(rows, dtype="float")
+        catalogue = replace(catalogue, features={**catalogue.features, one.name: column})
     published = publish_generation(
         repository,
         name="films",
@@ -167,7 +205,7 @@ def publish(
         config=model.config.model_dump(mode="json"),
         catalogue=catalogue,
         schema=schema,
-        defaults=SearchDefaults(probes=max(num_clusters // 4, 1), ann_k=40),
+        defaults=SearchDefaults(probes=max(num_clusters // 4, 1), ann_k=40, semantic_k=semantic_k),
         num_clusters=num_clusters,
         **options,
     )
@@ -190,14 +228,65 @@ def generation(tmp_path_factory: pytest.TempPathFactory) -> Generation:
 def publish_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Generation]:
     """``publish_model(precision=..., **changes)`` publishes 300 films with another model."""
 
-    def published(precision: str = "float32", **changes: Any) -> Generation:
+    def published(
+        precision: str = "float32", remote: tuple[str, ...] = (), **changes: Any
+    ) -> Generation:
         catalogue = make_catalogue(300)
-        model = make_model(catalogue, **changes)
+        model, rows = make_model(catalogue, **changes), {}
+        if remote:
+            model, rows = split_remote(model, remote)
         if precision != "float32":
             model = model.quantized(precision)
-        return publish(tmp_path_factory.mktemp("model"), catalogue, 8, model=model)
+        if model.remote is not None:
+            model.remote.connect(StoredRows(rows))
+        folder = tmp_path_factory.mktemp("model")
+        return publish(folder, catalogue, 8, model=model, remote_rows=rows)
 
     return published
+
+
+def make_source(model: TwoTower, seed: int = 3) -> SemanticSource:
+    """Random codebooks near the embeddings, and a decoder that is sure of some codes."""
+    spec = SemanticSpec(
+        decoder=SemanticConfig(levels=3, width=7, hidden=16), state_dim=model.config.profile_dim
+    )
+    torch.manual_seed(seed)
+    source = SemanticSource(spec, model.config.dim)
+    torch.nn.init.normal_(source.codebooks, std=0.3)
+    for out in source.decoder.out:
+        torch.nn.init.normal_(out.weight, std=0.5)
+        with torch.no_grad():
+            out.weight[out.in_features :] = 0
+            out.weight[:, out.out_features :] = 0
+    return source.requires_grad_(requires_grad=False).eval()
+
+
+@pytest.fixture(scope="session")
+def publish_semantic(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Generation]:
+    """``publish_semantic(items=600, head_merge=..., **options)`` adds semantic ids to the films."""
+
+    def published(items: int = 600, head_merge: str = "union", **options: Any) -> Generation:
+        catalogue = make_catalogue(items)
+        model = make_model(catalogue)
+        return publish(
+            tmp_path_factory.mktemp("semantic"),
+            catalogue,
+            16,
+            model=model,
+            schema=make_schema().model_copy(update={"head_merge": head_merge}),
+            false_positive_rate=0.1,
+            max_exact_planes=6,
+            semantic=make_source(model),
+            **{"semantic_k": 30, **options},
+        )
+
+    return published
+
+
+@pytest.fixture(scope="session")
+def semantic_generation(publish_semantic: Callable[..., Generation]) -> Generation:
+    """The films of ``generation`` with semantic ids, many of them shared by several films."""
+    return publish_semantic()
 
 
 @pytest.fixture(scope="session")
@@ -236,20 +325,37 @@ def _random_weights(generator: np.random.Generator) -> dict[str, float]:
     return {"liked": float(generator.uniform(-1, 3))} if kind < 0.6 else {}
 
 
+def _further_features(generator: np.random.Generator, schema: Schema) -> dict[str, FeatureValues]:
+    """Features beside the history, with and without weights, some of them absent or unknown."""
+    features: dict[str, FeatureValues] = {}
+    for one in schema.user_features[1:]:
+        if one.kind == "numbers":
+            features[one.name] = generator.normal(size=one.width).tolist()
+        else:
+            count = int(generator.integers(0, 6))
+            known = [*range(9)] if one.dtype == "int" else [*GENRES, "unheard of"]
+            ids = [known[at] for at in generator.integers(0, len(known), count)]
+            weights = generator.normal(size=count).round(1).tolist()
+            features[one.name] = ids if generator.random() < 0.4 else WeightedIds(ids, weights)
+    return {name: values for name, values in features.items() if generator.random() < 0.8}
+
+
 def make_requests(
     generation: Generation, count: int, seed: int, *, depth: int = 3
 ) -> list[Request]:
     """Random requests of every kind: filters, exclusions, pins, exact, k above the matches."""
     generator = np.random.default_rng(seed)
+    others = np.random.default_rng(seed + 1)
     ids = generation.catalogue.item_ids
     requests = []
     for _ in range(count):
         history = generator.choice(ids, size=int(generator.integers(0, 25))).tolist()
         if generator.random() < 0.2:
             history.append(7)
+        features = {"history": history} if generator.random() < 0.9 else {}
         requests.append(
             Request(
-                features={"history": history} if generator.random() < 0.9 else {},
+                features={**features, **_further_features(others, generation.schema)},
                 k=int(generator.choice([1, 3, 10, 50, 700])),
                 filter=_random_filter(generator, depth) if generator.random() < 0.6 else "",
                 exclude_ids=history + generator.choice(ids, size=20).tolist()

@@ -298,7 +298,7 @@ def two_rounds(
     encoded = executors[0].encode([compiled.features])
     work = assemble([compiled], [plan], encoded.embedding, encoded.user_state)
     firsts = [one.open("expected", work, float("inf")) for one in executors]
-    cutoffs = merge.cutoffs(firsts, work.ann_k)
+    cutoffs = merge.cutoffs(firsts, work.ann_k, work.semantic_k)
     best = merge([one.close("expected", cutoffs) for one in executors], request.k)
     for one in executors:
         one.release("expected")

@@ -10,7 +10,7 @@ import pytest
 import silvershard.cluster
 from silvershard.cluster.client import Client, Query, QueryFields, RequestRefused, Result
 from silvershard.cluster.outcome import Coverage
-from silvershard.model.request import FilterMode, Request
+from silvershard.model.request import FilterMode, Request, WeightedIds
 from silvershard.shard.errors import DeadlineExceeded, RemoteError
 
 
@@ -89,6 +89,24 @@ def test_a_float_parameter_is_compared_exactly(
     assert len(answer.item_ids) > 0
     result = client.retrieve(k=600, filter="price = $p", params={"p": price}, exact=True)
     assert result.item_ids.tolist() == answer.item_ids.tolist()
+
+
+def test_weights_of_a_history_reach_the_tower(
+    client: Client, generation: Any, ask_whole: Any, as_query: Any
+) -> None:
+    ids = generation.catalogue.item_ids[:6].tolist()
+    weighted = Request(features={"history": WeightedIds(ids, [3, -1, 0.5, 0, 1, 2])}, k=20)
+    result, answer = client.retrieve(as_query(weighted)), ask_whole(weighted)
+    assert result.item_ids.tolist() == answer.item_ids.tolist()
+    assert result.scores.tobytes() == answer.scores.numpy().tobytes()
+    plain = client.retrieve(features={"history": ids}, k=20)
+    assert plain.scores.tobytes() != result.scores.tobytes()
+    with pytest.raises(RequestRefused) as raised:
+        client.retrieve(features={"history": WeightedIds(ids[:2], [1.0, float("nan")])})
+    assert raised.value.code == "INVALID_ARGUMENT"
+    assert raised.value.violations == (
+        ("features.history", "weight 1 must be a finite float32, got float nan"),
+    )
 
 
 def test_a_plan_of_an_answer_can_be_pinned(client: Client) -> None:

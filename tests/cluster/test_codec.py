@@ -15,7 +15,7 @@ from silvershard.cluster.outcome import (
     DegradeReason,
     ShardOutcome,
 )
-from silvershard.model.request import FilterMode, Request, RequestError
+from silvershard.model.request import FilterMode, Request, RequestError, WeightedIds
 from silvershard.shard import errors
 from silvershard.shard.errors import (
     CandidatesExpired,
@@ -172,6 +172,12 @@ def test_a_request_crosses_whole() -> None:
     assert crossed(request) == request
 
 
+@pytest.mark.parametrize("semantic_k", [None, 0, 7])
+def test_no_semantic_candidates_differ_from_the_default_number(semantic_k: int | None) -> None:
+    message = codec.request_to(Request(semantic_k=semantic_k))
+    assert codec.request_from(message).semantic_k == semantic_k
+
+
 def test_the_default_request_crosses_whole() -> None:
     assert crossed(Request()) == Request()
 
@@ -202,6 +208,7 @@ def test_ints_among_floats_are_floats() -> None:
         (Request(k=-1), "k: must be in 0..4294967295, got -1"),
         (Request(nprobe=2**32), "nprobe: must be in"),
         (Request(ann_k=-5), "ann_k: must be in"),
+        (Request(semantic_k=-1), "semantic_k: must be in"),
         (Request(exclude_ids=[-1]), "exclude_ids: must be in 0..18446744073709551615, got -1"),
     ],
 )
@@ -269,3 +276,50 @@ def test_a_bitmap_of_another_length_is_refused() -> None:
 def test_every_grpc_status_is_known_by_name() -> None:
     for code in grpc.StatusCode:
         assert codec.code_number(code.name) == code.value[0]
+
+
+@pytest.mark.parametrize("ids", [(5, -7), ("heist", "ü")])
+def test_weights_cross_with_their_ids(ids: Any) -> None:
+    weights = (float(np.float32(0.1)), -3.0)
+    features = {"tags": WeightedIds(ids, weights), "history": (1, 2), "empty": WeightedIds((), ())}
+    found = crossed(Request(features=features)).features
+    assert found == {"tags": WeightedIds(ids, weights), "history": (1, 2), "empty": ()}
+
+
+def test_weights_are_little_endian_float32() -> None:
+    message = codec.values_to("x", WeightedIds([9], np.array([1.5])))  # type: ignore[arg-type]
+    assert message.ints == [9]
+    assert message.weights == b"\x00\x00\xc0\x3f"
+
+
+def test_numbers_cross_exactly() -> None:
+    numbers = (float(np.float32(0.1)), -2.0, 3)
+    assert crossed(Request(features={"x": numbers})).features == {"x": numbers}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0,), "f: must have as many weights as ids, 2, got 1"),
+        ((1.0, 1e39), r"f: weight 1 must be a number that fits float32, got 1e\+39"),
+        ((1.0, "2"), "f: weight 1 must be a number that fits float32, got '2'"),
+    ],
+)
+def test_weights_without_a_form_on_the_wire_are_refused(weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        codec.values_to("f", WeightedIds((1, 2), weights))
+
+
+def test_weights_of_another_number_are_refused() -> None:
+    message = retrieval_pb2.RetrieveRequest()
+    message.named.features["tags"].ints.extend([1, 2])
+    message.named.features["tags"].weights = b"\0" * 7
+    with pytest.raises(RequestError, match=r"features\.tags: weights must have 8 bytes, got 7"):
+        codec.request_from(message)
+
+
+def test_a_parameter_of_a_filter_has_no_weights() -> None:
+    message = retrieval_pb2.RetrieveRequest()
+    message.params["p"].CopyFrom(codec.values_to("p", WeightedIds((1,), (2.0,))))
+    with pytest.raises(RequestError, match=r"params\.p: must have no weights"):
+        codec.request_from(message)

@@ -62,6 +62,25 @@ def test_another_shard_encodes_when_one_cannot(make_bench: Any, ask_whole: Any, 
         bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
 
 
+def test_a_request_whose_embedding_fell_back_says_so_and_its_neighbours_do_not(
+    make_bench: Any,
+) -> None:
+    bench = make_bench(2)
+    for executor in bench.executors:
+        encode = executor.encode
+        executor.encode = lambda users, encode=encode: encode(users)._replace(
+            fallback=tuple(not one.get("history") for one in users)
+        )
+    known, unknown = bench.request(), bench.request(features={})
+    fates = bench.ask_all([known, unknown, known])
+    assert [one.coverage.reasons for one in fates] == [(), ("EMBEDDING_FALLBACK",), ()]
+    assert [one.coverage.documents for one in fates] == [1.0] * 3
+    lost = [ShardUnavailable(1, "gone")]
+    bench.links[1][0].faults["open"] = lost
+    (fate,) = bench.ask_all([unknown])
+    assert fate.coverage.reasons == ("EMBEDDING_FALLBACK", "SHARD_UNAVAILABLE")
+
+
 def test_a_filter_is_counted_once_a_second_and_only_while_all_shards_answer(
     make_bench: Any, virtual: Any
 ) -> None:

@@ -32,7 +32,7 @@ SCAN = torch.zeros(2, 0, 4, dtype=torch.int64)
 Reply = shard_pb2.ShardReply
 
 
-class Scripted:
+class Scripted(shard_pb2_grpc.ShardServicer):
     """A shard that replies what the test says."""
 
     def __init__(self) -> None:
@@ -129,6 +129,9 @@ def test_a_link_gives_what_the_executor_gives_bit_for_bit(
                 assert torch.equal(encoded.user_state, expected.user_state)
                 assert encoded.warnings == expected.warnings
                 assert any(encoded.warnings)
+                assert encoded.fallback == (False, False)
+                executor.encode = lambda _: expected._replace(fallback=(False, True))
+                assert (await link.encode(users, 5)).fallback == (False, True)
                 assert torch.equal(await link.count(work.scan, 5), local.count(work.scan))
                 first, expected_first = await link.open("a", work, 5), local.open("a", work, 1e9)
                 for got, wanted in zip(first[:4], expected_first[:4], strict=True):

@@ -24,6 +24,15 @@ def test_a_coverage_is_degraded_when_it_has_a_reason() -> None:
     assert not Coverage(1.0, 2, 2, 0).degraded
 
 
+def test_a_further_reason_is_named_once_and_in_order() -> None:
+    whole = Coverage(1.0, 2, 2, 0).because(DegradeReason.EMBEDDING_FALLBACK)
+    assert whole.degraded
+    assert whole.documents == 1.0
+    both = LOST.because(DegradeReason.EMBEDDING_FALLBACK)
+    assert both.reasons == ("EMBEDDING_FALLBACK", "SHARD_TIMEOUT")
+    assert both.because(DegradeReason.EMBEDDING_FALLBACK) == both
+
+
 def test_errors_carry_the_coverage_and_say_what_was_required() -> None:
     lost, late = CoverageLost(LOST, 0.9), CoverageTimedOut(LOST, 0.9)
     assert isinstance(lost, CoverageError)

@@ -31,7 +31,7 @@ def test_an_answer_becomes_a_response_bit_for_bit(whole: Any) -> None:
         task_scores={"rated": torch.tensor([0.1, 0.2, 0.3]), "liked": torch.tensor([0.0] * 3)},
         plan=Plan("probe", 4, 40),
         exhausted=True,
-        counts=Counts(600, 500, 0, 40, 39),
+        counts=Counts(600, 500, 0, 40, 39, 12),
         warnings=("said",),
         times={"total": 2**40, "ann": 3},
     )
@@ -48,6 +48,7 @@ def test_an_answer_becomes_a_response_bit_for_bit(whole: Any) -> None:
     assert column_from(message.fields["year"]) == [1, 2, None]
     assert message.exhausted
     assert message.plan == "probe(probes=4,ann_k=40)"
+    assert message.counts.semantic_kept == 12
     assert message.counts.HasField("eligible")
     assert dict(message.timings_us) == {"total": 2**32 - 1, "ann": 3}
     assert coverage_from(message.coverage) == PARTIAL

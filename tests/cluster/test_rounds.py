@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.fanout import Fanout
 from silvershard.cluster.outcome import CoverageLost, CoverageTimedOut
 from silvershard.cluster.rounds import Batch, Rounds, Served, owners, shortfall
@@ -17,6 +18,7 @@ from silvershard.shard.errors import (
     Overloaded,
     ShardUnavailable,
 )
+from silvershard.shard.load import load_executor
 from silvershard.shard.partition import partition_of
 
 HANG = "hang"
@@ -83,6 +85,41 @@ def make_rounds(virtual: Any, make_executors: Any, fake_link: Any) -> Any:
         return Rounds(fanout, batch, spec, owners(num_shards, spec.num_partitions)), links
 
     return make
+
+
+def test_semantic_candidates_are_cut_again_without_a_shard_that_is_lost(
+    virtual: Any, fake_link: Any, semantic_generation: Any, expect: Any
+) -> None:
+    executors = [
+        load_executor(semantic_generation.path, shard, 2, clock=virtual.time) for shard in range(2)
+    ]
+    links = [fake_link(executor) for executor in executors]
+    coordinator = Coordinator(
+        executors[0].spec, 2, lambda shard: [links[shard]], clock=virtual.time
+    )
+    history = semantic_generation.catalogue.item_ids[:6].tolist()
+    wanted = Request(features={"history": history}, k=40, ann_k=10, nprobe=2, semantic_k=25)
+
+    def ask() -> Served:
+        now_s = virtual.time()
+        query = Query(wanted, 0.0, now_s + 2.0, now_s)
+        (fate,) = virtual.run_until_complete(coordinator.answer([query]))
+        assert isinstance(fate, Served)
+        return fate
+
+    whole = ask()
+    assert (whole.answer.item_ids.tolist(), whole.answer.scores.tolist()) == expect(
+        executors, wanted
+    )
+    assert whole.answer.counts.semantic_kept == 25
+    assert "semantic" in whole.answer.times
+    links[0].faults["close"] = [ShardUnavailable(0, "gone")] * 2
+    part = ask()
+    assert (part.answer.item_ids.tolist(), part.answer.scores.tolist()) == expect(
+        executors[1:], wanted
+    )
+    assert part.answer.counts.semantic_kept == 25
+    assert part.answer.item_ids.tolist() != whole.answer.item_ids.tolist()
 
 
 def test_exhausted_is_said_only_when_every_shard_answered(make_rounds: Any, virtual: Any) -> None:

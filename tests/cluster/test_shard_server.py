@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_name
 from silvershard.cluster.shard_server import ShardServer
+from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.compiled_request import compile_request
 from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
@@ -241,6 +242,23 @@ def test_candidates_expire_with_the_time_of_their_query(
             clock.now_s += 0.02
             assert (await caller.ask(**closing)).reason == "CANDIDATES_EXPIRED"
             assert executor.num_open == 0
+
+    run(scene())
+
+
+def test_a_shard_says_what_it_looked_up_in_remote_tables(run: Any, executor: Any) -> None:
+    counts = TableCounts(5, 40, 10, 27, 3, {"DEADLINE_EXCEEDED": 2})
+
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            report = await caller.stub.Inspect(shard_pb2.InspectRequest())
+            assert (report.epoch, report.generation) == (EPOCH, executor.spec.generation)
+            assert list(report.tables) == []
+        async with serving(executor, lookups=lambda: {"history": counts}) as caller:
+            (found,) = (await caller.stub.Inspect(shard_pb2.InspectRequest())).tables
+            assert (found.table, found.lookups, found.rows) == ("history", 5, 40)
+            assert (found.cached, found.fetched, found.defaulted) == (10, 27, 3)
+            assert dict(found.failures) == {"DEADLINE_EXCEEDED": 2}
 
     run(scene())
 

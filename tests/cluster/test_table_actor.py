@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from silvershard.cluster.config import PingSection
-from silvershard.cluster.table_client import EMBEDDING_FALLBACK, RemoteTable
+from silvershard.cluster.table_client import RemoteTable
 from silvershard.cluster.table_config import RemoteTableSection
+from silvershard.cluster.table_lookup import EMBEDDING_FALLBACK
 from silvershard.cluster.table_map import TableEntry, TableShardMap
 from silvershard.shard.table import TableShard
 from silvershard.shard.table_plan import TablePlan
@@ -62,13 +63,16 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
     from silvershard.cluster.table_actor import TableActor
 
     plan = TablePlan(name="users", num_rows=10_000_000, dim=64, num_shards=2)
-    actors = [TableActor.remote(plan.model_dump(), shard, seed=3) for shard in range(2)]
+    source = {"plan": plan.model_dump(), "seed": 3}
+    actors = [TableActor.remote(shard, [source]) for shard in range(2)]
     local = TableShard.generated(plan.model_copy(update={"num_shards": 1}), 0, seed=3)
 
     def expected(ids: np.ndarray) -> np.ndarray:
         return dequantize_rows(local.take(plan.positions(ids)))
 
-    described = ray.get([actor.describe.remote() for actor in actors], timeout=120)
+    hosts = ray.get([actor.describe.remote() for actor in actors], timeout=120)
+    described = [one["tables"]["users"] for one in hosts]
+    assert [one["pid"] for one in described] == [one["pid"] for one in hosts]
     assert [one["rows"] for one in described] == [5_000_000, 5_000_000]
     assert len({one["pid"] for one in described} | {os.getpid()}) == 3
     for one in described:
@@ -104,7 +108,7 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
             again = None
             while again is None:
                 try:
-                    again = ray.get(actors[0].describe.remote(), timeout=120)
+                    again = ray.get(actors[0].describe.remote(), timeout=120)["tables"]["users"]
                 except ray.exceptions.ActorUnavailableError:
                     time.sleep(0.01)
             assert again["epoch"] > described[0]["epoch"]
@@ -130,25 +134,44 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
             ray.kill(actor)
 
 
-def test_actors_load_a_file_and_refuse_two_sources(ray: Any, tmp_path: Path) -> None:
+def test_actors_load_parts_of_several_files_and_refuse_two_sources(
+    ray: Any, tmp_path: Path
+) -> None:
     from silvershard.cluster.table_actor import TableActor
 
-    plan = TablePlan(name="users", num_rows=1000, dim=8, num_shards=2)
-    values = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
-    path = tmp_path / "users.safetensors"
-    save_file({"weight": values}, path)
-    actors = [TableActor.remote(plan.model_dump(), shard, path=str(path)) for shard in range(2)]
-    refused = TableActor.remote(plan.model_dump(), 0, path=str(path), seed=1)
+    generator = np.random.default_rng(0)
+    values = {
+        name: generator.standard_normal((size, 8)).astype(np.float32)
+        for name, size in (("users", 1000), ("tags", 30))
+    }
+    plans = {
+        name: TablePlan(name=name, num_rows=len(one), dim=8, num_shards=2)
+        for name, one in values.items()
+    }
+    tables = []
+    for name, one in values.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file({"weight": one}, path)
+        tables.append({"plan": plans[name].model_dump(), "path": str(path)})
+    actors = [TableActor.remote(shard, tables) for shard in range(2)]
+    refused = TableActor.remote(0, [tables[0] | {"seed": 1}])
+    empty = TableActor.remote(0, [])
     try:
-        described = ray.get([actor.describe.remote() for actor in actors], timeout=60)
-        with RemoteTable(make_map(1, plan, *described), CONFIG) as table:
-            table.wait_until_ready(10)
-            lookup = table.lookup(np.arange(1000))
-            np.testing.assert_array_equal(lookup.values, dequantize_rows(quantize_rows(values, 8)))
+        hosts = ray.get([actor.describe.remote() for actor in actors], timeout=60)
+        assert [one["shard"] for one in hosts] == [0, 1]
+        for name, one in values.items():
+            described = [host["tables"][name] for host in hosts]
+            with RemoteTable(make_map(1, plans[name], *described), CONFIG) as table:
+                table.wait_until_ready(10)
+                lookup = table.lookup(np.arange(len(one)))
+                expected = dequantize_rows(quantize_rows(one, 8))
+                np.testing.assert_array_equal(lookup.values, expected)
         with pytest.raises(ray.exceptions.RayActorError, match="either path or seed"):
             ray.get(refused.describe.remote(), timeout=60)
+        with pytest.raises(ray.exceptions.RayActorError, match="at least one table"):
+            ray.get(empty.describe.remote(), timeout=60)
     finally:
-        for actor in (*actors, refused):
+        for actor in (*actors, refused, empty):
             ray.kill(actor)
 
 

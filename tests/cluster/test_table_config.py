@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from silvershard.cluster.config import PingSection
-from silvershard.cluster.table_config import RemoteTableSection
+from silvershard.cluster.table_config import RemoteTableSection, TablesSection
 
 
 def test_the_defaults_hold_together_and_every_field_is_described() -> None:
@@ -20,3 +20,13 @@ def test_rows_cannot_be_fresher_than_the_beats_that_tell_of_changes() -> None:
 def test_times_must_be_positive(field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         RemoteTableSection.model_validate({field: 0})
+
+
+def test_a_client_of_the_tables_asks_as_the_section_says() -> None:
+    tables = TablesSection(deadline_ms=7, cache_mib=3, max_stale_ms=900)
+    ping = PingSection(every_ms=300)
+    client = tables.client(ping)
+    assert (client.deadline_ms, client.cache_mib, client.max_stale_ms) == (7, 3, 900)
+    assert client.ping == ping
+    with pytest.raises(ValueError, match=r"at least twice ping\.every_ms=500"):
+        tables.client(PingSection(every_ms=500))

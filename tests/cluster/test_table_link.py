@@ -232,7 +232,7 @@ def test_bytes_that_are_no_reply_end_the_connection_and_are_logged(
                 patch.setattr(bench.link, "_on_answer", broken)
                 outcome = await bench.send()
                 assert outcome == Refused("UNAVAILABLE", "malformed answer: garbled")
-            assert f"table shard at {bench.address}: malformed answer: garbled" in caplog.text
+            assert f"table shard 0 at {bench.address}: malformed answer: garbled" in caplog.text
             await bench.until(lambda: bench.link.reached)
             assert isinstance(await bench.send(), table_pb2.TableReply)
 

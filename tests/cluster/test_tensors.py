@@ -90,7 +90,7 @@ def repeat(message: shard_pb2.TensorMap) -> None:
         (change("scores", data=b"\0" * 16), "shape (1, 3) needs 12 bytes, got 16"),
         (change("scores", data=b""), "needs 12 bytes, got 0"),
         (change("scores", shape=[3, 1]), "dimension B must be"),
-        (change("scores", shape=[1, 2**63]), "dimension H must be"),
+        (change("scores", shape=[1, 2**63]), "dimension C must be"),
         (change("scores", shape=[3]), "must have 2 dimensions, got (3,)"),
         (change("scores", dtype="f64"), "dtype must be f32, got 'f64'"),
         (change("scores", dtype="i32"), "dtype must be f32, got 'i32'"),
@@ -133,6 +133,12 @@ def test_work_crosses_the_wire_bit_for_bit(work: Work) -> None:
         assert_same_bits(getattr(found, name), tensor)
 
 
+def test_work_that_asks_for_fewer_than_no_semantic_candidates_is_refused(work: Work) -> None:
+    fewer = work._replace(semantic_k=torch.tensor([0, -1]))
+    with pytest.raises(tensors.TensorError, match="'semantic_k': must be at least 0, got -1"):
+        tensors.work_from_map(tensors.work_to_map(fewer))
+
+
 @pytest.mark.parametrize("name", ["k", "ann_k", "probes"])
 def test_work_that_asks_for_nothing_is_refused(work: Work, name: str) -> None:
     empty = work._replace(**{name: torch.tensor([5, 0])})
@@ -165,6 +171,10 @@ def test_a_round_with_nan_is_refused(whole: Any, work: Work) -> None:
     bad_second = second._replace(values=second.values * float("nan"))
     with pytest.raises(tensors.TensorError, match="'scores': must not hold NaN"):
         tensors.round_one_from_map(tensors.round_to_map(bad_first), {})
+    odd = first._replace(semantic_scores=torch.full((2, 1), float("nan")))
+    odd = odd._replace(semantic_item_ids=torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(tensors.TensorError, match="'semantic_scores': must not hold NaN"):
+        tensors.round_one_from_map(tensors.round_to_map(odd), {})
     with pytest.raises(tensors.TensorError, match="'values': must not hold NaN"):
         tensors.round_two_from_map(tensors.round_to_map(bad_second), {})
 

@@ -1,10 +1,8 @@
 """The same answers over gRPC from clusters of any number of shards as from the module itself."""
 
-import asyncio
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import grpc
@@ -12,79 +10,12 @@ import numpy as np
 import pytest
 
 from silvershard.cluster.client import Client, Query, Result
-from silvershard.cluster.config import ListenSection, QuerySection, RouterConfig
-from silvershard.cluster.router import Router
-from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.cluster.shard_server import ShardServer
 from silvershard.model.answer import Answer
 from silvershard.model.request import Request
-from silvershard.shard.load import load_executor, load_retriever
+from silvershard.shard.load import load_retriever
 
 RequestMaker = Callable[..., list[Request]]
-
-
-@contextmanager
-def cluster(
-    path: Path, num_shards: int, folder: Path, devices: Sequence[str] = ("cpu",)
-) -> Iterator[Client]:
-    """Shard servers and a router with real executors and sockets, in threads of this process."""
-    servers = [
-        ShardServer(load_executor(path, shard, num_shards, devices=devices))
-        for shard in range(num_shards)
-    ]
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def run(work):  # type: ignore[no-untyped-def]
-        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
-
-    started: list[ShardServer] = []
-    router = None
-    try:
-        for server in servers:
-            run(server.start())
-            started.append(server)
-        entries = tuple(
-            ShardEntry(
-                shard=server.executor.shard,
-                replica=0,
-                address=server.address,
-                epoch=server.epoch,
-                documents=server.executor.documents,
-                pid=os.getpid(),
-            )
-            for server in servers
-        )
-        map_path = folder / f"map-{num_shards}-{len(devices)}.json"
-        ShardMap(
-            version=1,
-            generation=1,
-            snapshot=str(path),
-            num_shards=num_shards,
-            entries=entries,
-        ).write_atomic(map_path)
-
-        async def make_router() -> Router:
-            # Answers must be whole here, so slow machines get time instead of partial answers.
-            query = QuerySection(min_coverage=1.0, deadline_max_ms=60_000)
-            listen = ListenSection(host="127.0.0.1", port=0)
-            made = Router(RouterConfig(map_path=str(map_path), listen=listen, query=query))
-            await made.start()
-            return made
-
-        router = run(make_router())
-        with Client(router.address, timeout_s=60) as client:
-            client.wait_until_ready(timeout_s=30)
-            yield client
-    finally:
-        if router is not None:
-            run(router.stop())
-        for server in started:
-            run(server.stop())
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(30)
-        loop.close()
+Cluster = Callable[..., AbstractContextManager[Client]]
 
 
 def query_of(request: Request) -> Query:
@@ -129,6 +60,7 @@ def test_every_cluster_gives_the_bytes_of_the_module(
     generation,
     requests: list[Request],
     expected: list[Answer],
+    cluster: Cluster,
     tmp_path: Path,
     num_shards: int,
     devices: tuple[str, ...],
@@ -142,7 +74,7 @@ def test_every_cluster_gives_the_bytes_of_the_module(
 
 
 def test_empty_shards_answer_like_the_module(
-    tiny_generation, request_maker: RequestMaker, tmp_path: Path
+    tiny_generation, request_maker: RequestMaker, cluster: Cluster, tmp_path: Path
 ) -> None:
     requests = request_maker(tiny_generation, 40, seed=5)
     whole = load_retriever(tiny_generation.path)[0]
@@ -151,7 +83,9 @@ def test_empty_shards_answer_like_the_module(
             assert_same(client.retrieve(query_of(request)), whole([request])[0], at)
 
 
-def test_stored_fields_and_stage_times_come_with_the_answer(generation, tmp_path: Path) -> None:
+def test_stored_fields_and_stage_times_come_with_the_answer(
+    generation, cluster: Cluster, tmp_path: Path
+) -> None:
     catalogue = generation.catalogue
     row_of = {item: row for row, item in enumerate(catalogue.item_ids.tolist())}
     with cluster(generation.path, 3, tmp_path) as client:
@@ -171,7 +105,11 @@ def test_stored_fields_and_stage_times_come_with_the_answer(generation, tmp_path
 
 
 def test_many_clients_at_once_get_the_answers_they_would_get_alone(
-    generation, requests: list[Request], expected: list[Answer], tmp_path: Path
+    generation,
+    requests: list[Request],
+    expected: list[Answer],
+    cluster: Cluster,
+    tmp_path: Path,
 ) -> None:
     """Requests from threads share micro-batches of every composition."""
     failures: list[str] = []
@@ -192,7 +130,7 @@ def test_many_clients_at_once_get_the_answers_they_would_get_alone(
     assert failures == []
 
 
-def test_scores_are_float32_and_ids_int64(generation, tmp_path: Path) -> None:
+def test_scores_are_float32_and_ids_int64(generation, cluster: Cluster, tmp_path: Path) -> None:
     with cluster(generation.path, 1, tmp_path) as client:
         got = client.retrieve(k=3)
     assert got.item_ids.dtype == np.int64

@@ -1,4 +1,4 @@
-"""Every encoder, reranker and table precision: the same answers alone, in batches and on shards."""
+"""Every encoder, reranker, feature and precision: one answer alone, in batches and on shards."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +25,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "encoder": {"kind": "mean", "max_length": 5},
         "ranker": {"kind": "self_attention", "session_rows": 20},
         "precision": "int4",
+    },
+    "features": {
+        "user_ids": (
+            {"name": "tags", "dtype": "string", "size": 5},
+            {"name": "friends", "dtype": "int", "size": 7},
+        ),
+        "user_numbers": ({"name": "activity", "width": 2},),
+        "item_numbers": ({"name": "price", "width": 1}, {"name": "colour", "width": 3}),
+    },
+    "quantised features": {
+        "encoder": {"kind": "hstu", "max_length": 5},
+        "user_ids": ({"name": "tags", "dtype": "string", "size": 5},),
+        "user_numbers": ({"name": "age", "width": 1},),
+        "item_numbers": ({"name": "price", "width": 1},),
+        "precision": "int8",
     },
 }
 

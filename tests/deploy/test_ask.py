@@ -10,6 +10,7 @@ from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.users import write_users
 from silvershard.model.counts import Counts
+from silvershard.model.request import WeightedIds
 
 
 @pytest.fixture
@@ -64,6 +65,45 @@ def test_a_bad_parameter_is_wrong_usage(text: str) -> None:
     with pytest.raises(CommandError, match="--param") as caught:
         ask.parse_params([text])
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_features_are_values_or_pairs_of_an_id_and_its_weight() -> None:
+    texts = ['tags=[["heist", 2], ["noir", 0.5]]', "activity=[3.5, 2]", "friend=7", "mood=dark"]
+    assert ask.parse_features(texts) == {
+        "tags": WeightedIds(("heist", "noir"), (2.0, 0.5)),
+        "activity": (3.5, 2),
+        "friend": (7,),
+        "mood": ("dark",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x", "--feature must be name=value, got 'x'"),
+        ("=1", "--feature must be name=value, got '=1'"),
+        ("history=[1]", "--feature has no history: use --history"),
+        ('x={"a": 1}', "--feature x must be ids or numbers, or pairs"),
+        ("x=[[1, 2], 3]", "--feature x must be ids or numbers, or pairs"),
+    ],
+)
+def test_a_bad_feature_is_wrong_usage(text: str, message: str) -> None:
+    with pytest.raises(CommandError, match=message) as caught:
+        ask.parse_features([text])
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_feature_that_is_given_replaces_that_of_the_user(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    write_users(state.users_file, np.array([1]), np.array([8]), [{"age": (9.0,), "tags": ("a",)}])
+    stored = ask.asker_of(state, user=1, history=None, include_seen=False)
+    assert stored.features == {"age": (9.0,), "tags": ("a",)}
+    given = ask.asker_of(state, user=1, history=None, include_seen=False, features={"tags": ("b",)})
+    assert given.features == {"age": (9.0,), "tags": ("b",)}
+    weighted = WeightedIds([5, 6], [1.0, 0.5])
+    asker = ask.asker_of(state, user=None, history=weighted, include_seen=False)
+    assert asker.exclude == [5, 6]
+    assert asker.features == {"history": weighted}
 
 
 def test_an_answer_is_described_in_full(result: Result) -> None:

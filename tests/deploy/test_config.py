@@ -102,6 +102,14 @@ def test_sections_of_several_kinds_are_read_shown_and_checked(write: Write) -> N
             load(write(f"training:\n  {section}\n"), environ={})
 
 
+def test_rows_must_be_allowed_to_be_as_old_as_two_pings(write: Write) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tables\.max_stale_ms must be at least .*, 800, got 700"
+    ):
+        load(write("ping: {every_ms: 400}\ntables: {max_stale_ms: 700}\n"), environ={})
+    assert load(write("tables: {remote: [history]}\n"), environ={}).tables.remote == ("history",)
+
+
 def test_all_problems_are_counted(write: Write) -> None:
     with pytest.raises(ConfigError, match=r"\(and 2 more\)$"):
         load(write("a: 1\nb: 2\nc: 3\n"), environ={})

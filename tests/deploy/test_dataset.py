@@ -118,7 +118,18 @@ def test_a_zip_gives_the_same_as_a_folder(tmp_path: Path) -> None:
 
 def test_tags_are_optional(tmp_path: Path) -> None:
     files = {name: text for name, text in FILES.items() if name != "tags.csv"}
-    assert load(_write(tmp_path, files)).tags.lengths.tolist() == [0, 0, 0]
+    movielens = load(_write(tmp_path, files))
+    assert movielens.tags.lengths.tolist() == [0, 0, 0]
+    assert [len(column) for column in movielens.tagging] == [0, 0, 0, 0]
+
+
+def test_who_gave_a_tag_and_when_is_kept_in_the_order_of_users_and_time(tmp_path: Path) -> None:
+    files = {**FILES, "tags.csv": FILES["tags.csv"] + "1,10, Space  Ship,0\n"}
+    tagging = load(_write(tmp_path, files)).tagging
+    assert tagging.user_ids.tolist() == [1, 1, 2, 3, 3]
+    assert tagging.movie_ids.tolist() == [10, 20, 20, 20, 20]
+    assert tagging.tags.tolist() == ["space ship", "whimsical", "paris", "paris", "art house"]
+    assert tagging.timestamps.tolist() == [0, 1, 2, 3, 3]
 
 
 def test_the_order_of_rows_in_the_file_does_not_matter(tmp_path: Path) -> None:
@@ -202,7 +213,17 @@ def test_the_summary_counts_what_is_kept(tmp_path: Path) -> None:
             "movieId,title,genres\n1,a,b\n2,a,b\n1,a,b\n",
             "line 4, column movieId: must be unique, got 1 again",
         ),
-        ("tags.csv", "movieId,tag\n10,a\n1x,b\n", "tags.csv, line 3, column movieId: must be an"),
+        (
+            "tags.csv",
+            "userId,movieId,tag,timestamp\n1,10,a,1\n1,1x,b,1\n",
+            "tags.csv, line 3, column movieId: must be an",
+        ),
+        (
+            "tags.csv",
+            "userId,movieId,tag,timestamp\n1,10,a,yesterday\n",
+            "tags.csv, line 2, column timestamp: must be an",
+        ),
+        ("tags.csv", "movieId,tag\n10,a\n", "tags.csv, line 1, column userId: must be in"),
         ("ratings.csv", "userId,movieId,rating,timestamp\n1,77,3,4\n", "none of the 1 ratings is"),
     ],
 )

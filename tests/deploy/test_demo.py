@@ -90,12 +90,13 @@ def test_the_demo_shows_everything_and_leaves_nothing(films_folder: Path, tmp_pa
     lines = out.splitlines()
     assert lines[0].startswith(f"data: {films_folder}: 400 movies, 80 users")
     assert f"Recommended, filter {demo.FILTER}" in out
-    for text in ("HitRate@10", "NDCG@10", "Recall@100", "popularity", "brute force fp32"):
+    for text in ("HitRate@10", "NDCG@10", "Recall@100", "popularity", "coverage@10", "task alone"):
         assert text in out
     document = json.loads(lines[-1])
     assert document["shards"] == 2
     assert (document["generation"], document["coverage"]) == (1, 1.0)
     assert document["quality"]["users"] == 80
+    assert set(document["quality"]["tasks"]) == {"rated", "liked"}
     assert document["quality"]["scan_refine_recall"]["at_400"] >= 0.999
     assert document["wall_s"] >= sum(document["seconds"].values()) - 1.0
     for stages in document["timings_us"].values():

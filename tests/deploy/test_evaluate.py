@@ -1,5 +1,5 @@
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ from silvershard.shard.load import load_retriever
 
 
 class Setup:
-    def __init__(self, root: Path, films: Path) -> None:
+    def __init__(self, root: Path, films: Path, **options: object) -> None:
         config = load(
             None,
             environ={},
@@ -28,6 +28,7 @@ class Setup:
                 "training.ranker_steps": 4,
                 "training.dim": 16,
                 "index.clusters": 16,
+                **options,
             },
         )
         state = StateDir(root)
@@ -77,6 +78,7 @@ class OneProcess:
                     k=query.k,
                     exclude_ids=query.exclude_ids,
                     nprobe=query.nprobe,
+                    value=query.value,
                 )
                 for query in queries
             ]
@@ -122,14 +124,30 @@ def test_only_users_with_a_held_out_item_are_tested(setup: Setup) -> None:
     assert len(users.histories) == len(users.held_out) == 80
     data: Any = setup.prepared.data
     last = data.rated_movie_ids[data.user_ids == data.user_ids[0]]
-    assert users.held_out[0] == last[-1]
+    assert users.held_out[0] == [last[-1]]
+    assert users.ratings[0] == [data.ratings[data.user_ids == data.user_ids[0]][-1]]
     assert users.histories[0] == last[:-1].tolist()
+    assert users.features[0] == {"history": users.histories[0]}
+    assert evaluate.cold_users(setup.prepared).histories == []
 
 
-def test_an_evaluation_has_everything_the_table_shows(
+def test_positives_are_the_held_out_items_that_were_rated_high_enough() -> None:
+    users = evaluate.Tested(
+        [{}] * 3, [[]] * 3, [[1, 2], [3], [4, 5]], [[4.0, 5.0], [3.5], [2.0, 4.5]]
+    )
+    rows, wanted = users.positive(4.0)
+    assert rows.tolist() == [0, 2]
+    assert wanted == [[1, 2], [5]]
+    assert users.positive(-np.inf)[1] == users.held_out
+    assert users.positive(6.0)[1] == []
+
+
+def test_an_evaluation_has_everything_the_tables_show(
     setup: Setup, client: type[OneProcess]
 ) -> None:
-    found = evaluate.evaluate(setup.prepared, setup.snapshot, "here", max_requests=11)
+    found = evaluate.evaluate(
+        setup.prepared, setup.snapshot, "here", max_requests=11, min_rating={"liked": 4.0}
+    )
     assert max(client.sizes) == 11
     assert [row.name for row in found.rows] == [
         "popularity",
@@ -138,20 +156,84 @@ def test_an_evaluation_has_everything_the_table_shows(
         "silvershard",
     ]
     for row in found.rows:
-        assert row.hit_rate.shape == row.ndcg.shape == row.recall.shape == (80,)
-        assert (row.ndcg <= row.hit_rate).all()
-        assert (row.hit_rate <= row.recall).all()
-    assert found.users == 80
+        for k in evaluate.DEPTHS:
+            assert row.hit_rate[k].shape == row.ndcg[k].shape == row.recall[k].shape == (80,)
+            assert (row.ndcg[k] <= row.hit_rate[k]).all()
+            # One item of each user is held out.
+            assert (row.hit_rate[k] == row.recall[k]).all()
+        assert (row.hit_rate[10] <= row.hit_rate[20]).all()
+        assert (row.hit_rate[20] <= row.hit_rate[100]).all()
+        assert 0 < row.coverage[10] <= row.coverage[20] <= row.coverage[100] <= 1
+    assert (found.users, found.held_out) == (80, 80)
+    assert found.split == setup.prepared.split.summary
+    assert found.cold == ()
     assert found.index_quality.depth == 400
     assert found.index_quality.probes * 8 <= found.index_quality.clusters
     assert found.index_quality.recall_deep >= 0.999
     assert 0.5 < found.index_quality.overlap <= 1.0
-    document = evaluate.quality_document(found)
-    assert document["table"]["silvershard"]["recall_at_100"] == round(
-        float(found.rows[-1].recall.mean()), 6
+
+
+def test_heads_and_tasks_are_judged_alone_on_their_own_positives(
+    setup: Setup, client: type[OneProcess]
+) -> None:
+    found = evaluate.evaluate(setup.prepared, setup.snapshot, "here", min_rating={"liked": 4.0})
+    assert {query.value for query in client.asked} == {"", "rated", "liked"}
+    assert [one.task for one in found.tasks] == ["rated", "liked"]
+    data: Any = setup.prepared.data
+    high = data.ratings[setup.prepared.split.test_rows] >= 4.0
+    assert 0 < high.sum() < 80
+    for one, users in zip(found.tasks, (80, int(high.sum())), strict=True):
+        assert [row.name for row in one.rows] == ["head alone, brute force", "task alone", "value"]
+        assert {row.users for row in one.rows} == {users}
+    # The served value is the row of the main table, of the users that count.
+    assert np.array_equal(found.tasks[1].rows[-1].ndcg[10], found.rows[-1].ndcg[10][high])
+    answers = setup.retriever(
+        [
+            Request(features=query.features, k=100, exclude_ids=query.exclude_ids, value="liked")
+            for query in client.asked[:80]
+        ]
     )
-    assert set(document["scan_refine_recall"]) == {"at_400", "at_100"}
-    json.dumps(document, allow_nan=False)
+    ranked = np.stack([answer.item_ids.numpy() for answer in answers])
+    wanted = setup.prepared.split.test_item_ids
+    assert (
+        found.tasks[1].rows[1].hit_rate[10] == (ranked[:, :10] == wanted[:, None]).any(1)[high]
+    ).all()
+
+
+@pytest.fixture(scope="module")
+def temporal(tmp_path_factory: pytest.TempPathFactory, films_folder: Path) -> Setup:
+    shares = {"training.test_share": 0.3, "training.validation_share": 0.1}
+    return Setup(
+        tmp_path_factory.mktemp("temporal"),
+        films_folder,
+        **{"training.split": "temporal", **shares},
+    )
+
+
+def test_new_users_are_judged_apart(temporal: Setup, client: type[OneProcess]) -> None:
+    prepared = temporal.prepared
+    client.retriever = temporal.retriever
+    found = evaluate.evaluate(prepared, temporal.snapshot, "here")
+    cold = int(prepared.split.cold.sum())
+    assert cold > 0
+    assert found.users == int((prepared.split.test_rows >= 0).sum())
+    assert found.held_out > found.users
+    assert [(row.name, row.users) for row in found.cold] == [
+        ("popularity", cold),
+        ("silvershard", cold),
+    ]
+    asked = [query for query in client.asked if not query.features["history"]]
+    assert len(asked) == cold
+    assert found.split.startswith("temporal: ")
+    # Several items of a user are held out, so that recall and hit rate are two things.
+    assert (found.rows[-1].recall[100] <= found.rows[-1].hit_rate[100]).all()
+    assert (found.rows[-1].recall[100] < found.rows[-1].hit_rate[100]).any()
+
+
+def test_without_tested_users_there_is_no_evaluation(setup: Setup) -> None:
+    split = replace(setup.prepared.split, test_rows=np.full(80, -1))
+    with pytest.raises(CommandError, match="no user is tested"):
+        evaluate.evaluate(setup.prepared._replace(split=split), setup.snapshot, "here")
 
 
 def test_seen_items_are_excluded_and_all_clusters_probed_when_asked(
@@ -199,7 +281,7 @@ def test_popularity_ranks_unseen_items_by_training_counts(setup: Setup) -> None:
 def test_brute_force_is_the_best_product_over_the_heads(setup: Setup) -> None:
     items = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
     queries = torch.tensor([[[1.0, 0.0], [0.0, 0.9]]])
-    users = evaluate.Tested([[30]], np.array([10]))
+    users = evaluate.Tested([{}], [[30]], [[10]], [[4.0]])
     ids = np.array([40, 20, 30, 10])
     ranked = evaluate._brute_force(items, queries, ids, users)
     assert ranked[0, :4].tolist() == [10, 40, 20, -1]

@@ -16,7 +16,7 @@ import pytest
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.config import ListenSection
-from silvershard.deploy import launch, operate
+from silvershard.deploy import golden, launch, operate
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
@@ -111,6 +111,12 @@ def test_the_cluster_serves_every_document(state: StateDir, generation: Any) -> 
     assert len(result.item_ids) == 5
     assert result.coverage.documents == 1.0
     assert result.generation == 1
+
+
+@pytest.mark.ray
+def test_three_shard_processes_answer_the_golden_requests(state: StateDir) -> None:
+    document = golden.check(state, latest(state).address, timeout_s=30.0)
+    assert document == {"generation": 1, "requests": 24, "differences": []}
 
 
 @pytest.mark.ray

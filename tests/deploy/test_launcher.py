@@ -4,10 +4,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.table_map import TableEntry
 from silvershard.deploy import launcher
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.errors import CommandError, TimedOut
@@ -15,6 +17,8 @@ from silvershard.deploy.launcher import LocalCluster
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.shard_watch import ShardDead
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+from silvershard.deploy.table_tier import TableHost
+from silvershard.shard.table_files import RowFile
 
 
 class FakeRouter:
@@ -48,7 +52,7 @@ class FakeShard:
     def __init__(self, shard: int) -> None:
         self.shard = shard
         self.count = 0
-        self.said: ShardEntry | ShardDead | None = None
+        self.said: Any = None
         self.ended = False
 
     def serve(self, epoch: int = 1) -> None:
@@ -64,7 +68,7 @@ class FakeShard:
     def restarts(self) -> int:
         return self.count
 
-    def entry(self) -> ShardEntry | None:
+    def entry(self) -> Any:
         if isinstance(self.said, ShardDead):
             raise self.said
         return self.said
@@ -77,7 +81,7 @@ class FakeShard:
 
 
 class Setup:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **options: Any) -> None:
         self.state = StateDir(root)
         self.state.create()
         self.shards = [FakeShard(0), FakeShard(1)]
@@ -91,6 +95,7 @@ class Setup:
             start_shard=lambda shard: self.shards[shard],
             canary=self.asked.append,
             report=self.phases.append,
+            **options,
         )
         router = self.cluster._router
         assert isinstance(router, FakeRouter)
@@ -179,6 +184,46 @@ def test_a_shard_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -
     setup.shards[1].said = ShardDead("snapshot x: tables/a is missing")
     with pytest.raises(CommandError, match="shard 1 could not start: snapshot x: tables/a is"):
         setup.cluster.wait_until_ready(10.0)
+
+
+def test_ready_means_all_processes_of_tables_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    hosts: list[FakeShard] = []
+
+    def start(shard: int) -> Any:
+        hosts.append(FakeShard(shard))
+        return hosts[-1]
+
+    setup = Setup(
+        tmp_path,
+        tables=[RowFile("users", tmp_path / "users.safetensors", 10, 4, ())],
+        start_tables=start,
+    )
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    with pytest.raises(TimedOut, match="0 of 2 table processes and 2 of 2 shards serve"):
+        setup.cluster.wait_until_ready(0.0)
+    record = setup.state.read_record()
+    assert record is not None
+    assert [one.state for one in record.tables] == ["starting", "starting"]
+    assert not record.is_whole
+    for host in hosts:
+        entry = TableEntry(
+            shard=host.shard, address="127.0.0.1:1", epoch=1, rows=5, pid=os.getpid()
+        )
+        host.said = TableHost(shard=host.shard, pid=os.getpid(), tables={"users": entry})
+    setup.cluster.wait_until_ready(0.0)
+    assert setup.state.table_map_file("users").exists()
+    hosts[0].count = 1
+    setup.cluster.poll()
+    hosts[0].said = ShardDead("users.safetensors: no such file")
+    with pytest.raises(CommandError, match=r"table process 0 could not start: users\.safe"):
+        setup.cluster.wait_until_ready(0.0)
+    setup.cluster.stop()
+    assert [host.ended for host in hosts] == [True, True]
 
 
 def test_a_router_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -> None:

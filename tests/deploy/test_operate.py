@@ -7,7 +7,13 @@ import pytest
 from silvershard.deploy import operate
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import myself
-from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
+from silvershard.deploy.state import (
+    ClusterRecord,
+    RouterRecord,
+    ShardRecord,
+    StateDir,
+    TableRecord,
+)
 from silvershard.shard.errors import SnapshotError
 
 
@@ -71,6 +77,44 @@ def test_a_shard_that_does_not_answer_counts_as_lost(
     monkeypatch.setattr(operate, "_health", lambda address, service: service != "model/films")
     document, code = operate.status(state)
     assert (document["router"]["state"], code) == ("not serving", ExitCode.DEGRADED)
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    assert operate.status(state)[1] == ExitCode.OK
+
+
+def test_a_process_of_tables_that_does_not_answer_is_degraded(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = TableRecord(
+        shard=1,
+        state="serving",
+        pid=7,
+        rows=5000,
+        addresses={"history": "127.0.0.1:5", "recent": "127.0.0.1:6"},
+    )
+    state.write_record(record(shards=record().shards[:1], tables=(tables,)))
+    asked = []
+
+    def health(address: str, service: str) -> bool:
+        asked.append((address, service))
+        return service != "table/recent/1"
+
+    monkeypatch.setattr(operate, "_health", health)
+    counts = {"lookups": 3, "rows": 12345, "cached": 1, "fetched": 2, "defaulted": 678}
+    monkeypatch.setattr(operate, "_lookups", lambda shards: {"history": counts})
+    document, code = operate.status(state)
+    assert document["lookups"] == {"history": counts}
+    assert asked[-2:] == [("127.0.0.1:5", "table/history/1"), ("127.0.0.1:6", "table/recent/1")]
+    assert (document["state"], code) == ("degraded", ExitCode.DEGRADED)
+    shown = operate.render_cluster(document)
+    for text in (
+        "not answering",
+        "5,000",
+        "history, recent",
+        "its health check failed",
+        "12,345",
+        "678",
+    ):
+        assert text in shown
     monkeypatch.setattr(operate, "_health", lambda address, service: True)
     assert operate.status(state)[1] == ExitCode.OK
 

@@ -11,10 +11,14 @@ from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.training_files import TrainingFiles
 from silvershard.deploy.users import user_history
+from silvershard.model.joint_config import JointConfig
 from silvershard.model.request import Request
+from silvershard.model.semantic_config import SemanticConfig, SemanticTrainingConfig
 from silvershard.model.training import Checkpoint
 from silvershard.shard.generations import generation_dir, list_generations
+from silvershard.shard.golden import read_golden
 from silvershard.shard.load import load_retriever
+from silvershard.shard.snapshot import open_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,58 @@ def test_a_generation_with_quantised_tables_answers_alike_on_any_shards(
         )
 
 
+def test_a_generation_with_remote_tables_answers_like_the_quantised_one(
+    state: StateDir, config: Config, prepared: recipe.Prepared, tmp_path: Path
+) -> None:
+    index = config.index.model_copy(update={"table_precision": "int8"})
+    local = config.model_copy(update={"index": index})
+    names = ("history", "recent", "history_genres")
+
+    def remote(*tables: str) -> Config:
+        section = config.tables.model_copy(update={"remote": tables})
+        return local.model_copy(update={"tables": section})
+
+    trained = recipe.load_model(state.model_dir)
+    paths = [
+        recipe.publish(StateDir(tmp_path / name), one, prepared, trained).path
+        for name, one in (("local", local), ("remote", remote(*names)))
+    ]
+    assert sorted(path.stem for path in (paths[1] / "rows").iterdir()) == sorted(names)
+    history = user_history(tmp_path / "remote" / "users.safetensors", 1)
+    request = Request(features={"history": history}, exclude_ids=history, k=20)
+    expected, found = (load_retriever(path)[0]([request])[0] for path in paths)
+    assert torch.equal(found.item_ids, expected.item_ids)
+    assert torch.equal(found.scores, expected.scores)
+    with pytest.raises(CommandError, match=r"^tables\.remote: remote must name .* got 'films'$"):
+        recipe.publish(StateDir(tmp_path / "bad"), remote("films"), prepared, trained)
+
+
+def test_golden_requests_are_of_users_before_their_test(
+    state: StateDir, prepared: recipe.Prepared
+) -> None:
+    golden = read_golden(open_snapshot(generation_dir(state.generations, 1)))
+    asked = [case.to_request() for case in golden.cases]
+    assert len(asked) == 24
+    known = {
+        tuple(prepared.split.test_histories.row(row).tolist())
+        for row in range(len(prepared.split.user_ids))
+    }
+    users = [tuple(one.features["history"]) for one in asked if one.features]
+    assert len(set(users)) > 10
+    assert set(users) <= known
+
+
+def test_the_split_is_that_of_the_training_given(config: Config, films_folder: Path) -> None:
+    said: list[str] = []
+    training = config.training.model_copy(update={"split": "temporal"})
+    cut = recipe.prepare(
+        config, data=films_folder, environ={}, report=said.append, training=training
+    )
+    assert cut.split.test_from is not None
+    assert said[1] == f"split: {cut.split.summary}"
+    assert len(cut.split.train_rows) < 0.9 * len(cut.data.ratings)
+
+
 def test_publishing_again_makes_the_next_generation(
     state: StateDir, config: Config, prepared: recipe.Prepared
 ) -> None:
@@ -192,3 +248,55 @@ def test_publishing_again_makes_the_next_generation(
 )
 def test_clusters_grow_with_the_root_of_the_items(documents: int, clusters: int) -> None:
     assert recipe.num_clusters(Config(), documents) == clusters
+
+
+def test_an_index_that_was_trained_with_the_towers_is_kept_and_published(
+    config: Config, prepared: recipe.Prepared, tmp_path: Path
+) -> None:
+    training = config.training.model_copy(update={"joint": JointConfig()})
+    joint = config.model_copy(update={"training": training})
+    state = StateDir(tmp_path)
+    trained = recipe.train_model(state, joint, prepared, progress=False)
+    loaded = recipe.load_model(state.model_dir)
+    assert torch.equal(loaded.centroids, trained.centroids)
+    published = recipe.publish(state, joint, prepared, loaded)
+    stored, _ = open_snapshot(published.path).load_dense()
+    assert stored.shape == (16, 16)
+    assert torch.allclose(stored, torch.nn.functional.normalize(trained.centroids, dim=1))
+    automatic = joint.model_copy(update={"index": joint.index.model_copy(update={"clusters": 0})})
+    again = recipe.publish(state, automatic, prepared, loaded)
+    assert open_snapshot(again.path).spec.num_clusters == 16
+    other = joint.model_copy(update={"index": joint.index.model_copy(update={"clusters": 8})})
+    with pytest.raises(CommandError, match=r"index\.clusters must be 0 or 16, .* got 8"):
+        recipe.publish(state, other, prepared, loaded)
+    (state.model_dir / recipe.INDEX).unlink()
+    with pytest.raises(CommandError, match=r"index\.safetensors cannot be used.*train again"):
+        recipe.load_model(state.model_dir)
+
+
+def test_semantic_ids_are_trained_kept_published_and_served(
+    config: Config, prepared: recipe.Prepared, state: StateDir, tmp_path: Path
+) -> None:
+    semantic = SemanticTrainingConfig(decoder=SemanticConfig(levels=2, width=8), steps=6)
+    training = config.training.model_copy(update={"semantic": semantic})
+    index = config.index.model_copy(update={"semantic_k": 25})
+    wanted = config.model_copy(update={"training": training, "index": index})
+    folder = StateDir(tmp_path)
+    trained = recipe.train_model(folder, wanted, prepared, progress=False)
+    log = (folder.training_dir / "log.csv").read_text().splitlines()
+    assert log[-1].startswith("semantic,6,")
+    loaded = recipe.load_model(folder.model_dir)
+    assert loaded.description.semantic == trained.semantic.spec
+    assert loaded.description.semantic_ndcg == trained.semantic_ndcg
+    for name, tensor in trained.semantic.state_dict().items():
+        assert torch.equal(loaded.semantic.state_dict()[name], tensor)
+    published = recipe.publish(folder, wanted, prepared, loaded)
+    retriever, _ = load_retriever(published.path)
+    history = user_history(folder.users_file, 1)
+    request = Request(features={"history": history}, exclude_ids=history, k=20)
+    (answer,) = retriever([request])
+    assert answer.plan.semantic_k == answer.counts.semantic_kept == 25
+    assert recipe.load_model(state.model_dir).semantic is None
+    (folder.model_dir / recipe.SEMANTIC_WEIGHTS).write_bytes(b"x" * 100)
+    with pytest.raises(CommandError, match=r"semantic\.safetensors cannot be used: .*train again"):
+        recipe.load_model(folder.model_dir)

@@ -29,6 +29,8 @@ def test_the_same_seed_gives_the_same_films_and_another_seed_others() -> None:
     for name in ("genres", "tags"):
         assert getattr(first, name).values.tolist() == getattr(again, name).values.tolist()
     assert np.array_equal(first.timestamps, again.timestamps)
+    for column, same in zip(first.tagging, again.tagging, strict=True):
+        assert np.array_equal(column, same)
     assert not np.array_equal(first.rated_movie_ids[:500], other.rated_movie_ids[:500])
 
 
@@ -50,6 +52,16 @@ def test_the_shape_is_that_of_movielens(films: MovieLens) -> None:
     assert (films.tags.lengths == 0).any()
     same_user = np.diff(films.user_ids) == 0
     assert (np.diff(films.timestamps)[same_user] > 0).all()
+
+
+def test_one_rating_in_ten_is_tagged_with_a_tag_of_the_film(films: MovieLens) -> None:
+    tagging = films.tagging
+    assert 0.08 < len(tagging.tags) / len(films.ratings) < 0.1
+    for movie, tag in zip(films.movie_rows(tagging.movie_ids), tagging.tags, strict=True):
+        assert tag in films.tags.row(movie)
+    same_user = np.diff(tagging.user_ids)
+    assert (same_user >= 0).all()
+    assert (np.diff(tagging.timestamps)[same_user == 0] > 0).all()
 
 
 def test_generating_takes_under_two_seconds() -> None:

@@ -5,7 +5,8 @@ import pytest
 import safetensors.numpy
 
 from silvershard.deploy.errors import CommandError
-from silvershard.deploy.users import user_history, write_users
+from silvershard.deploy.users import read_user, user_history, write_users
+from silvershard.model.request import FeatureValues, WeightedIds
 
 
 @pytest.fixture
@@ -26,9 +27,29 @@ def test_an_unknown_user_has_no_history(users_file: Path) -> None:
         assert user_history(users_file, user) is None
 
 
-def test_the_file_holds_int64(users_file: Path) -> None:
+def test_the_file_holds_int64_and_text(users_file: Path) -> None:
     tensors = safetensors.numpy.load_file(users_file)
+    assert tensors.pop("features").tobytes() == b"{}{}{}"
     assert {one.dtype for one in tensors.values()} == {np.dtype(np.int64)}
+
+
+def test_features_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "users.safetensors"
+    features: list[dict[str, FeatureValues]] = [
+        {"tags": WeightedIds(("ü", "noir"), (2.0, 0.5)), "activity": (3.5, 1.0)},
+        {},
+    ]
+    write_users(path, np.array([2, 2, 5]), np.array([30, 10, 7]), features)
+    assert read_user(path, 2) == ([30, 10], features[0])
+    assert read_user(path, 5) == ([7], {})
+    assert read_user(path, 3) is None
+
+
+def test_a_file_of_an_older_version_has_no_features(users_file: Path) -> None:
+    tensors = safetensors.numpy.load_file(users_file)
+    older = {name: one for name, one in tensors.items() if "feature" not in name}
+    safetensors.numpy.save_file(older, users_file)
+    assert read_user(users_file, 9) == ([1, 2], {})
 
 
 def test_a_missing_file_names_the_options_that_help(tmp_path: Path) -> None:

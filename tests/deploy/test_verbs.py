@@ -14,6 +14,7 @@ from silvershard.deploy import verbs
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import ExitCode, TimedOut
 from silvershard.deploy.state import StateDir
+from silvershard.model.request import WeightedIds
 from silvershard.shard.errors import DeadlineExceeded, RemoteError, SnapshotError
 from silvershard.shard.generations import generation_dir
 
@@ -187,6 +188,7 @@ def test_status_without_a_cluster_fails(command: Command, tmp_path: Path) -> Non
         ("query",),
         ("query", "--user", "1", "--history", "1"),
         ("query", "--history", "1,x"),
+        ("query", "--history", "1:x"),
         ("config",),
         ("status", "--output", "xml"),
     ],
@@ -205,6 +207,16 @@ def test_bad_settings_from_options_are_wrong_usage(command: Command) -> None:
 def test_a_bad_parameter_is_named(command: Command) -> None:
     said = failed(command("query", "--history", "1", "--param", "x", "--address", "a:1"), 2)
     assert "--param must be name=value, got 'x'" in said
+
+
+def test_a_bad_feature_is_named(command: Command) -> None:
+    said = failed(command("query", "--history", "1:2", "--feature", "x", "--address", "a:1"), 2)
+    assert "--feature must be name=value, got 'x'" in said
+
+
+def test_a_history_may_have_weights() -> None:
+    options = verbs._arguments().parse_args(["query", "--history", "7:0.5,9, 4:-2"])
+    assert options.history == WeightedIds([7, 9, 4], [0.5, 1.0, -2.0])
 
 
 def test_the_schema_is_json(command: Command) -> None:

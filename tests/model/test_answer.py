@@ -17,9 +17,17 @@ def rounds(found: list[int], width: int) -> tuple[RoundOne, RoundTwo]:
         ids[row, :count] = torch.arange(count) + 10 * row
     values = torch.where(ids < 0, -INF, -ids.float())
     counts = torch.tensor(found)
-    first = RoundOne(torch.zeros(batch, 2, 1), torch.zeros(batch, 2, 1), counts + 1, counts, {})
+    first = RoundOne(
+        torch.zeros(batch, 2, 1),
+        torch.zeros(batch, 2, 1),
+        counts + 1,
+        counts,
+        torch.zeros(batch, 0),
+        torch.zeros(batch, 0),
+        {},
+    )
     tasks = torch.stack([ids.float(), ids.float() + 0.5], 2)
-    return first, RoundTwo(ids, values, values, tasks, counts * 2, counts, {})
+    return first, RoundTwo(ids, values, values, tasks, counts * 2, counts - 1, counts, {})
 
 
 def answer(
@@ -29,9 +37,15 @@ def answer(
     found: int,
     warnings: tuple[str, ...] = (),
     eligible: int | None = 99,
+    head_merge: str = "union",
+    kept: int | None = None,
 ):
     spec = open_snapshot(generation.path).spec
+    schema = spec.item_schema.model_copy(update={"head_merge": head_merge})
+    spec = spec.model_copy(update={"item_schema": schema})
     first, second = rounds([found], 8)
+    if kept is not None:
+        second = second._replace(kept=torch.tensor([kept]))
     compiled = compile_request(request, spec)
     return split_answers(
         [compiled], [plan], [warnings], first, second, spec, [eligible], {"ann": 5}
@@ -76,4 +90,22 @@ def test_exactly_k_found_is_not_exhausted(generation) -> None:
 
 def test_counts_are_those_of_the_request(generation) -> None:
     counts = answer(generation, Request(k=5), Plan("probe", 4, 10), found=5).counts
-    assert counts == type(counts)(addressed=600, probed=6, eligible=99, ann_kept=10, reranked=5)
+    assert counts == type(counts)(
+        addressed=600, probed=6, eligible=99, ann_kept=10, reranked=5, semantic_kept=4
+    )
+
+
+def test_an_intersection_that_is_short_because_heads_were_cut_is_not_exhausted(generation) -> None:
+    """Two heads kept ten items each and agree on five; more may be eligible."""
+    every, plan = Plan("all_pages", 16, 10), Request(k=7)
+    cut = answer(generation, plan, every, found=5, head_merge="intersection", kept=20)
+    assert not cut.exhausted
+    assert "only 5 of 7 results were kept by the scan: raise search.ann_k" in cut.warnings[0]
+    whole = answer(generation, plan, every, found=5, head_merge="intersection", kept=10)
+    assert whole.exhausted
+    assert answer(generation, plan, every, found=5, eligible=10, kept=20).exhausted
+    some = Plan("probe", 4, 10)
+    cut = answer(generation, plan, some, found=5, head_merge="intersection", kept=12)
+    assert "raise search.ann_k" in cut.warnings[0]
+    short = answer(generation, plan, some, found=5, head_merge="intersection", kept=9)
+    assert "raise search.nprobe" in short.warnings[0]

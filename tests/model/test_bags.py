@@ -6,9 +6,13 @@ from silvershard.model.bags import (
     Sequences,
     Vocabulary,
     check_lookup,
+    inputs_of,
     mean_bags,
+    number_bags,
+    shares_of,
     spread,
     string_key,
+    weighted_bags,
 )
 from silvershard.model.errors import FieldError
 
@@ -54,6 +58,46 @@ def test_an_empty_vocabulary_knows_nothing() -> None:
 def test_a_vocabulary_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="must have 3 distinct ids, got 2"):
         Vocabulary(3, "int").fill([1, 2, 2])
+
+
+def test_weights_are_shares_of_the_absolute_sum_of_the_known_ids() -> None:
+    rows, lengths = longs(4, 0, 5, 6, 7, 8, 0), longs(3, 0, 2, 1, 1)
+    weights = torch.tensor([1.0, 50.0, 3.0, -1.0, 0.25, 0.0, 2.0])
+    bags = weighted_bags(rows, lengths, weights)
+    assert bags.lengths.tolist() == [2, 1, 2, 1, 1]
+    assert bags.rows.tolist() == [4, 5, 0, 6, 7, 0, 0]
+    assert bags.weights.tolist() == [0.25, 0.75, 1.0, -0.800000011920929, 0.20000000298023224, 1, 1]
+
+
+def test_equal_weights_are_a_mean_bit_for_bit() -> None:
+    lengths = torch.arange(1, 200)
+    rows = torch.ones(int(lengths.sum()), dtype=torch.int64)
+    weights = torch.full((len(rows),), 0.3)
+    mean = mean_bags(rows, lengths)
+    assert torch.equal(weighted_bags(rows, lengths, torch.ones(len(rows))).weights, mean.weights)
+    assert torch.equal(mean.weights, (1.0 / lengths.float()).repeat_interleave(lengths))
+    near = weighted_bags(rows, lengths, weights).weights
+    assert torch.allclose(near, mean.weights, rtol=1e-6)
+
+
+def test_shares_do_not_depend_on_other_bags() -> None:
+    weights = torch.randn(500, generator=torch.Generator().manual_seed(1)).double()
+    bag = torch.arange(50).repeat_interleave(10)
+    together = shares_of(weights, bag, 50)
+    for one in range(50):
+        mine = bag == one
+        alone = shares_of(weights[mine], torch.zeros(10, dtype=torch.int64), 1)
+        assert torch.equal(alone, together[mine])
+
+
+def test_numbers_lie_in_bags_as_inputs_with_a_one() -> None:
+    numbers = torch.tensor([[1.5, 0.0], [9.0, 9.0], [-2.0, 3.0]])
+    bags = number_bags(numbers, torch.tensor([True, False, True]))
+    assert bags.lengths.tolist() == [3, 0, 3]
+    assert bags.rows.tolist() == [0, 1, 2, 0, 1, 2]
+    assert inputs_of(bags, 2).tolist() == [[1, 1.5, 0], [0, 0, 0], [1, -2, 3]]
+    assert inputs_of(bags.take(longs(2, 1, 2)), 2).tolist() == [[1, -2, 3], [0, 0, 0], [1, -2, 3]]
+    assert inputs_of(number_bags(numbers[:0], torch.zeros(0, dtype=torch.bool)), 2).shape == (0, 3)
 
 
 def test_mean_bags_leave_unknown_rows_out() -> None:

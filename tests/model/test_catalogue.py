@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged, as_column
+from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged, UserColumn, as_column
 from silvershard.model.schema import Attribute, Field, Schema, SchemaError, UserFeature
 
 SCHEMA = Schema(
@@ -174,3 +174,64 @@ def test_an_undeclared_column_is_named(catalogue: Catalogue) -> None:
     numbers = {**catalogue.numbers, "length": np.zeros(3, np.int64)}
     with pytest.raises(SchemaError, match="length: is in numbers but not declared"):
         replace(catalogue, numbers=numbers).validate(SCHEMA)
+
+
+NUMBERS = UserFeature(name="sizes", kind="numbers", dtype="float", width=2)
+
+
+def test_item_features_of_numbers_have_their_width_or_nothing(catalogue: Catalogue) -> None:
+    schema = SCHEMA.model_copy(update={"item_features": (*SCHEMA.item_features, NUMBERS)})
+    sizes = Ragged.from_rows([[1.0, 2.0], [], [3.0, -4.0]], dtype="float")
+    replace(catalogue, features={**catalogue.features, "sizes": sizes}).validate(schema)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1.0, 2.0], [3.0], []], "sizes: must have 2 values or none, got 1 in row 10"),
+        ([[], [], [1.0, np.nan]], "sizes: position 1 must be a finite float32, got nan in row 20"),
+        ([[], [np.inf, 0.0], []], "sizes: position 0 must be a finite float32, got inf in row 10"),
+        (
+            [[-1e39, 0.0], [], []],
+            r"sizes: position 0 must be a finite float32, got -1e\+39 in row 30",
+        ),
+    ],
+)
+def test_wrong_numbers_of_an_item_are_named(
+    catalogue: Catalogue, rows: list[list[float]], message: str
+) -> None:
+    schema = SCHEMA.model_copy(update={"item_features": (*SCHEMA.item_features, NUMBERS)})
+    sizes = Ragged.from_rows(rows, dtype="float")
+    with pytest.raises(SchemaError, match=message):
+        replace(catalogue, features={**catalogue.features, "sizes": sizes}).validate(schema)
+
+
+def test_numbers_that_are_ints_are_refused(catalogue: Catalogue) -> None:
+    with pytest.raises(SchemaError, match="sizes: must be float64 for dtype float, got int64"):
+        UserColumn(Ragged.from_rows([[1, 2]])).validate(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(2, np.float32), r"weights must be \(3,\) float32, got float32 \(2,\)"),
+        (np.ones(3), r"weights must be \(3,\) float32, got float64 \(3,\)"),
+        (np.array([1, np.inf, 1], np.float32), "weights must be finite, got inf"),
+    ],
+)
+def test_weights_of_a_user_column_go_with_its_ids(weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UserColumn(Ragged.from_rows([[1, 2], [3]]), weights)
+
+
+def test_a_user_column_is_checked_against_its_feature() -> None:
+    words = UserFeature(name="words", dtype="string")
+    texts = UserFeature(name="texts", kind="text", dtype="string")
+    column = UserColumn(Ragged.from_rows([["a"], ["b"]]), np.ones(2, np.float32))
+    column.validate(words)
+    with pytest.raises(SchemaError, match=r"texts: must have no weights, .*, got text"):
+        column.validate(texts)
+    with pytest.raises(SchemaError, match="words: must be object for dtype string, got int64"):
+        UserColumn(Ragged.from_rows([[1]])).validate(words)
+    with pytest.raises(SchemaError, match="sizes: must have 2 values or none, got 1 in row 1"):
+        UserColumn(Ragged.from_rows([[1.0, 2.0], [3.0]])).validate(NUMBERS)

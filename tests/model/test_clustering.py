@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from silvershard.model import clustering
-from silvershard.model.clustering import Clustering, spherical_kmeans
+from silvershard.model.clustering import Clustering, assign_clusters, spherical_kmeans
 
 
 def mixture(num_items: int, num_centres: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -262,3 +262,64 @@ def test_bad_arguments_are_refused() -> None:
         items[3, 7] = value
         with pytest.raises(ValueError, match="items must be finite"):
             spherical_kmeans(items, 2, seed=0)
+
+
+def test_given_centroids_get_the_items_that_they_score_best() -> None:
+    items, _ = mixture(1000, 8)
+    centroids = 3 * spherical_kmeans(items, 8, seed=1).centroids + 0.01
+    found = assign_clusters(items, centroids, max_imbalance=8)
+    assert torch.allclose(found.centroids, torch.nn.functional.normalize(centroids, dim=1))
+    scores = items @ found.centroids.T
+    own = scores.gather(1, found.assignment[:, None])[:, 0]
+    # Items and centroids are compared in steps of 1/4000.
+    assert (own - scores.amax(1)).min() > -1e-3
+    assert (found.assignment == scores.argmax(1)).float().mean() > 0.98
+
+
+def test_centroids_of_the_items_themselves_give_the_same_clusters_again() -> None:
+    items = spread(2000)
+    found = spherical_kmeans(items, 20, seed=0)
+    again = assign_clusters(items, found.centroids)
+    assert torch.equal(again.assignment, found.assignment)
+
+
+def test_lists_of_given_centroids_are_no_longer_than_asked_for() -> None:
+    items = spread(1000)
+    centroids = -spread(20, seed=2)
+    centroids[0] = torch.eye(16)[0]
+    free = assign_clusters(items, centroids, max_imbalance=20)
+    assert torch.bincount(free.assignment).max() > 500
+    found = assign_clusters(items, centroids)
+    assert torch.bincount(found.assignment).max() == 200
+    assert torch.equal(found.centroids, free.centroids)
+
+
+def test_the_assignment_to_given_centroids_does_not_depend_on_threads_or_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    items, centroids = spread(3000), spread(300, seed=1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, elements in ((1, 1 << 19), (2, 1 << 12)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(clustering, "_CHUNK_ELEMENTS", elements)
+            results.append(assign_clusters(items, centroids))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*results)
+
+
+def test_centroids_that_cannot_be_used_are_refused() -> None:
+    items = spread(10, dim=4)
+    for centroids, problem in (
+        (torch.ones(3, 5), "D of the items, 4, got 5"),
+        (torch.ones(3, 4).double(), r"\(C, D\) float32 with C >= 1, got \(3, 4\) torch.float64"),
+        (torch.ones(0, 4), "C >= 1"),
+        (torch.full((3, 4), torch.inf), "finite"),
+        (torch.zeros(3, 4), "no row of zeros"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            assign_clusters(items, centroids)
+    with pytest.raises(ValueError, match="max_imbalance"):
+        assign_clusters(items, torch.ones(3, 4), max_imbalance=0.5)
+    assert assign_clusters(torch.zeros(0, 4), torch.ones(3, 4)).assignment.shape == (0,)

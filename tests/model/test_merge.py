@@ -17,7 +17,14 @@ def round_one(rows: list[list[list[Entry]]], width: int, probed: int = 1) -> Rou
             for r, (score, item) in enumerate(entries):
                 scores[b, h, r], ids[b, h, r] = score, item
     batch = torch.full((len(rows),), probed)
-    return RoundOne(scores, ids, batch, batch * 2, {"ann": probed})
+    none = scores[:, 0, :0], ids[:, 0, :0]
+    return RoundOne(scores, ids, batch, batch * 2, *none, {"ann": probed})
+
+
+def generated(first: RoundOne, rows: list[list[Entry]], width: int) -> RoundOne:
+    """The same round with semantic candidates; ``rows[b]`` is the ranked list of request b."""
+    one = round_one([[row] for row in rows], width)
+    return first._replace(semantic_scores=one.scores[:, 0], semantic_item_ids=one.item_ids[:, 0])
 
 
 def round_two(rows: list[list[Entry]], width: int) -> RoundTwo:
@@ -30,7 +37,7 @@ def round_two(rows: list[list[Entry]], width: int) -> RoundTwo:
     refined = torch.where(ids < 0, -INF, ids.float() / 8)
     tasks = torch.stack([ids.float() * 2, ids.float() * 3], 2).masked_fill((ids < 0)[..., None], 0)
     count = (ids >= 0).sum(1)
-    return RoundTwo(ids, values, refined, tasks, count, count, {"rerank": len(rows)})
+    return RoundTwo(ids, values, refined, tasks, count, count * 3, count, {"rerank": len(rows)})
 
 
 def test_the_cutoff_is_the_last_kept_candidate_of_all_lists() -> None:
@@ -66,6 +73,40 @@ def test_each_request_and_head_has_its_own_cutoff() -> None:
     assert cut.item_ids.tolist() == [[2, 4], [5, 6]]
 
 
+def test_semantic_candidates_have_a_cut_of_their_own_number() -> None:
+    heads = round_one([[[(9.0, 1)]], [[(8.0, 2)]], [[(7.0, 3)]], [[(6.0, 4)]]], 9)
+    one = generated(heads, [[(-1.0, 5), (-3.0, 7)], [(-1.0, 5)], [(-2.0, 6)], []], 3)
+    other = generated(heads, [[(-3.0, 6)], [(-1.0, 4), (-1.0, 9)], [(-1.0, 8)], [(-4.0, 9)]], 2)
+    cut = Merge().cutoffs([one, other], torch.full((4,), 9), torch.tensor([2, 2, 0, 3]))
+    assert cut.scores.shape == (4, 2)
+    assert cut.scores[:, 1].tolist() == [-3.0, -1.0, INF, -INF]
+    assert cut.item_ids[[0, 1, 3], 1].tolist() == [6, 5, LARGEST_ID]
+    own = Cutoffs(cut.scores[:, 1:], cut.item_ids[:, 1:])
+    kept = [
+        passes(half.semantic_scores[:, None], half.semantic_item_ids[:, None], own)[:, 0]
+        for half in (one, other)
+    ]
+    assert kept[0].sum(1).tolist() == [1, 1, 0, 0]
+    assert kept[1].sum(1).tolist() == [1, 1, 0, 1]
+
+
+def test_a_batch_that_asks_for_no_semantic_candidates_has_no_cut_for_them() -> None:
+    heads = generated(round_one([[[(9.0, 1)]]], 1), [[(-1.0, 5)]], 1)
+    for asked in (None, torch.tensor([0])):
+        assert Merge().cutoffs([heads], torch.tensor([1]), asked).scores.shape == (1, 1)
+
+
+def test_semantic_candidates_of_several_lists_are_one_ranking() -> None:
+    heads = round_one([[[(9.0, 1)]]], 1)
+    lists = [
+        generated(heads, [[(-1.0, 8), (-2.0, 3)]], 2),
+        generated(heads, [[(-1.0, 7)]], 1),
+    ]
+    both = Merge().candidates(lists, 1)
+    assert both.semantic_item_ids.tolist() == [[7, 8]]
+    assert both.semantic_scores.tolist() == [[-1.0, -1.0]]
+
+
 def test_candidates_of_several_lists_are_one_ranking_and_counts_add_up() -> None:
     first = round_one([[[(5.0, 1), (1.0, 4)]]], 2, probed=10)
     second = round_one([[[(5.0, 0)]]], 1, probed=7)
@@ -87,6 +128,7 @@ def test_results_keep_their_own_payload_and_padding_stays_padding() -> None:
     assert both.tasks[0, :, 0].tolist() == [18.0, 20.0, 22.0, 24.0]
     assert both.tasks[1].tolist() == [[40.0, 60.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     assert both.reranked.tolist() == [5, 1]
+    assert both.semantic_kept.tolist() == [15, 3]
 
 
 @pytest.mark.parametrize("shards", [2, 3, 7])

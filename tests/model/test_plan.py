@@ -6,11 +6,13 @@ from silvershard.model.plan import (
     PROBE_WIDE,
     Plan,
     PlanError,
+    check_semantic_k,
     choose_plan,
     parse_plan,
 )
 from silvershard.model.planes import PlaneDictionary
 from silvershard.model.schema import Schema
+from silvershard.model.semantic_config import MAX_SEMANTIC_K, SemanticConfig, SemanticSpec
 from silvershard.model.spec import MAX_ANN_K, SearchDefaults, ServingSpec
 
 
@@ -41,6 +43,12 @@ def make_spec(documents: int = 100_000, num_clusters: int = 1024) -> ServingSpec
 
 
 SPEC = make_spec()
+SEMANTIC = SPEC.model_copy(
+    update={
+        "semantic": SemanticSpec(decoder=SemanticConfig(), state_dim=8),
+        "defaults": SearchDefaults(probes=64, ann_k=500, semantic_k=90),
+    }
+)
 
 
 def test_without_a_filter_the_defaults_are_used() -> None:
@@ -108,3 +116,44 @@ def test_a_plan_that_cannot_run_is_refused(text: str, message: str) -> None:
 def test_a_tiny_catalogue_reads_all_pages() -> None:
     plan = choose_plan(make_spec(documents=5, num_clusters=64), k=10, eligible=None)
     assert plan == Plan(ALL_PAGES, 64, 500)
+
+
+@pytest.mark.parametrize("eligible", [None, 100_000, 25_000, 1_000, 0])
+def test_every_plan_asks_the_decoder_as_often_as_the_request_or_the_model_says(
+    eligible: int | None,
+) -> None:
+    plain = choose_plan(SPEC, k=10, eligible=eligible)
+    for asked, given in ((None, 90), (0, 0), (7, 7)):
+        plan = choose_plan(SEMANTIC, k=10, eligible=eligible, semantic_k=asked)
+        assert plan == plain._replace(semantic_k=given)
+    assert choose_plan(SEMANTIC, k=10, eligible=eligible, nprobe=3).semantic_k == 90
+
+
+def test_an_exact_search_asks_the_decoder_only_when_told_to() -> None:
+    assert choose_plan(SEMANTIC, k=10, eligible=77, exact=True).semantic_k == 0
+    assert choose_plan(SEMANTIC, k=10, eligible=77, exact=True, semantic_k=5).semantic_k == 5
+
+
+def test_a_plan_with_semantic_candidates_survives_its_text() -> None:
+    plan = Plan(PROBE, 3, 5, 90)
+    assert str(plan) == "probe(probes=3,ann_k=5,semantic_k=90)"
+    assert parse_plan(str(plan), SEMANTIC) == plan
+    assert parse_plan("probe(probes=3,ann_k=5)", SEMANTIC).semantic_k == 0
+
+
+@pytest.mark.parametrize(
+    ("semantic_k", "spec", "message"),
+    [
+        (1, SPEC, "must be 0, as model films has no semantic ids, got 1"),
+        (-1, SEMANTIC, rf"must be in 0\.\.{MAX_SEMANTIC_K}, got -1"),
+        (MAX_SEMANTIC_K + 1, SEMANTIC, rf"must be in 0\.\.{MAX_SEMANTIC_K}"),
+    ],
+)
+def test_semantic_candidates_that_cannot_be_given_are_refused(
+    semantic_k: int, spec: ServingSpec, message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        check_semantic_k(semantic_k, spec)
+    if semantic_k > 0:
+        with pytest.raises(PlanError, match=message):
+            parse_plan(f"probe(probes=1,ann_k=1,semantic_k={semantic_k})", spec)

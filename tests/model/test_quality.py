@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from silvershard.model.quality import (
+    coverage_at_k,
     hit_rate_at_k,
     ndcg_at_k,
     overlap_at_k,
@@ -75,6 +76,22 @@ def test_metrics_refuse_what_they_cannot_read() -> None:
         recall_at_k(RANKED, np.array([1, 2]), 1)
     with pytest.raises(ValueError, match=r"ranked ids must be \(B, K\)"):
         recall_at_k(RANKED[0], np.array([1]), 1)
+
+
+def test_coverage_is_the_share_of_items_that_any_user_is_shown() -> None:
+    # 3, 1, 4, 5, 9, 2 and 6 of ten items, of which 1 comes twice.
+    assert coverage_at_k(RANKED, 10, 3) == 0.7
+    assert coverage_at_k(RANKED, 10, 1) == 0.3
+    assert coverage_at_k(RANKED, 10, 100) == 0.7
+    assert coverage_at_k(np.full((2, 3), -1), 10, 3) == 0.0
+    assert coverage_at_k(np.zeros((0, 3)), 10, 3) == 0.0
+
+
+def test_coverage_refuses_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match="num_items must be at least 1, got 0"):
+        coverage_at_k(RANKED, 0, 3)
+    with pytest.raises(ValueError, match="must have at most 6 distinct ids, got 7"):
+        coverage_at_k(RANKED, 6, 3)
 
 
 def test_overlap_counts_what_both_have_in_any_order() -> None:

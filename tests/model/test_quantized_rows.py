@@ -9,7 +9,6 @@ from silvershard.model.quantized_rows import (
     StoredTable,
     check_rows,
     quantize_rows,
-    record_pool,
     records_problem,
     restore_rows,
     sizes_of,
@@ -165,16 +164,3 @@ def test_records_are_recognised() -> None:
 def test_sizes_are_read_from_weights() -> None:
     weights = {"films": torch.zeros(9, 4), "genres": torch.zeros(3, 4)}
     assert sizes_of(weights) == ({"films": 9, "genres": 3}, 4)
-
-
-def test_a_record_pool_sums_the_records_it_is_given() -> None:
-    values = torch.arange(24.0).view(3, 8)
-    pool = record_pool(2, 8, "int8")
-    pool.weights_host = quantize_rows(values, "int8").flatten()
-    found = pool(
-        indices=torch.tensor([0, 1, 2]),
-        offsets=torch.tensor([0, 2, 3]),
-        per_sample_weights=torch.tensor([1.0, 2.0, 1.0]),
-    )
-    wanted = torch.cat([values[0] + 2 * values[1], values[2]])
-    assert torch.allclose(found[0], wanted, atol=0.1)

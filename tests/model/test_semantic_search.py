@@ -1,32 +1,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from silvershard.kernels import merge_topk, pack_bits
-from silvershard.model.compiled_request import compile_request
-from silvershard.model.merge import Merge, passes
-from silvershard.model.plan import Plan
-from silvershard.model.request import Request
-from silvershard.model.retriever import PartCandidates, Retriever, assemble
-from silvershard.model.semantic_ids import (
-    SemanticConfig,
-    SemanticDecoder,
-    encode_items,
-    item_scores,
-)
-from silvershard.model.semantic_search import (
-    CodeTrie,
-    Generated,
-    eligible_slots,
-    generate,
-)
-from silvershard.model.types import Cutoffs, RoundOne, Work
-from silvershard.shard.load import load_retriever
+from silvershard.model.semantic_config import SemanticConfig
+from silvershard.model.semantic_ids import SemanticDecoder, item_scores
+from silvershard.model.semantic_search import Generated, generate
+from silvershard.model.semantic_trie import CodeTrie
 
 STATE = 10
 
@@ -41,6 +25,10 @@ class Items(NamedTuple):
     @property
     def trie(self) -> CodeTrie:
         return CodeTrie(self.codes, self.item_ids, self.decoder.config.width)
+
+    def search(self, states: Tensor, flags: Tensor, num_results: int, **options: int) -> Generated:
+        context, eligible = self.decoder.context(states), pack_bits(flags)
+        return generate(self.decoder, context, self.trie, eligible, num_results, **options)
 
 
 def make_decoder(
@@ -126,41 +114,6 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_a_trie_numbers_prefixes_level_by_level() -> None:
-    codes = torch.zeros(1, 64, 3, dtype=torch.int16)
-    item_ids = torch.full((1, 64), -1)
-    for slot, item_id, code in (
-        (9, 50, (1, 0, 2)),
-        (3, 20, (0, 1, 1)),
-        (60, 10, (1, 0, 2)),
-        (0, 30, (0, 1, 0)),
-        (7, 40, (1, 2, 0)),
-    ):
-        item_ids[0, slot] = item_id
-        codes[0, slot] = torch.tensor(code)
-    trie = CodeTrie(codes, item_ids, 3)
-    assert trie.num_items == 5
-    assert trie.order.tolist() == [0, 3, 60, 9, 7]
-    assert trie.item_ids.tolist() == [30, 20, 10, 50, 40]
-    assert trie.bounds == (0, 1, 3, 6)
-    # The empty prefix; (0), (1); (0, 1), (1, 0), (1, 2).
-    assert trie.starts.tolist() == [0, 0, 2, 0, 2, 4]
-    assert trie.stops.tolist() == [5, 2, 5, 2, 4, 5]
-    assert trie.longer.tolist() == [1, 3, 4, 6]
-
-
-@pytest.mark.parametrize("num_items", [1, 63, 64, 65, 700])
-@pytest.mark.parametrize("share", [0.0, 0.005, 0.3, 0.99, 1.0])
-def test_bits_of_slots_become_bits_of_items_in_code_order(num_items: int, share: float) -> None:
-    items = make_items(num_items, 2, 5, page=128)
-    flags = make_flags(items, 3, share)
-    trie = items.trie
-    words = trie.in_code_order(pack_bits(flags))
-    want = torch.zeros(3, words.shape[1] * 64, dtype=torch.bool)
-    want[:, :num_items] = flags.flatten(1)[:, trie.order.long()]
-    assert torch.equal(words, pack_bits(want))
-
-
 @pytest.mark.parametrize("share", [0.01, 0.5, 1.0, 0.0])
 @pytest.mark.parametrize(
     ("num_items", "levels", "width", "num_results"),
@@ -181,7 +134,7 @@ def test_the_search_finds_what_scoring_every_item_finds(
         items = make_items(num_items, levels, width, sharpness=sharpness, seed=seed)
         states, flags = make_states(3, seed), make_flags(items, 3, share, seed)
         want = brute_force(items, states, flags, num_results)
-        got = generate(items.decoder, states, items.trie, pack_bits(flags), num_results, batch=4)
+        got = items.search(states, flags, num_results, batch=4)
         assert_same(got, want)
         found = got.slots >= 0
         which = torch.nonzero(found)[:, 0]
@@ -196,7 +149,7 @@ def test_equal_scores_come_in_the_order_of_ids(batch: int) -> None:
     for parameter in items.decoder.parameters():
         parameter.zero_()
     flags = make_flags(items, 2, 0.5)
-    got = generate(items.decoder, make_states(2), items.trie, pack_bits(flags), 40, batch=batch)
+    got = items.search(make_states(2), flags, 40, batch=batch)
     assert_same(got, brute_force(items, make_states(2), flags, 40))
     for row in range(2):
         alive = items.item_ids[flags[row] & (items.item_ids >= 0)]
@@ -213,7 +166,7 @@ def test_a_bound_that_ties_with_the_last_result_is_still_opened() -> None:
     want = brute_force(items, make_states(1), flags, 10)
     assert len(want.scores.unique()) == 1
     for batch in (1, 2, 64):
-        got = generate(items.decoder, make_states(1), items.trie, pack_bits(flags), 10, batch=batch)
+        got = items.search(make_states(1), flags, 10, batch=batch)
         assert_same(got, want)
 
 
@@ -221,7 +174,7 @@ def test_items_with_the_same_codes_are_told_apart_by_id() -> None:
     items = make_items(150, 3, 6)
     items.codes[...] = torch.tensor([5, 0, 3])
     flags = make_flags(items, 1, 0.5)
-    got = generate(items.decoder, make_states(1), items.trie, pack_bits(flags), 20)
+    got = items.search(make_states(1), flags, 20)
     alive = items.item_ids[flags[0] & (items.item_ids >= 0)]
     assert got.item_ids[0].tolist() == sorted(alive.tolist())[:20]
     assert len(got.scores.unique()) == 1
@@ -230,7 +183,7 @@ def test_items_with_the_same_codes_are_told_apart_by_id() -> None:
 
 def test_a_single_item_is_found_and_an_empty_trie_gives_padding() -> None:
     one = make_items(1, 3, 6)
-    got = generate(one.decoder, make_states(2), one.trie, pack_bits(make_flags(one, 2, 1.0)), 3)
+    got = one.search(make_states(2), make_flags(one, 2, 1.0), 3)
     assert_same(got, brute_force(one, make_states(2), make_flags(one, 2, 1.0), 3))
     assert got.item_ids[:, 0].tolist() == [int(one.item_ids.max())] * 2
     for pages in (0, 2):
@@ -238,7 +191,7 @@ def test_a_single_item_is_found_and_an_empty_trie_gives_padding() -> None:
             torch.zeros(pages, 64, 3, dtype=torch.int16), torch.full((pages, 64), -1), 6
         )
         eligible = torch.full((2, pages, 1), -1)
-        got = generate(one.decoder, make_states(2), trie, eligible, 3)
+        got = generate(one.decoder, one.decoder.context(make_states(2)), trie, eligible, 3)
         assert got.item_ids.tolist() == [[-1] * 3] * 2
         assert got.scores.tolist() == [[float("-inf")] * 3] * 2
         assert bool(got.exact.all())
@@ -246,9 +199,7 @@ def test_a_single_item_is_found_and_an_empty_trie_gives_padding() -> None:
 
 def test_no_request_gives_no_items() -> None:
     items = make_items(50, 3, 6)
-    got = generate(
-        items.decoder, make_states(0), items.trie, pack_bits(make_flags(items, 0, 1.0)), 3
-    )
+    got = items.search(make_states(0), make_flags(items, 0, 1.0), 3)
     assert got.item_ids.shape == (0, 3)
     assert got.exact.shape == (0,)
 
@@ -259,8 +210,8 @@ def test_the_answer_does_not_depend_on_how_many_prefixes_are_expanded_at_a_time(
 ) -> None:
     items = make_items(2000, 3, 16)
     states, flags = make_states(4), make_flags(items, 4, 0.4)
-    want = generate(items.decoder, states, items.trie, pack_bits(flags), 60)
-    got = generate(items.decoder, states, items.trie, pack_bits(flags), 60, batch=batch)
+    want = items.search(states, flags, 60)
+    got = items.search(states, flags, 60, batch=batch)
     assert_same(got, want)
 
 
@@ -269,15 +220,15 @@ def test_a_request_has_the_same_bits_alone_and_in_any_batch(num_threads: int) ->
     items = make_items(1500, 3, 16)
     states, flags = make_states(33), make_flags(items, 33, 0.5)
     flags[::3] = make_flags(items, 11, 0.01, seed=9)
-    trie, eligible = items.trie, pack_bits(flags)
+    trie, eligible, context = items.trie, pack_bits(flags), items.decoder.context(states)
     with threads(num_threads):
         alone = [
-            generate(items.decoder, states[row : row + 1], trie, eligible[row : row + 1], 40)
+            generate(items.decoder, context[row : row + 1], trie, eligible[row : row + 1], 40)
             for row in range(33)
         ]
         for size in (2, 7, 33):
             rows = torch.randperm(33, generator=torch.Generator().manual_seed(size))[:size]
-            together = generate(items.decoder, states[rows], trie, eligible[rows], 40)
+            together = generate(items.decoder, context[rows], trie, eligible[rows], 40)
             for place, row in enumerate(rows.tolist()):
                 for name, value, single in zip(
                     Generated._fields, together, alone[row], strict=True
@@ -298,11 +249,8 @@ def test_the_best_of_all_shards_are_the_best_of_the_whole(count: int) -> None:
     for num_items, width, num_results in ((1200, 8, 50), (40, 8, 30), (4, 3, 10)):
         items = make_items(num_items, 3, width)
         states, flags = make_states(3), make_flags(items, 3, 0.6)
-        whole = generate(items.decoder, states, items.trie, pack_bits(flags), num_results)
-        parts = [
-            generate(items.decoder, states, shard.trie, pack_bits(flags), num_results)
-            for shard in shards_of(items, count)
-        ]
+        whole = items.search(states, flags, num_results)
+        parts = [shard.search(states, flags, num_results) for shard in shards_of(items, count)]
         merged = merge_topk(
             torch.stack([part.scores for part in parts]),
             torch.stack([part.item_ids for part in parts]),
@@ -316,7 +264,7 @@ def test_no_prefix_is_expanded_that_need_not_be() -> None:
     """One at a time, those above the last result are expanded, and perhaps some that tie."""
     items = make_items(1500, 3, 16)
     states, flags = make_states(3), make_flags(items, 3, 0.5)
-    got = generate(items.decoder, states, items.trie, pack_bits(flags), 20, batch=1)
+    got = items.search(states, flags, 20, batch=1)
     for row, state in enumerate(states):
         alive = flags[row].flatten() & (items.item_ids.flatten() >= 0)
         codes = items.codes.flatten(0, 1)[alive].long()
@@ -338,17 +286,13 @@ def test_a_search_that_reaches_its_limit_says_so_and_returns_true_scores() -> No
     items = make_items(1500, 3, 16, sharpness=0.3)
     states, flags = make_states(4), make_flags(items, 4, 0.5)
     everything = brute_force(items, states, flags, 1500)
-    free = generate(items.decoder, states, items.trie, pack_bits(flags), 200)
+    free = items.search(states, flags, 200)
     assert int(free.expanded.min()) > 40
     for limit in (1, 2, 12, 40):
-        got = generate(
-            items.decoder, states, items.trie, pack_bits(flags), 200, max_expansions=limit
-        )
+        got = items.search(states, flags, 200, max_expansions=limit)
         assert not bool(got.exact.any())
         assert got.expanded.tolist() == [limit] * 4
-        alone = generate(
-            items.decoder, states[2:3], items.trie, pack_bits(flags[2:3]), 200, max_expansions=limit
-        )
+        alone = items.search(states[2:3], flags[2:3], 200, max_expansions=limit)
         assert torch.equal(alone.item_ids[0], got.item_ids[2])
         if limit >= 12:
             assert bool((got.item_ids[:, 0] >= 0).all())
@@ -360,12 +304,10 @@ def test_a_search_that_reaches_its_limit_says_so_and_returns_true_scores() -> No
                 got.item_ids[row].tolist(), got.scores[row].tolist(), strict=True
             ):
                 assert item_id < 0 or score_of[item_id] == score
-    got = generate(items.decoder, states, items.trie, pack_bits(flags), 200, batch=1)
-    limited = generate(
-        items.decoder,
+    got = items.search(states, flags, 200, batch=1)
+    limited = items.search(
         states,
-        items.trie,
-        pack_bits(flags),
+        flags,
         200,
         batch=1,
         max_expansions=2 * int(got.expanded.max()) + 1,
@@ -377,7 +319,7 @@ def test_a_decoder_that_gives_no_number_is_refused() -> None:
     items = make_items(50, 3, 6)
     items.decoder.out[1].bias[3] = float("nan")
     with pytest.raises(ValueError, match="the decoder's logits must not be NaN"):
-        generate(items.decoder, make_states(1), items.trie, pack_bits(make_flags(items, 1, 1.0)), 5)
+        items.search(make_states(1), make_flags(items, 1, 1.0), 5)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +338,8 @@ def test_a_decoder_that_gives_no_number_is_refused() -> None:
             "trie must have the decoder's 3 levels of 7 codes, got 3 of 6",
         ),
         (
-            lambda given: given["user_state"][0].fill_(float("nan")),
-            "user_state must be finite",
+            lambda given: given.update(context=given["context"][:, 1:]),
+            r"context must have shape \(B, 12\)",
         ),
     ],
 )
@@ -407,7 +349,7 @@ def test_arguments_that_do_not_fit_are_refused(
     items = make_items(50, 3, 6)
     given = {
         "decoder": items.decoder,
-        "user_state": make_states(2),
+        "context": items.decoder.context(make_states(2)),
         "trie": items.trie,
         "eligible": pack_bits(make_flags(items, 2, 1.0)),
         "num_results": 5,
@@ -417,170 +359,10 @@ def test_arguments_that_do_not_fit_are_refused(
         generate(**given)
 
 
-def test_codes_that_do_not_fit_an_index_are_refused() -> None:
-    items = make_items(50, 3, 6)
-    with pytest.raises(ValueError, match=r"codes must be in \[0, 5\), got 5"):
-        CodeTrie(items.codes.clamp(min=5), items.item_ids, 5)
-    with pytest.raises(ValueError, match="codes must have shape"):
-        CodeTrie(items.codes[:1], items.item_ids, 6)
-    with pytest.raises(ValueError, match="L at least 1"):
-        CodeTrie(items.codes[:, :, :0], items.item_ids, 6)
-    dead = torch.where(items.item_ids[..., None] < 0, 99, items.codes).short()
-    assert CodeTrie(dead, items.item_ids, 6).num_items == 50
-
-
-class Side(NamedTuple):
-    """One process of a cut: its retriever and what it adds to answer with generated items."""
-
-    retriever: Retriever
-    trie: CodeTrie
-
-
-@pytest.fixture(scope="module")
-def film_decoder(generation) -> SemanticDecoder:
-    torch.manual_seed(3)
-    config = SemanticConfig(levels=3, width=7, hidden=16)
-    decoder = SemanticDecoder(config, generation.model.config.state_dim)
-    for out in decoder.out:
-        torch.nn.init.normal_(out.weight, std=0.5)
-    return decoder.requires_grad_(requires_grad=False).eval()
-
-
-def sides(path: Path, count: int) -> list[Side]:
-    generator = torch.Generator().manual_seed(4)
-    codebooks = 0.3 * torch.randn(3, 7, 16, generator=generator)
-    found = []
-    for shard in range(count):
-        retriever = load_retriever(path, shard=shard, num_shards=count)[0]
-        index = retriever.indexes[0]
-        codes = encode_items(index.cache.float().flatten(0, 1), codebooks)
-        codes = codes.view(*index.item_ids.shape, 3)
-        found.append(Side(retriever, CodeTrie(codes, index.item_ids, 7)))
-    return found
-
-
-@pytest.fixture(scope="module")
-def whole(generation) -> list[Side]:
-    return sides(generation.path, 1)
-
-
-def as_head(found: Generated) -> tuple[RoundOne, PartCandidates]:
-    """What the search found, as one more head of round one."""
-    one = RoundOne(
-        found.scores[:, None],
-        found.item_ids[:, None],
-        found.expanded,
-        (found.item_ids >= 0).sum(1),
-        {},
-    )
-    return one, PartCandidates(one.scores, one.item_ids, found.slots[:, None])
-
-
-def with_head(first: RoundOne, kept: PartCandidates, found: Generated) -> tuple[Any, Any]:
-    head, head_kept = as_head(found)
-    first = first._replace(
-        scores=torch.cat([first.scores, head.scores], 1),
-        item_ids=torch.cat([first.item_ids, head.item_ids], 1),
-    )
-    return first, PartCandidates(
-        *(torch.cat([one, other], 1) for one, other in zip(kept, head_kept, strict=True))
-    )
-
-
-def film_work(side: Side, requests: list[Request]) -> Work:
-    spec = side.retriever.spec
-    compiled = [compile_request(one, spec) for one in requests]
-    encoded = side.retriever.encode([one.features for one in compiled])
-    plans = [Plan("probe", 4, 20 + 3 * at) for at in range(len(compiled))]
-    return assemble(compiled, plans, encoded.embedding, encoded.user_state)
-
-
-def generated(decoder: SemanticDecoder, side: Side, work: Work, num_results: int) -> Generated:
-    index = side.retriever.indexes[0]
-    eligible = eligible_slots(index, work.scan, work.verify, work.exclude)
-    return generate(decoder, work.user_state, side.trie, eligible, num_results)
-
-
-def test_generated_items_pass_the_filters_and_exclusions_of_their_requests(
-    generation, whole, film_decoder, request_maker
-) -> None:
-    side = whole[0]
-    requests = request_maker(generation, 24, seed=5)
-    work = film_work(side, requests)
-    found = generated(film_decoder, side, work, 600)
-    limited = 0
-    for row, request in enumerate(requests):
-        allowed = side.retriever([Request(k=600, exact=True, filter=request.filter)])[0].item_ids
-        want = set(allowed.tolist()) - set(request.exclude_ids)
-        limited += len(want) < 600
-        assert set(found.item_ids[row].tolist()) - {-1} == want
-    assert limited > 10
-    assert bool((work.verify != 0).any())
-
-
-@pytest.mark.parametrize("count", [2, 3, 7])
-def test_one_more_head_of_generated_items_gives_the_same_answer_from_any_shards(
-    generation, whole, film_decoder, request_maker, count: int
-) -> None:
-    """Merge, cutoffs, the union of the heads and reranking take it as they take the others."""
-    answers = []
-    for group in (whole, sides(generation.path, count)):
-        work = film_work(group[0], request_maker(generation, 9, seed=6))
-        width = int(work.ann_k.max())
-        firsts, kept = [], []
-        for side in group:
-            first, candidates = side.retriever.open(work)
-            found = generated(film_decoder, side, work, width)
-            first, candidate = with_head(first, candidates[0], found)
-            firsts.append(first)
-            kept.append(candidate)
-        cutoffs = Merge().cutoffs(firsts, work.ann_k)
-        second = [
-            side.retriever.close(work, [one], cutoffs)
-            for side, one in zip(group, kept, strict=True)
-        ]
-        heads = passes(kept[0].scores, kept[0].item_ids, cutoffs).sum(2)
-        answers.append((cutoffs, Merge()(second, 600), heads))
-    (cutoffs, single, heads), (other_cutoffs, other, _) = answers
-    assert torch.equal(cutoffs.scores, other_cutoffs.scores)
-    assert torch.equal(cutoffs.item_ids, other_cutoffs.item_ids)
-    for name in ("item_ids", "values", "refined", "tasks", "kept"):
-        assert torch.equal(getattr(single, name), getattr(other, name)), name
-    without = whole[0].retriever
-    first, candidates = without.open(work)
-    plain = without.close(work, candidates, Merge().cutoffs([first], work.ann_k))
-    assert torch.equal(single.kept, plain.kept + heads[:, -1])
-    assert bool((single.reranked > plain.reranked).any())
-
-
-def test_generated_items_have_a_cut_of_their_own(
-    generation, whole, film_decoder, request_maker
-) -> None:
-    """Cutoffs of different numbers of candidates are made apart and put side by side."""
-    results = []
-    for group in (whole, sides(generation.path, 3)):
-        work = film_work(group[0], request_maker(generation, 5, seed=8))
-        own = torch.tensor([5, 1, 9, 3, 7])
-        opened = [side.retriever.open(work) for side in group]
-        heads = [as_head(generated(film_decoder, side, work, 9)) for side in group]
-        ann = Merge().cutoffs([first for first, _ in opened], work.ann_k)
-        semantic = Merge().cutoffs([head for head, _ in heads], own)
-        cutoffs = Cutoffs(*(torch.cat(both, 1) for both in zip(ann, semantic, strict=True)))
-        passing = [passes(head.scores, head.item_ids, semantic).sum((1, 2)) for head, _ in heads]
-        second = []
-        for side, (_, candidates), (_, head) in zip(group, opened, heads, strict=True):
-            wide = [
-                torch.nn.functional.pad(one, (0, candidates[0].scores.shape[2] - 9), value=fill)
-                for one, fill in zip(head, (float("-inf"), -1, -1), strict=True)
-            ]
-            joined = PartCandidates(
-                *(torch.cat(both, 1) for both in zip(candidates[0], wide, strict=True))
-            )
-            second.append(side.retriever.close(work, [joined], cutoffs))
-        results.append((torch.stack(passing).sum(0), Merge()(second, 50)))
-    (passing, single), (other_passing, other) = results
-    assert bool((passing <= own).all())
-    assert bool((passing == own).any())
-    assert torch.equal(passing, other_passing)
-    for name in ("item_ids", "values", "kept"):
-        assert torch.equal(getattr(single, name), getattr(other, name)), name
+def test_a_search_is_not_limited_unless_it_is_told_to_be() -> None:
+    """A decoder that finds nothing likely opens every prefix with an eligible item."""
+    items = make_items(900, 3, 12, sharpness=0.0)
+    states, flags = make_states(2), make_flags(items, 2, 0.9)
+    got = items.search(states, flags, 900)
+    assert_same(got, brute_force(items, states, flags, 900))
+    assert int(got.expanded.min()) > 0.5 * items.trie.bounds[-1]

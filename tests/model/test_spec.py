@@ -50,6 +50,10 @@ def test_a_spec_survives_json() -> None:
         ({"partition_documents": (4, *(0,) * 63)}, "must sum to documents=5, got 4"),
         ({"num_clusters": 3}, "probes must be at most num_clusters=3, got 4"),
         ({"dim": 1025}, "less than or equal to 1024"),
+        (
+            {"defaults": SearchDefaults(probes=4, ann_k=10, semantic_k=5)},
+            "semantic_k must be 0 without semantic ids, got 5",
+        ),
         ({"extra": 1}, "Extra inputs are not permitted"),
     ],
 )

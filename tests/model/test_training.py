@@ -9,7 +9,9 @@ from pydantic import TypeAdapter
 
 from silvershard.model import training_batches
 from silvershard.model.catalogue import Ragged
+from silvershard.model.clustering import assign_clusters
 from silvershard.model.encoder_config import HSTUEncoderConfig, SequenceEncoderConfig
+from silvershard.model.joint_config import JointConfig
 from silvershard.model.quality import hit_rate_at_k, ndcg_at_k, popularity_ranking
 from silvershard.model.ranker_training import RankerTraining
 from silvershard.model.schema import Schema, UserFeature
@@ -190,6 +192,42 @@ def test_the_pull_brings_items_closer_to_their_centres() -> None:
     assert spread[1] > spread[0] + 0.02
 
 
+def test_training_through_the_index_gives_centroids_that_find_most_with_few_probes() -> None:
+    assert run(steps=2, ranker_steps=0).centroids is None
+    options: dict[str, Any] = {"ranker_steps": 0, "clusters": 24, "joint": JointConfig()}
+    first, trained = run(steps=1, **options), run(**options)
+    items = trained.model.embed_items(FEATURES)
+    query = trained.model.encode([{"history": one} for one in PARTS.histories]).embedding[:, 0]
+    best = (query @ items.T).topk(10, 1).indices
+    reached = []
+    for centroids in (first.centroids, trained.centroids):
+        assert centroids.shape == (24, 16)
+        assert not centroids.requires_grad
+        found = assign_clusters(items, centroids)
+        probed = (query @ found.centroids.T).topk(3, 1).indices
+        own = found.assignment[best]
+        reached.append((own[:, :, None] == probed[:, None]).any(2).float().mean().item())
+    assert reached[1] > max(reached[0] + 0.02, 0.85), reached
+    assert trained.tower_losses[-1] < trained.tower_losses[0]
+    assert trained.tower_ndcg > 0.2
+
+
+def test_the_centroids_that_are_kept_are_those_of_the_best_towers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states: list[torch.Tensor] = []
+    values = iter((0.3, 0.6, 0.5, 0.4))
+
+    def evaluate(self: TowerTraining) -> float:
+        states.append(self.centroids.clone())
+        return next(values)
+
+    monkeypatch.setattr(TowerTraining, "evaluate", evaluate)
+    trained = run(steps=8, evaluate_every=2, ranker_steps=0, joint=JointConfig())
+    assert torch.equal(trained.centroids, states[1])
+    assert not torch.equal(states[3], states[1])
+
+
 def test_training_goes_without_validation() -> None:
     trained = train(SCHEMA, FEATURES, SIGNALS, PARTS.train, CONFIG, watch=QUIET)
     assert math.isnan(trained.tower_ndcg)
@@ -257,10 +295,11 @@ def test_training_stops_early_where_validation_no_longer_improves(
     assert next(values) == 0.9
 
 
-def test_an_interrupted_training_ends_in_the_same_bits() -> None:
+@pytest.mark.parametrize("joint", [None, JointConfig()])
+def test_an_interrupted_training_ends_in_the_same_bits(joint: JointConfig | None) -> None:
     checkpoints: list[Checkpoint] = []
     watch = Watch(on_checkpoint=checkpoints.append, checkpoint_every=7, progress=False)
-    changes = {"steps": 24, "ranker_steps": 16, "evaluate_every": 10}
+    changes = {"steps": 24, "ranker_steps": 16, "evaluate_every": 10, "joint": joint}
     whole = run(watch=watch, **changes)
     stops = [(one.progress.phase, one.progress.done) for one in checkpoints]
     assert stops == [
@@ -275,6 +314,8 @@ def test_an_interrupted_training_ends_in_the_same_bits() -> None:
         again = run(resume=written, **changes)
         for name, value in whole.model.state_dict().items():
             assert torch.equal(again.model.state_dict()[name], value), (name, checkpoint.progress)
+        if joint is not None:
+            assert torch.equal(again.centroids, whole.centroids)
         assert again.tower_losses == whole.tower_losses
         assert again.ranker_losses == whole.ranker_losses
         assert again.tower_ndcg == whole.tower_ndcg

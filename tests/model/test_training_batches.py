@@ -1,11 +1,15 @@
 import pytest
 import torch
 
+from silvershard.model.catalogue import Ragged, UserColumn
 from silvershard.model.training_batches import (
     learning_rate_factor,
     load_optimizer_state,
     optimizer_state,
+    without_some,
 )
+from silvershard.model.two_tower import TwoTower
+from silvershard.model.two_tower_config import TwoTowerConfig
 
 
 def test_a_learning_rate_rises_and_then_falls_as_its_schedule_says() -> None:
@@ -44,3 +48,40 @@ def test_an_optimizer_goes_on_where_it_was() -> None:
     steps(one, first, 2)
     steps(other, second, 2)
     assert torch.equal(one, other)
+
+
+def test_each_user_feature_is_absent_of_a_share_of_the_users() -> None:
+    model = TwoTower(
+        TwoTowerConfig.model_validate(
+            {
+                "dim": 4,
+                "heads": ["user"],
+                "history": "history",
+                "item": "film",
+                "tables": [{"name": "film", "dtype": "int", "size": 2}],
+                "user_ids": [{"name": "tags", "dtype": "int", "size": 500}],
+                "user_numbers": [{"name": "age", "width": 1}],
+            }
+        )
+    )
+    columns = {
+        "tags": UserColumn(Ragged.from_rows([[user, 0] for user in range(500)])),
+        "age": UserColumn(Ragged.from_rows([[float(user)] for user in range(500)], dtype="float")),
+    }
+    users = model.user_features.of_columns(columns, 500)
+    torch.manual_seed(1)
+    thinned = without_some(model, users, 0.3)
+    absent = {name: thinned[name].lengths != bags.lengths for name, bags in users.items()}
+    for name, gone in absent.items():
+        assert 0.2 < gone.float().mean() < 0.4
+        kept, before = thinned[name].take(torch.nonzero(~gone)[:, 0]), users[name]
+        for one, other in zip(kept, before.take(torch.nonzero(~gone)[:, 0]), strict=True):
+            assert torch.equal(one, other)
+        alone = model.user_features.of_columns({}, 1)[name]
+        (first,) = thinned[name].take(torch.nonzero(gone)[:1, 0]).lengths.tolist()
+        assert first == int(alone.lengths)
+    # They are dropped one by one: not always together.
+    assert (absent["user_tags"] ^ absent["numbers:age"]).any()
+    for name, bags in without_some(model, users, 0.0).items():
+        assert torch.equal(bags.rows, users[name].rows)
+    assert without_some(model, {}, 0.5) == {}

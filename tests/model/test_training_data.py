@@ -1,10 +1,11 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from silvershard.model.catalogue import Ragged
+from silvershard.model.catalogue import Ragged, UserColumn
 from silvershard.model.schema import Schema, UserFeature
 from silvershard.model.training_data import (
     Interactions,
@@ -12,6 +13,7 @@ from silvershard.model.training_data import (
     held_out,
     popularity_bands,
     prepare,
+    users_of,
 )
 
 SCHEMA = Schema(
@@ -170,3 +172,125 @@ def test_a_user_validates_once() -> None:
 def test_a_history_that_the_schema_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="history must be a user feature of the schema, got 'h'"):
         prepare(SCHEMA, FEATURES, SIGNALS, SEEN, config(history="h"))
+
+
+NUMBERS = UserFeature(name="age", kind="numbers", dtype="float", width=2)
+FURTHER = SCHEMA.model_copy(
+    update={
+        "user_features": (
+            *SCHEMA.user_features,
+            UserFeature(name="tags", dtype="string"),
+            NUMBERS,
+            UserFeature(name="words", kind="text", dtype="string"),
+        ),
+        "item_features": (*SCHEMA.item_features, NUMBERS.model_copy(update={"name": "size"})),
+    }
+)
+SIZED = {
+    **FEATURES,
+    "size": Ragged.from_rows([[1.0, 5.0], [], [3.0, 5.0], [5.0, 5.0]], dtype="float"),
+}
+USERS = np.unique(SEEN.user_ids)
+
+
+def with_features(**columns: UserColumn) -> Interactions:
+    return replace(SEEN, features=columns)
+
+
+def tags(*rows: list[str]) -> UserColumn:
+    weights = np.arange(1, 1 + sum(map(len, rows)), dtype=np.float32)
+    return UserColumn(Ragged.from_rows(rows, dtype="string"), weights)
+
+
+def ages(*rows: list[float]) -> UserColumn:
+    return UserColumn(Ragged.from_rows(rows, dtype="float"))
+
+
+def test_user_features_are_those_of_the_user_of_each_interaction() -> None:
+    seen = with_features(tags=tags(["a", "b"], []), age=ages([1.0, 2.0], [3.0, 2.0]))
+    model, data = prepare(FURTHER, SIZED, SIGNALS, seen, config(user_features=("age", "tags")))
+    assert [one.name for one in model.config.user_ids] == ["tags"]
+    assert model.user_features.vocabulary("tags").rows(["a", "b", "c"]).tolist()[2] == 0
+    projection = model.user_features.numbers.projection("age")
+    assert projection.mean.tolist() == [2.0, 2.0]
+    assert projection.scale.tolist() == [1.0, 1.0]
+    last = torch.tensor([len(SEEN.user_ids) - 1, 0])
+    taken = data.users.take(last)
+    assert sorted(taken) == ["numbers:age", "user_tags"]
+    assert taken["user_tags"].lengths.tolist() == [1, 2]
+    assert taken["user_tags"].weights.tolist() == [1.0, *np.array([1 / 3, 2 / 3], np.float32)]
+    assert taken["numbers:age"].weights.tolist() == [1, 1, 0, 1, -1, 0]
+
+
+def test_features_that_change_with_time_have_a_row_per_interaction() -> None:
+    count = len(SEEN.user_ids)
+    rows = np.arange(count, dtype=np.int64)[::-1].copy()
+    column = ages(*([float(at), 0.0] for at in range(count)))
+    seen = replace(SEEN, features={"age": column}, feature_rows=rows)
+    model, data = prepare(FURTHER, SIZED, SIGNALS, seen, config(user_features=("age",)))
+    inputs = data.users.take(torch.arange(count))["numbers:age"].weights.view(count, 3)[:, 1]
+    assert (inputs.diff() < 0).all()
+    alone = users_of(model, replace(seen, feature_rows=rows[::-1].copy())).rows
+    assert alone.tolist() == list(range(count))
+
+
+def test_numbers_of_items_are_standardised_by_those_that_have_them() -> None:
+    model, _ = prepare(FURTHER, SIZED, SIGNALS, SEEN, config())
+    projection = model.item_numbers.projection("size")
+    assert projection.mean.tolist() == [3.0, 5.0]
+    assert projection.scale.tolist() == pytest.approx([(3 / 8) ** 0.5, 1.0])
+    assert [table.name for table in model.config.tables] == ["film", "genres"]
+
+
+def test_held_out_users_have_the_features_that_come_with_them() -> None:
+    seen = with_features(tags=tags(["a"], ["b"]))
+    model, data = prepare(FURTHER, SIZED, SIGNALS, seen, config(user_features=("tags",)))
+    following = Interactions(
+        USERS, np.array([20, 40]), np.ones(2, np.float32), {"tags": tags(["b", "z"], [])}
+    )
+    held = held_out(model, data, seen, following)
+    (known,) = model.user_features.vocabulary("tags").rows(["b"]).tolist()
+    assert held.users["user_tags"].rows.tolist() == [known, 0]
+    with pytest.raises(ValueError, match="interactions must have the user feature tags"):
+        held_out(model, data, seen, replace(following, features={}))
+
+
+def test_without_further_features_there_are_none() -> None:
+    _, data = prepare(SCHEMA, FEATURES, SIGNALS, SEEN, config())
+    assert data.users.take(torch.tensor([0, 1])) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("nobody", None, "user_features must name .*, which are tags, age, got 'nobody'"),
+        ("words", None, "user_features must name .* got 'words'"),
+        ("history", None, "user_features must name .* got 'history'"),
+        ("tags", None, "interactions must have the user feature tags"),
+        ("tags", ages([1.0, 1.0], []), "tags: must be object for dtype string, got float64"),
+        ("age", tags(["a"], []), "age: must be float64 for dtype float, got object"),
+        ("age", ages([1.0, 1.0], [2.0]), "age: must have 2 values or none, got 1 in row 1"),
+        ("age", ages([1e39, 1.0], []), "age: position 0 must be a finite float32, got 1e"),
+    ],
+)
+def test_wrong_user_features_are_named(name: str, column: UserColumn | None, message: str) -> None:
+    seen = SEEN if column is None else with_features(**{name: column})
+    with pytest.raises(ValueError, match=message):
+        prepare(FURTHER, SIZED, SIGNALS, seen, config(user_features=(name,)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "message"),
+    [
+        ({"tags": tags(["a"])}, None, "feature tags must have 2 rows, got 1"),
+        ({"tags": tags(["a"]), "age": ages([], [])}, [0] * 7, "feature tags must have 2 rows"),
+        ({"tags": tags(["a"])}, [0] * 6, r"feature_rows must be 7 rows in \[0, 1\), got 6"),
+        ({"tags": tags(["a"])}, [0] * 6 + [1], r"feature_rows must be 7 rows in \[0, 1\)"),
+    ],
+)
+def test_features_must_have_a_row_for_every_interaction(
+    columns: dict[str, UserColumn], rows: list[int] | None, message: str
+) -> None:
+    places = None if rows is None else np.array(rows, dtype=np.int64)
+    with pytest.raises(ValueError, match=message):
+        replace(SEEN, features=columns, feature_rows=places)

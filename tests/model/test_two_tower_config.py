@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from silvershard.model.two_tower_config import TwoTowerConfig
 
@@ -80,4 +81,37 @@ def test_a_width_that_quantised_tables_cannot_have_is_refused() -> None:
 )
 def test_a_config_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_further_user_features_widen_the_profile() -> None:
+    made = config(
+        user_ids=({"name": "tags", "dtype": "string", "size": 7},),
+        user_numbers=({"name": "age", "width": 1}, {"name": "taste", "width": 5}),
+        encoder={"kind": "hstu", "max_length": 8},
+    )
+    assert made.user_tables["user_tags"] == 8
+    assert made.encoder_column == (4 + 2) * 24
+    assert made.profile_dim == (4 + 2 + 1) * 24
+    assert made.item_tables == config().item_tables
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user_numbers": ({"name": "history", "width": 1},)}, "must have distinct names"),
+        (
+            {
+                "user_ids": ({"name": "a", "dtype": "int", "size": 1},),
+                "user_numbers": ({"name": "a", "width": 1},),
+            },
+            r"history, user_ids and user_numbers must have distinct names, got .*'a', 'a'",
+        ),
+        ({"item_numbers": ({"name": "film", "width": 1},)}, "tables and item_numbers must have"),
+        ({"item_numbers": ({"name": "popularity_band", "width": 1},)}, "other than 'popularity_b"),
+        ({"item_numbers": ({"name": "price", "width": 0},)}, "greater than or equal to 1"),
+    ],
+)
+def test_features_of_one_name_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         config(**changes)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from silvershard.model.schema import SchemaError
+from silvershard.model.semantic_config import SemanticConfig, SemanticSpec
+from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.generations import list_generations
-from silvershard.shard.load import load_retriever
+from silvershard.shard.load import load_retriever, load_semantic
 from silvershard.shard.publish import PHASES, Published, publish_generation
 from silvershard.shard.snapshot import open_snapshot
 
@@ -116,3 +118,42 @@ def test_every_phase_is_announced_in_order(tmp_path: Path, generation) -> None:
     heard: list[str] = []
     publish_again(tmp_path, generation, on_phase=heard.append)
     assert tuple(heard) == PHASES
+
+
+def test_the_decoder_is_part_of_the_content(tmp_path: Path, semantic_generation) -> None:
+    source = load_semantic(open_snapshot(semantic_generation.path))
+    assert source is not None
+    defaults = SearchDefaults(probes=4, ann_k=40, semantic_k=30)
+    again = publish_again(tmp_path / "a", semantic_generation, semantic=source, defaults=defaults)
+    wanted = open_snapshot(semantic_generation.path).manifest
+    assert open_snapshot(again.path).manifest.content_hash == wanted.content_hash
+    source.decoder.level += 1.0
+    other = publish_again(tmp_path / "b", semantic_generation, semantic=source, defaults=defaults)
+    assert open_snapshot(other.path).manifest.content_hash != wanted.content_hash
+
+
+@pytest.mark.parametrize(
+    ("state_dim", "dim", "message"),
+    [
+        (8, 15, "semantic ids must be of embeddings of 16 elements, got 15"),
+        (500, 16, r"must read at most the \d+ elements of a user state, got 500"),
+    ],
+)
+def test_semantic_ids_of_another_model_are_refused(
+    tmp_path: Path, generation, state_dim: int, dim: int, message: str
+) -> None:
+    spec = SemanticSpec(decoder=SemanticConfig(levels=2, width=5), state_dim=state_dim)
+    with pytest.raises(ValueError, match=message):
+        publish_again(tmp_path, generation, semantic=SemanticSource(spec, dim))
+    assert list_generations(tmp_path) == []
+
+
+def test_centroids_that_do_not_fit_publish_nothing(tmp_path: Path, generation) -> None:
+    for centroids, problem in (
+        (torch.ones(15, 16), "centroids must be as many as num_clusters, 16, got 15"),
+        (torch.ones(16, 8), "D of the items, 16, got 8"),
+        (torch.full((16, 16), torch.nan), "centroids must be finite"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            publish_again(tmp_path, generation, centroids=centroids)
+    assert list_generations(tmp_path) == []

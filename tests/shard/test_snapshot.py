@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from silvershard.shard.errors import SnapshotError
-from silvershard.shard.load import load_retriever
+from silvershard.shard.load import load_retriever, load_semantic
 from silvershard.shard.partition import partition_of
 from silvershard.shard.snapshot import (
     MANIFEST,
+    SEMANTIC,
     Builder,
     content_hash,
     open_snapshot,
@@ -232,3 +233,90 @@ def test_the_specification_is_read_without_the_tensors(copy: Path, tmp_path: Pat
     for path in copy.rglob("*.safetensors"):
         path.unlink()
     assert open_snapshot(copy).spec.documents == 600
+
+
+def test_a_snapshot_from_before_a_setting_was_added_loads_as_it_was(
+    copy: Path, generation, request_maker
+) -> None:
+    """Its content hash is over what was written then, which has no place for new settings."""
+    document = json.loads((copy / MANIFEST).read_bytes())
+    del document["checksum"]
+    del document["spec"]["semantic"]
+    del document["spec"]["defaults"]["semantic_k"]
+    content = {
+        "spec": {name: one for name, one in document["spec"].items() if name != "generation"},
+        "builder": document["builder"],
+        "files": {name: entry["sha256"] for name, entry in document["files"].items()},
+    }
+    text = json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
+    document["content_hash"] = hashlib.sha256(text).hexdigest()
+    _rewrite(copy, document)
+    old, new = load_retriever(copy)[0], load_retriever(generation.path)[0]
+    assert old.spec.semantic is None
+    requests = request_maker(generation, 10, seed=3)
+    for one, other in zip(old(requests), new(requests), strict=True):
+        assert torch.equal(one.item_ids, other.item_ids)
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_every_item_has_its_semantic_codes(semantic_generation, generation) -> None:
+    snapshot = open_snapshot(semantic_generation.path)
+    snapshot.verify()
+    held = 0
+    for number in range(snapshot.spec.num_partitions):
+        data = snapshot.load_partition(number)
+        if data is None:
+            continue
+        with torch.inference_mode():
+            embedded = semantic_generation.model.embed_items(dict(data.catalogue.features))
+        source = load_semantic(snapshot)
+        assert source is not None
+        assert torch.equal(data.semantic_codes, source.item_codes(embedded))
+        held += len(data.semantic_codes)
+    assert held == 600
+    plain = open_snapshot(generation.path)
+    assert SEMANTIC not in plain.manifest.files
+    loaded = [plain.load_partition(number) for number in range(plain.spec.num_partitions)]
+    assert all(data.semantic_codes is None for data in loaded if data is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda codes: codes[:, :2], r"semantic_codes must be \(\d+, 3\) torch.int16, got"),
+        (lambda codes: codes[1:], r"semantic_codes must be \(\d+, 3\) torch.int16, got"),
+        (lambda codes: codes.int(), "semantic_codes must be .* got .* torch.int32"),
+        (lambda codes: codes + 7, r"semantic_codes must be in \[0, 7\)"),
+        (lambda codes: codes - 7, r"semantic_codes must be in \[0, 7\)"),
+        (None, "'semantic_codes'"),
+    ],
+)
+def test_semantic_codes_that_do_not_fit_are_refused(
+    semantic_generation, monkeypatch: pytest.MonkeyPatch, change, message: str
+) -> None:
+    snapshot = open_snapshot(semantic_generation.path)
+    load = snapshot._load
+
+    def changed(name: str) -> dict[str, torch.Tensor]:
+        tensors = load(name)
+        codes = tensors.pop("semantic_codes")
+        return tensors if change is None else tensors | {"semantic_codes": change(codes)}
+
+    monkeypatch.setattr(snapshot, "_load", changed)
+    number = int(np.argmax(snapshot.spec.partition_documents))
+    with pytest.raises(SnapshotError, match=message):
+        snapshot.load_partition(number)
+
+
+def test_a_source_with_other_tensors_than_its_sizes_is_refused(
+    semantic_generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = open_snapshot(semantic_generation.path)
+    state = snapshot.load_semantic()
+    monkeypatch.setattr(snapshot, "load_semantic", lambda: state)
+    state["codebooks"] = state["codebooks"][:, :3]
+    with pytest.raises(SnapshotError, match="semantic ids: tensor codebooks must be"):
+        load_semantic(snapshot)
+    del state["codebooks"]
+    with pytest.raises(SnapshotError, match="semantic ids: tensor codebooks is missing"):
+        load_semantic(snapshot)
