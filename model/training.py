@@ -300,7 +300,7 @@ class _Run:
         bar = tqdm(
             total=phase.steps,
             initial=phase.done,
-            desc=f"training the {name}",
+            desc=f"training: {name}",
             unit="step",
             disable=not self.watch.progress,
             mininterval=0.5,
