@@ -22,13 +22,9 @@ from silvershard.deploy.movielens import MovieLens
 from silvershard.model.catalogue import Catalogue, Ragged
 from silvershard.model.dense import PaddedLinear
 from silvershard.model.schema import Schema, UserFeature
-from silvershard.model.text_tower import (
-    TextTower,
-    TextTowerConfig,
-    encoder_class,
-    states_only,
-    text_library,
-)
+from silvershard.model.text_config import TextTowerConfig
+from silvershard.model.text_encoder import encoder_class, states_only, text_library
+from silvershard.model.text_tower import TextTower
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

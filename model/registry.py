@@ -54,6 +54,7 @@ def _two_tower(config: Mapping[str, Any]) -> nn.Module:
 
 @register_builder("text_tower")
 def _text_tower(config: Mapping[str, Any]) -> nn.Module:
-    from silvershard.model.text_tower import TextTower, TextTowerConfig
+    from silvershard.model.text_config import TextTowerConfig
+    from silvershard.model.text_tower import TextTower
 
     return TextTower(TextTowerConfig.model_validate(config))

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from silvershard.kernels import fixed_dot, fixed_sqrt
-from silvershard.kernels.fixed_math import fixed_dot_reference
 from silvershard.model.bags import (
     DEFAULT_ROW,
     Bags,
@@ -43,10 +41,11 @@ from silvershard.model.two_tower_config import (
     TwoTowerConfig,
     pool_table,
 )
+from silvershard.model.unit_rows import unit_rows
 from silvershard.model.user_features import UserFeatures, flattened, unknown_values
 
 _ITEM_CHUNK = 4096
-_SMALLEST_SQUARE = 1e-24
+_SMALLEST_SUM = 1e-24
 
 
 class Encoded(NamedTuple):
@@ -108,24 +107,12 @@ def _sequences(
     return QuantizedSequences(rows, config.dim, config.table_precision)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Rows ``(..., D)`` divided by their length; a row of zeros stays."""
-    if not x.requires_grad:
-        return x / fixed_sqrt(fixed_dot(x, x).clamp(min=_SMALLEST_SQUARE))[..., None]
-    # The operators have no gradient: torch's square root, an ulp off at times, gives it. Adding the
-    # difference is exact, so the values have the same bits.
-    square = fixed_dot_reference(x, x).clamp(min=_SMALLEST_SQUARE)
-    norm = torch.sqrt(square)
-    norm = norm + (fixed_sqrt(square.detach()) - norm.detach())
-    return x / norm[..., None]
-
-
 def recency_weights(max_history: int, half_life: float) -> Tensor:
     """Weights ``(L + 1, L)`` float32 by number of ids and age (0 is the newest); rows sum to 1."""
     age = torch.arange(max_history, dtype=torch.float64)
     count = torch.arange(max_history + 1, dtype=torch.float64)[:, None]
     weights = torch.where(age < count, 0.5 ** (age / half_life), 0.0)
-    return (weights / weights.sum(1, keepdim=True).clamp(min=_SMALLEST_SQUARE)).float()
+    return (weights / weights.sum(1, keepdim=True).clamp(min=_SMALLEST_SUM)).float()
 
 
 class TwoTower(nn.Module):

@@ -8,10 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from silvershard.model import text_tower
+from silvershard.model import text_encoder
 from silvershard.model.catalogue import Ragged
 from silvershard.model.registry import build
-from silvershard.model.text_tower import TextTower, TextTowerConfig
+from silvershard.model.text_config import TextTowerConfig
+from silvershard.model.text_tower import TextTower
 
 pytest.importorskip("transformers", reason="the extra `text` is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
@@ -428,7 +429,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(text_tower.importlib, "import_module", missing)
+    monkeypatch.setattr(text_encoder.importlib, "import_module", missing)
     with pytest.raises(ValueError, match=r"needs the package transformers: .*silvershard\[text\]"):
         build("text_tower", {"encoder": BERT, "tokenizer_bytes": 9})
 

@@ -10,7 +10,7 @@ from silvershard.kernels import fixed_dot
 from silvershard.model.catalogue import Ragged
 from silvershard.model.ranker_session import unpack_session
 from silvershard.model.registry import build
-from silvershard.model.two_tower import TwoTower, recency_weights, unit_rows
+from silvershard.model.two_tower import TwoTower, recency_weights
 from silvershard.model.two_tower_config import TwoTowerConfig
 
 NUM_FILMS = 120
@@ -386,16 +386,6 @@ def test_gradients_reach_every_table() -> None:
         assert parameter.grad is not None
         assert torch.isfinite(parameter.grad).all()
         assert parameter.grad.any()
-
-
-def test_unit_rows_leave_zeros_and_have_finite_gradients() -> None:
-    x = torch.zeros(2, 4, requires_grad=True)
-    unit_rows(x).sum().backward()
-    assert x.grad is not None
-    assert torch.isfinite(x.grad).all()
-    assert not unit_rows(torch.zeros(2, 4)).any()
-    rows = torch.randn(50, 24)
-    assert torch.equal(unit_rows(rows.clone().requires_grad_()), unit_rows(rows))
 
 
 def test_recency_weights_halve_and_sum_to_one() -> None:
