@@ -278,6 +278,13 @@ def check_model(schema: Schema, config: Mapping[str, Any]) -> None:
                     f"the model reads {kind} {read['name']} of {_listed(wants)}, "
                     f"the schema has {_listed(has or {}) or 'none'}",
                 )
+    query = (config.get("text") or {}).get("query")
+    texts = [one.name for one in schema.user_features if one.kind == "text"]
+    if query is not None and query not in texts:
+        raise SchemaError(
+            "text",
+            f"the model reads the text {query}, the schema has {', '.join(texts) or 'none'}",
+        )
 
 
 def _listed(settings: Mapping[str, object]) -> str:

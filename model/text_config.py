@@ -62,3 +62,35 @@ class TextTowerConfig(BaseModel):
     def item_features(self) -> tuple[str, ...]:
         """Names of the item features that the parts of an item's text hold."""
         return tuple(_PLACEHOLDER.findall(part)[0] for part in self.item_text)
+
+
+class TextTrainingConfig(BaseModel):
+    """What a person decides about texts in a two-tower model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    encoder: str = Field(
+        min_length=1,
+        description="folder of the encoder, as save_pretrained of transformers writes it",
+    )
+    item_text: tuple[str, ...] = Field(
+        default=("{title}", "Genres: {genres}", "Tags: {tags}"),
+        min_length=1,
+        description="parts of an item's text, each with one {feature}",
+    )
+    query_texts: tuple[str, ...] = Field(
+        default=("genres", "tags"),
+        min_length=1,
+        description="item features of which each value is a text that asks for the item",
+    )
+    query_share: float = Field(
+        default=0.3, gt=0, lt=1, description="positions that are trained with a text of their item"
+    )
+    alone_share: float = Field(
+        default=0.5, ge=0, le=1, description="share of those that are trained without the history"
+    )
+    query_prefix: str = Field(default="", description="what a query begins with")
+    item_prefix: str = Field(default="", description="what an item's text begins with")
+    max_tokens: int = Field(
+        default=64, ge=8, le=8192, description="tokens of a text that count, special ones included"
+    )

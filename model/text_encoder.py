@@ -312,6 +312,25 @@ class TextEncoder(nn.Module):
             for row in range(num_items)
         ]
 
+    def embed_present(self, features: Mapping[str, Ragged], num_items: int) -> Tensor:
+        """Return the embedding of each item's text, ``(N, D)`` float32; zeros without a text.
+
+        Args:
+            features: as for ``item_texts``; those not here are absent.
+            num_items: N.
+
+        Raises:
+            ValueError: if a feature has another number of rows.
+        """
+        empty = Ragged.from_rows([[]] * num_items)
+        texts = self.item_texts(
+            {name: features.get(name, empty) for name in self.config.item_features}
+        )
+        said = [row for row, text in enumerate(texts) if text != self.config.item_prefix]
+        embedded = torch.zeros(num_items, self.dim)
+        embedded[said] = self.embed_texts([texts[row] for row in said]).embedding
+        return embedded
+
     def embed_items(self, features: Mapping[str, Ragged]) -> Tensor:
         """Return the embedding of each item, ``(N, D)`` float32.
 

@@ -33,9 +33,12 @@ from silvershard.model.placement import Precision
 from silvershard.model.ranker import build_ranker
 from silvershard.model.ranker_session import pack_session
 from silvershard.model.remote_tables import Looked, NoTables, RemoteTables
+from silvershard.model.text_features import TextFeatures
 from silvershard.model.two_tower_config import (
     BAND_TABLE,
     HISTORY_TABLE,
+    ITEM_TEXT,
+    QUERY_TEXT,
     RECENT_TABLE,
     SESSION,
     TwoTowerConfig,
@@ -143,6 +146,7 @@ class TwoTower(nn.Module):
         self.item_tables = _pooled(config.item_tables, config)
         self.user_features = UserFeatures(config)
         self.item_numbers = NumberFeatures(config.item_numbers, config.dim)
+        self.text = None if config.text is None else TextFeatures(config.text, config.dim)
         num_heads = len(config.heads)
         self.session_table: SequenceTables | QuantizedSequences | None = None
         sessions = {SESSION: num_items} if config.session_length else {}
@@ -199,6 +203,9 @@ class TwoTower(nn.Module):
             self.user_head,
         ):
             yield from part.parameters()
+        if self.text is not None:
+            yield from self.text.item.parameters()
+            yield from self.text.query.parameters()
         if self.encoder is not None and self.session_table is not None:
             yield from self.encoder.parameters()
             yield from self.session_table.parameters()
@@ -231,7 +238,8 @@ class TwoTower(nn.Module):
         Args:
             rows: ``(n,)`` int64 item rows of all histories, oldest first, none of them the default.
             lengths: ``(B,)`` int64 ids per history; an empty one counts as the default row.
-            users: what ``user_features`` makes of the further features; None: all are absent.
+            users: what ``user_features`` makes of the further features, and ``text`` of the text;
+                None: all are absent, as the text is where it is not among them.
             weights: ``(n,)`` float32, not 0, factors of the recency weights and of the mean of the
                 newest ids; None: all are 1.
         """
@@ -240,6 +248,8 @@ class TwoTower(nn.Module):
         recent = self._last(rows, lengths, config.recent, None, weights)
         bags = {HISTORY_TABLE: history, RECENT_TABLE: recent}
         bags |= users or self.user_features.of_columns({}, lengths.shape[0])
+        if self.text is not None and QUERY_TEXT not in bags:
+            bags[QUERY_TEXT] = self.text.query.bags(torch.zeros(0), torch.zeros_like(lengths))
         request = torch.arange(lengths.shape[0]).repeat_interleave(history.lengths)
         for pool in config.pooled:
             links = self.links(pool.feature)[history.rows]  # (n, width)
@@ -307,6 +317,8 @@ class TwoTower(nn.Module):
             pooled |= remote.pooled
         parts = [pooled[name] for name in self.config.user_tables]
         parts += self.user_features(history.bags)
+        if self.text is not None:
+            parts.append(self.text.query(history.bags[QUERY_TEXT]))
         if self.config.session_length:
             lengths = history.session.lengths
             if self.session_table is not None:
@@ -339,6 +351,9 @@ class TwoTower(nn.Module):
         flat, given, weights = flattened([one.get(name, ()) for one in features])
         rows = self.vocabulary(self.config.item).rows(flat)
         users, further = self.user_features.of_requests(features)
+        if self.text is not None:
+            users[QUERY_TEXT], cut = self.text.of_requests(features)
+            further = [[*one, *more] for one, more in zip(further, cut, strict=True)]
         warnings: list[list[str]] = [[] for _ in features]
         unknown_values(name, rows, given, warnings)
         request = torch.arange(len(features)).repeat_interleave(given)
@@ -354,8 +369,15 @@ class TwoTower(nn.Module):
         said = tuple((*one, *more) for one, more in zip(warnings, further, strict=True))
         return Encoded(self.user_embedding(state), state, said, fallback)
 
-    def item_bags(self, features: Mapping[str, Ragged]) -> dict[str, Bags]:
-        """What the item tables pool for each item; features that are not given are absent."""
+    def item_bags(
+        self, features: Mapping[str, Ragged], texts: Tensor | None = None
+    ) -> dict[str, Bags]:
+        """What the item tables pool for each item; features that are not given are absent.
+
+        Args:
+            features: the values of each item feature, N rows each.
+            texts: ``(N, E)`` float32, what ``text.embed_items`` made of them; None: it does so now.
+        """
         rows: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
         num_items = max((len(column) for column in features.values()), default=0)
@@ -373,6 +395,9 @@ class TwoTower(nn.Module):
             lengths[table.name] = torch.from_numpy(column.lengths)
         bags = {name: mean_bags(rows[name], lengths[name]) for name in rows}
         bags |= self.item_numbers.bags(features, num_items)
+        if self.text is not None:
+            texts = self.text.embed_items(features, num_items) if texts is None else texts
+            bags[ITEM_TEXT] = self.text.item_bags(texts)
         item = bags[self.config.item]
         first = item.rows[item.lengths.cumsum(0) - item.lengths]
         ones = torch.ones(num_items)
@@ -386,6 +411,8 @@ class TwoTower(nn.Module):
             total = total + pooled[table.name]
         for column in self.item_numbers(bags):
             total = total + column
+        if self.text is not None:
+            total = total + self.text.item(bags[ITEM_TEXT])
         return unit_rows(total)
 
     def embed_items(self, features: Mapping[str, Ragged]) -> Tensor:

@@ -8,11 +8,16 @@ from silvershard.model.encoder_config import SequenceEncoderConfig, check_encode
 from silvershard.model.ranker_config import MLPConfig, RankerConfig, check_ranker, session_rows
 from silvershard.model.ranker_session import session_width
 from silvershard.model.schema import MAX_WIDTH
+from silvershard.model.text_config import TextTowerConfig
 
 BAND_TABLE = "popularity_band"
 HISTORY_TABLE = "history"
 RECENT_TABLE = "recent"
 SESSION = "session"
+ITEM_TEXT = "text:item"
+"""Name of the inputs that the text of an item is projected from; no table's."""
+QUERY_TEXT = "text:query"
+"""The same of the text of a request."""
 
 
 class ItemTable(BaseModel):
@@ -64,6 +69,11 @@ class TwoTowerConfig(BaseModel):
     user_numbers: tuple[NumberFeature, ...] = Field(
         default=(), description="user features of numbers"
     )
+    text: TextTowerConfig | None = Field(
+        default=None,
+        description="encoder of the texts of items and requests, whose embeddings are projected as "
+        "numbers are; none: no texts",
+    )
     pooled: tuple[HistoryPool, ...] = Field(
         default=(), description="item features pooled over the history"
     )
@@ -102,9 +112,11 @@ class TwoTowerConfig(BaseModel):
             )
         users = [self.history, *(one.name for one in self.user_ids)]
         users += [one.name for one in self.user_numbers]
+        users += [] if self.text is None else [self.text.query]
         if len(set(users)) != len(users):
             raise ValueError(
-                f"history, user_ids and user_numbers must have distinct names, got {users}"
+                "history, user_ids, user_numbers and text.query must have distinct names, "
+                f"got {users}"
             )
         pooled = [pool.feature for pool in self.pooled]
         if len(set(pooled)) != len(pooled):
@@ -175,7 +187,12 @@ class TwoTowerConfig(BaseModel):
 
     @property
     def encoder_column(self) -> int:
-        """Width of the profile before the state of the encoder: pooled tables, then numbers."""
+        """Width of the profile before the encoder's state: pooled tables, numbers, the text."""
+        return self.text_column + (self.text is not None) * self.dim
+
+    @property
+    def text_column(self) -> int:
+        """Width of the profile before the projected text of the request."""
         return (len(self.user_tables) + len(self.user_numbers)) * self.dim
 
     @property

@@ -1,3 +1,4 @@
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -79,6 +80,11 @@ def make_schema(model: TwoTower | None = None) -> Schema:
                 for one in (further.user_ids if further else ())
             ),
             *numbers(further.user_numbers if further else ()),
+            *(
+                [UserFeature(name="query", kind="text", dtype="string", max_length=4)]
+                if further and further.text
+                else []
+            ),
         ),
         item_features=(
             UserFeature(name="movie", dtype="int", max_length=1),
@@ -133,8 +139,69 @@ def make_catalogue(num_items: int, seed: int = 0) -> Catalogue:
     )
 
 
-def make_model(catalogue: Catalogue, seed: int = 0, **changes: Any) -> TwoTower:
+def tokenizer_json() -> bytes:
+    """A tokenizer that knows the genres."""
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "Genres", ":", ",", "-", "Sci", "Fi", *GENRES)
+    special = {
+        word: {"id": word, "ids": [at + 2], "tokens": [word]}
+        for at, word in (enumerate(("[CLS]", "[SEP]")))
+    }
+    parts = [{"SpecialToken": {"id": word, "type_id": 0}} for word in special]
+    parts.insert(1, {"Sequence": {"id": "A", "type_id": 0}})
+    vocabulary = {word: row for row, word in enumerate(words)}
+    made = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": parts,
+            "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": special,
+        },
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    }
+    return json.dumps(made).encode()
+
+
+def text_config() -> dict[str, Any]:
+    """A small encoder that reads the genres of a film."""
+    pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+    encoder = {
+        "model_type": "bert",
+        "vocab_size": 20,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 24,
+        "pad_token_id": 0,
+    }
+    return {
+        "encoder": encoder,
+        "tokenizer_bytes": len(tokenizer_json()),
+        "item_text": ("Genres: {genres}",),
+        "max_tokens": 12,
+    }
+
+
+@pytest.fixture(scope="session")
+def text_settings() -> dict[str, Any]:
+    """The configuration of a small text encoder."""
+    return text_config()
+
+
+def make_model(
+    catalogue: Catalogue, seed: int = 0, *, texts: bool = False, **changes: Any
+) -> TwoTower:
     """A model with random weights in every layer, so that every float stage matters."""
+    if texts:
+        changes["text"] = text_config()
     known = catalogue.item_ids[::2]
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
@@ -158,6 +225,9 @@ def make_model(catalogue: Catalogue, seed: int = 0, **changes: Any) -> TwoTower:
     for feature in model.config.user_ids:
         values = [*range(feature.size)] if feature.dtype == "int" else GENRES[: feature.size]
         model.user_features.vocabulary(feature.name).fill(values)
+    if model.text is not None:
+        content = torch.frombuffer(bytearray(tokenizer_json()), dtype=torch.uint8)
+        model.text.encoder.tokenizer_json.copy_(content)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     for layer in model.modules():
@@ -331,6 +401,9 @@ def _further_features(generator: np.random.Generator, schema: Schema) -> dict[st
     for one in schema.user_features[1:]:
         if one.kind == "numbers":
             features[one.name] = generator.normal(size=one.width).tolist()
+        elif one.kind == "text":
+            count = int(generator.integers(1, 30))
+            features[one.name] = [" ".join(generator.choice([*GENRES, "new"], count))]
         else:
             count = int(generator.integers(0, 6))
             known = [*range(9)] if one.dtype == "int" else [*GENRES, "unheard of"]

@@ -41,6 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "item_numbers": ({"name": "price", "width": 1},),
         "precision": "int8",
     },
+    "text": {"texts": True, "user_numbers": ({"name": "age", "width": 1},)},
+    "quantised text": {
+        "texts": True,
+        "encoder": {"kind": "hstu", "max_length": 5},
+        "precision": "int4",
+    },
 }
 
 
