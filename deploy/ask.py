@@ -14,6 +14,7 @@ from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import Cell, milliseconds, pairs, table
 from silvershard.deploy.users import read_user
 from silvershard.model.request import FeatureValues, FilterParam, WeightedIds
+from silvershard.model.text_config import QUERY
 
 SHOWN_FIELDS = ("title", "year", "genres")
 STAGES = (
@@ -39,6 +40,18 @@ class Asker(NamedTuple):
     notes: list[str]
     features: Mapping[str, FeatureValues] = {}
     """Beside the history, or a history with weights."""
+    text: str = ""
+    """A sentence to ask with; empty: none."""
+
+    @property
+    def request_features(self) -> dict[str, FeatureValues]:
+        """Return what the request says; a text alone says nothing of a history."""
+        told: dict[str, FeatureValues] = {}
+        if self.history or not self.text:
+            told["history"] = self.history
+        if self.text:
+            told[QUERY] = [self.text]
+        return {**told, **self.features}
 
 
 def asker_of(
@@ -48,12 +61,18 @@ def asker_of(
     history: Sequence[int] | None,
     include_seen: bool,
     features: Mapping[str, FeatureValues] | None = None,
+    text: str | None = None,
 ) -> Asker:
     """Return the history and features of a user of the data set, or those that were given.
 
     A feature that was given replaces that of the user. A user whom the data set does not have is no
     error: the model answers from its defaults.
+
+    Raises:
+        CommandError: if the text is blank.
     """
+    if text is not None and not text.strip():
+        raise CommandError("--text must say something, it is blank", ExitCode.USAGE)
     notes = []
     known: list[int] = list(history or ())
     if isinstance(history, WeightedIds):
@@ -64,7 +83,8 @@ def asker_of(
         if found is None:
             notes.append(f"user {user} is not in the data set: answered from the model's defaults")
         known, stored = found or ([], {})
-    return Asker(known, [] if include_seen else known, notes, {**stored, **(features or {})})
+    given = {**stored, **(features or {})}
+    return Asker(known, [] if include_seen else known, notes, given, text or "")
 
 
 def parse_features(texts: Sequence[str]) -> dict[str, FeatureValues]:

@@ -27,6 +27,7 @@ from silvershard.model.schema import Schema
 from silvershard.model.training import Checkpoint, Trained, Watch
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions
+from silvershard.model.training_texts import TrainingTexts
 
 JOB = "job.pickle"
 MEETING = "meeting"
@@ -112,6 +113,7 @@ def train_on_processes(
     seed: int = 0,
     watch: Watch | None = None,
     resume: Checkpoint | None = None,
+    texts: TrainingTexts | None = None,
 ) -> Trained:
     """Train as ``training.train`` does, with the towers on ``config.processes`` processes.
 
@@ -125,6 +127,7 @@ def train_on_processes(
         seed: of everything that is drawn.
         watch: hears of the training, in this process.
         resume: a checkpoint of a training on any number of processes.
+        texts: of the items and of those who ask for them.
 
     Raises:
         ValueError: as ``training.train`` does.
@@ -143,6 +146,7 @@ def train_on_processes(
             "validation": validation,
             "seed": seed,
             "resume": resume,
+            "texts": texts,
         },
         watch.progress,
     )

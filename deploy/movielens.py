@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from silvershard.deploy import movielens_texts
 from silvershard.deploy.csv_files import DataError
 from silvershard.deploy.dataset import MovieLens, load
 from silvershard.deploy.movielens_users import declared
@@ -206,11 +207,12 @@ def popularity(movielens: MovieLens, parts: Split) -> Popularity:
     return Popularity(counts, means.astype(np.float32))
 
 
-def schema(user_features: Sequence[str] = ()) -> Schema:
+def schema(user_features: Sequence[str] = (), *, texts: bool = False) -> Schema:
     """What MovieLens items and users consist of.
 
     Args:
         user_features: names of features of ``movielens_users`` that there are beside the history.
+        texts: whether requests have a text and items what ``movielens_texts`` gives to read.
 
     Raises:
         ConfigError: if there is no such feature.
@@ -222,12 +224,14 @@ def schema(user_features: Sequence[str] = ()) -> Schema:
         user_features=(
             UserFeature(name="history", dtype="int", max_length=HISTORY_LENGTH),
             *declared(user_features),
+            *([movielens_texts.REQUEST_FEATURE] if texts else []),
         ),
         item_features=(
             UserFeature(name="movie_id", dtype="int", max_length=1),
             UserFeature(name="genres", dtype="string", max_length=MAX_GENRES),
             UserFeature(name="year", dtype="int", max_length=1),
             UserFeature(name="decade", dtype="int", max_length=1),
+            *(movielens_texts.ITEM_FEATURES if texts else ()),
         ),
         attributes=(
             Attribute(name="genre", kind="category", dtype="string"),
@@ -248,11 +252,14 @@ def schema(user_features: Sequence[str] = ()) -> Schema:
 
 
 def catalogue(
-    movielens: MovieLens, counts: NDArray[np.int64], means: NDArray[np.float32]
+    movielens: MovieLens,
+    counts: NDArray[np.int64],
+    means: NDArray[np.float32],
+    texts: Mapping[str, Ragged] | None = None,
 ) -> Catalogue:
     """The movies as ``schema()`` declares them.
 
-    The tower reads no tags: they are of all users at all times, so a tag that a user gave a
+    The tower looks up no tags: they are of all users at all times, so a tag that a user gave a
     held-out movie would tell of the user's next interaction. Filters know the first ``FILTER_TAGS``
     of a movie. A movie without a year has no year and decade ids, null in the year attribute and
     field, and the median ``recency``.
@@ -261,6 +268,7 @@ def catalogue(
         movielens: the data set.
         counts: ``(N,)`` int64 ratings per movie, from the training split.
         means: ``(N,)`` float32 mean ratings in [0, 5], from the training split.
+        texts: further item features, of ``movielens_texts``.
 
     Raises:
         ValueError: if ``counts`` or ``means`` are not one number per movie.
@@ -290,6 +298,7 @@ def catalogue(
             "genres": movielens.genres,
             "year": _grouped(years, dated.astype(np.int64)),
             "decade": _grouped(years // 10 * 10, dated.astype(np.int64)),
+            **(texts or {}),
         },
     )
 

@@ -7,6 +7,7 @@ semantic ids were trained, ``index.safetensors`` where the index was; nothing in
 Shapes: N movies, U users, R ratings.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,13 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from silvershard.deploy import movielens, movielens_users
+from silvershard.deploy import movielens, movielens_texts, movielens_users
 from silvershard.deploy.config import Config
 from silvershard.deploy.distributed import train_on_processes
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens import MovieLens, Popularity, Split
 from silvershard.deploy.movielens_users import Moments
 from silvershard.deploy.state import StateDir
+from silvershard.deploy.text_recipe import training_texts
 from silvershard.deploy.training_files import TrainingFiles
 from silvershard.deploy.users import write_users
 from silvershard.model.catalogue import Catalogue
@@ -47,6 +49,7 @@ from silvershard.model.spec import SearchDefaults
 from silvershard.model.training import Trained, Watch, train
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions
+from silvershard.model.training_texts import TrainingTexts
 from silvershard.model.two_tower import TwoTower
 from silvershard.shard.publish import PHASES, Published, publish_generation
 from silvershard.shard.table_placement import connect_tables
@@ -151,8 +154,10 @@ def prepare(
     if parts.test_from is not None:
         report(f"split: {parts.summary}")
     popular = movielens.popularity(found, parts)
-    schema = movielens.schema((training or config.training).user_features)
-    items = movielens.catalogue(found, popular.counts, popular.means)
+    chosen = training or config.training
+    schema = movielens.schema(chosen.user_features, texts=chosen.text is not None)
+    texts = movielens_texts.columns(found, parts) if chosen.text else None
+    items = movielens.catalogue(found, popular.counts, popular.means, texts)
     items.validate(schema)
     return Prepared(
         data=found,
@@ -198,7 +203,8 @@ def train_model(
     clusters = config.training.clusters or num_clusters(config, len(prepared.catalogue))
     recipe = config.training.model_copy(update={"clusters": clusters})
     rows = prepared.split.train_rows
-    files = TrainingFiles(state.training_dir, _training(config, recipe, prepared))
+    texts = recipe.text and training_texts(recipe.text, prepared.catalogue.features)
+    files = TrainingFiles(state.training_dir, _training(config, recipe, prepared, texts))
     watch = Watch(
         on_log=files.log,
         on_checkpoint=files.write_checkpoint,
@@ -216,6 +222,7 @@ def train_model(
         seed=config.model.seed,
         watch=watch,
         resume=files.resume() if resume else None,
+        texts=texts,
     )
     description = ModelDescription(
         builder=BUILDER,
@@ -234,7 +241,9 @@ def train_model(
     return trained
 
 
-def _training(config: Config, recipe: TrainingConfig, prepared: Prepared) -> str:
+def _training(
+    config: Config, recipe: TrainingConfig, prepared: Prepared, texts: TrainingTexts | None
+) -> str:
     """Return what tells one training from another."""
     parts = {
         "recipe": recipe.model_dump(mode="json", exclude=_ELSEWHERE),
@@ -246,6 +255,8 @@ def _training(config: Config, recipe: TrainingConfig, prepared: Prepared) -> str
     columns: list[NDArray[Any]] = [data.user_ids, data.rated_movie_ids, data.ratings]
     if recipe.user_features:
         columns += [data.timestamps, *data.tagging]
+    if texts is not None:
+        columns += [texts.items.numpy(), texts.queries.numpy()]
     columns += [prepared.split.train_rows, prepared.split.valid_rows, catalogue.signals]
     for name in sorted(catalogue.features):
         columns += [catalogue.features[name].offsets, catalogue.features[name].values]
@@ -274,8 +285,8 @@ def user_features(prepared: Prepared, moments: Moments) -> list[dict[str, Featur
 
 
 def _further(prepared: Prepared) -> list[str]:
-    """Return the names of the user features beside the history, which is the first."""
-    return [feature.name for feature in prepared.schema.user_features[1:]]
+    """Return the names of what the data tell of users beside the history, which is the first."""
+    return [one.name for one in prepared.schema.user_features[1:] if one.kind != "text"]
 
 
 def _validation(prepared: Prepared) -> Interactions:
@@ -442,10 +453,18 @@ def _golden_users(prepared: Prepared) -> list[Request]:
     histories = [split.test_histories.row(int(row)).tolist() for row in chosen]
     moments = movielens_users.before(prepared.data, split.test_rows[chosen])
     further = user_features(prepared, moments)
-    return [
+    requests = [
         Request(features={"history": history, **others}, exclude_ids=history)
         for history, others in zip(histories, further, strict=True)
     ]
+    if movielens_texts.REQUEST_FEATURE not in prepared.schema.user_features:
+        return requests
+    # Of three users one has a text as well, and one a text alone.
+    for at, title in enumerate(prepared.data.titles[: len(requests)].tolist()):
+        known = {} if at % 3 == 2 else requests[at].features
+        asked = {movielens_texts.REQUEST_FEATURE.name: [f"films like {title}"]} if at % 3 else {}
+        requests[at] = dataclasses.replace(requests[at], features={**known, **asked})
+    return requests
 
 
 def describe_published(published: Published) -> dict[str, Any]:

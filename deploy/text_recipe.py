@@ -9,10 +9,12 @@ Shapes: N items, E width of the encoder's states, D embedding dimension.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import safetensors
 import torch
 from torch import Tensor
@@ -22,9 +24,10 @@ from silvershard.deploy.movielens import MovieLens
 from silvershard.model.catalogue import Catalogue, Ragged
 from silvershard.model.dense import PaddedLinear
 from silvershard.model.schema import Schema, UserFeature
-from silvershard.model.text_config import TextTowerConfig
+from silvershard.model.text_config import TextTowerConfig, TextTrainingConfig
 from silvershard.model.text_encoder import encoder_class, states_only, text_library
 from silvershard.model.text_tower import TextTower
+from silvershard.model.training_texts import TrainingTexts, embed_training_texts
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -87,6 +90,34 @@ def load_text_tower(
         _load_projection(tower.projection, projection)
     _check_vocabulary(directory, tower)
     return tower
+
+
+def training_texts(config: TextTrainingConfig, features: Mapping[str, Ragged]) -> TrainingTexts:
+    """Return what the encoder of a training makes of its items and of what asks for them.
+
+    Args:
+        config: the section of the recipe; it names the folder.
+        features: the values of each item feature.
+
+    Raises:
+        CommandError: if the folder is no encoder, or a feature or setting is wrong, naming it.
+    """
+    try:
+        encoder = load_text_tower(
+            Path(config.encoder).expanduser(),
+            item_text=config.item_text,
+            query_prefix=config.query_prefix,
+            item_prefix=config.item_prefix,
+            max_tokens=config.max_tokens,
+        )
+        return embed_training_texts(encoder, features, config)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise CommandError(f"training.text: {problem}") from None
+    except ValueError as error:
+        raise CommandError(f"training.text: {error}") from None
+    except CommandError as error:
+        raise CommandError(f"training.text.encoder: {error}") from None
 
 
 def _load_encoder(directory: Path) -> Any:

@@ -138,13 +138,19 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _query_options(parser: argparse.ArgumentParser) -> None:
-    who = parser.add_mutually_exclusive_group(required=True)
+    parser.set_defaults(wrong_usage=parser.error)
+    who = parser.add_mutually_exclusive_group()
     who.add_argument("--user", type=int, metavar="ID", help="user of the data set")
     who.add_argument(
         "--history",
         type=_history,
         metavar="1,2,3",
         help="ids watched, oldest first; with weights 1:0.5,2,3:2",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="SENTENCE",
+        help="what to look for, alone or beside --user or --history; needs a model with texts",
     )
     parser.add_argument(
         "--feature",
@@ -364,6 +370,8 @@ def _query(options: argparse.Namespace) -> int:
     from silvershard.cluster import Query
     from silvershard.deploy import ask
 
+    if options.user is None and options.history is None and options.text is None:
+        options.wrong_usage("one of --user, --history and --text is required")
     state = _state(options)
     address = ask.address_of(state, options.address)
     asker = ask.asker_of(
@@ -372,11 +380,12 @@ def _query(options: argparse.Namespace) -> int:
         history=options.history,
         include_seen=options.include_seen,
         features=ask.parse_features(options.feature),
+        text=options.text,
     )
     result = ask.ask(
         address,
         Query(
-            features={"history": asker.history, **asker.features},
+            features=asker.request_features,
             k=options.k,
             filter=options.filter,
             value=options.value,

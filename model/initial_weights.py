@@ -6,6 +6,7 @@ Shapes: N items, n interactions, D embedding dimension.
 import torch
 from torch import Tensor
 
+from silvershard.model.bags import Bags, inputs_of
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.two_tower import TwoTower
 from silvershard.model.two_tower_config import HISTORY_TABLE, RECENT_TABLE, SESSION
@@ -13,6 +14,8 @@ from silvershard.model.two_tower_config import HISTORY_TABLE, RECENT_TABLE, SESS
 _CONTENT_SCALE = 0.4
 _ID_NOISE = 0.02
 _POOL_SCALE = 0.3
+_ITEM_TEXT_SCALE = 0.4
+_QUERY_TEXT_SCALE = 1.0
 
 
 @torch.no_grad()
@@ -58,6 +61,42 @@ def fill_weights(
             layer.bias.zero_()
             layer.weight.zero_()
             layer.weight[: layer.in_features, : layer.out_features].normal_(std=scale * dim**-0.5)
+
+
+@torch.no_grad()
+def fill_text_weights(model: TwoTower, items: Bags, queries: Bags) -> None:
+    """Start both projections of texts from the principal axes of those that ask, in place.
+
+    So a text is near the items whose texts are like it before anything is learnt.
+
+    Args:
+        model: with an encoder of texts.
+        items: inputs of the projection of items' texts.
+        queries: inputs of the projection of the texts that ask for items.
+    """
+    assert model.text is not None
+    dim, begin = model.config.dim, model.config.text_column
+    numbers = _given(queries, model.text.query.width).double()
+    axes = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)[:, :dim].float()  # (E, d)
+    for projection, bags, scale in (
+        (model.text.item, items, _ITEM_TEXT_SCALE),
+        (model.text.query, queries, _QUERY_TEXT_SCALE),
+    ):
+        projected = _given(bags, projection.width) @ axes
+        length = torch.linalg.vector_norm(projected, dim=1).sum() / max(len(projected), 1)
+        layer = projection.projection
+        layer.bias.zero_()
+        layer.weight.zero_()
+        layer.weight[1 : 1 + len(axes), : axes.shape[1]] = axes * (scale / length.clamp(min=1e-6))
+    for head in range(len(model.config.heads)):
+        block = model.user_head.weight[begin : begin + dim, head * dim : (head + 1) * dim]
+        block.zero_().diagonal().fill_(1.0)
+
+
+def _given(bags: Bags, width: int) -> Tensor:
+    """The numbers ``(n, W)`` of those bags that have any."""
+    inputs = inputs_of(bags, width)
+    return inputs[inputs[:, 0] > 0, 1:]
 
 
 def _item_factors(items: Tensor, users: Tensor, num_items: int, dim: int) -> Tensor:

@@ -20,6 +20,7 @@ from silvershard.model.training_batches import (
     EXCLUDED,
     all_items,
     draw,
+    drawn_texts,
     histories,
     item_odds,
     learning_rate_factor,
@@ -84,7 +85,11 @@ class RankerTraining:
         targets = data.items[positions]
         with torch.no_grad():
             rows, lengths = histories(model, data, positions)
-            state = model.user_state(model.history(rows, lengths, data.users.take(positions)))
+            texts, alone = drawn_texts(data, config, positions)
+            rows = rows[~alone.repeat_interleave(lengths)]
+            lengths = lengths.masked_fill(alone, 0)
+            users = data.users.take(positions) | texts
+            state = model.user_state(model.history(rows, lengths, users))
             query = model.user_embedding(state)
             hard, found = self._hard(query, positions)
         count = targets.shape[0] * config.ranker_random

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_DIM = 1024
+QUERY = "query"
+"""The user feature with the text of a request, where a config names no other."""
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -31,7 +33,7 @@ class TextTowerConfig(BaseModel):
     tasks: tuple[str, ...] = Field(
         default=(), max_length=0, description="none: the tower has no reranker"
     )
-    query: str = Field(default="query", description="user feature that holds the text of a request")
+    query: str = Field(default=QUERY, description="user feature that holds the text of a request")
     item_text: tuple[str, ...] = Field(
         default=("{title}",),
         min_length=1,

@@ -29,6 +29,7 @@ from silvershard.model.semantic_training import SemanticTraining
 from silvershard.model.tower_training import TowerTraining, with_prefix
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions, held_out, prepare
+from silvershard.model.training_texts import TrainingTexts
 from silvershard.model.two_tower import TwoTower
 
 _LOG_EVERY = 10
@@ -140,6 +141,7 @@ def train(
     watch: Watch | None = None,
     resume: Checkpoint | None = None,
     start: StartStep = LocalStep,
+    texts: TrainingTexts | None = None,
 ) -> Trained:
     """Train towers and reranker, and semantic ids where the recipe has a section for them.
 
@@ -159,6 +161,7 @@ def train(
         resume: a checkpoint of a training with the same other arguments.
         start: makes the towers ready on this process. Where there are several, this one must be the
             one that leads, and the others ``assist``.
+        texts: what the encoder of ``config.text`` makes of all texts.
 
     Raises:
         ValueError: if an interaction names an item without features, no user has two of them, or
@@ -166,7 +169,7 @@ def train(
     """
     with _threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, data = prepare(schema, features, signals, interactions, config)
+        model, data = prepare(schema, features, signals, interactions, config, texts)
         held = None if validation is None else held_out(model, data, interactions, validation)
         run = _Run(model, config, watch or Watch(), validated=held is not None)
         if resume is not None:
@@ -211,11 +214,12 @@ def assist(
     seed: int = 0,
     resume: Checkpoint | None = None,
     start: StartStep,
+    texts: TrainingTexts | None = None,
 ) -> None:
     """Train the towers beside the process that leads, whose business all the rest is.
 
     Args:
-        schema: like all arguments but the last the same as those of ``train`` there.
+        schema: like all arguments but ``start`` the same as those of ``train`` there.
         features: raw ids of each item feature.
         signals: of the items.
         interactions: what the model learns from.
@@ -225,6 +229,7 @@ def assist(
         seed: of everything that is drawn.
         resume: a checkpoint.
         start: makes the towers ready on this process.
+        texts: of the items and of those who ask for them.
 
     Raises:
         ValueError: as ``train`` does.
@@ -232,7 +237,7 @@ def assist(
     watch = Watch(on_checkpoint=lambda _: None, checkpoint_every=checkpoint_every, progress=False)
     with _threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, data = prepare(schema, features, signals, interactions, config)
+        model, data = prepare(schema, features, signals, interactions, config, texts)
         held = None if validation is None else held_out(model, data, interactions, validation)
         run = _Run(model, config, watch, validated=held is not None)
         if resume is not None:

@@ -18,7 +18,7 @@ from silvershard.model.quality import ndcg_at_k
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import HeldOut, TrainingData
 from silvershard.model.two_tower import History, TwoTower
-from silvershard.model.two_tower_config import BAND_TABLE
+from silvershard.model.two_tower_config import BAND_TABLE, QUERY_TEXT
 
 EXCLUDED = -1e9
 """The score of what must not be chosen."""
@@ -64,13 +64,31 @@ def user_batch(
     rows, lengths = histories(model, data, positions)
     request = torch.arange(len(lengths)).repeat_interleave(lengths)
     emptied = torch.rand(len(lengths)) < config.empty_history
+    texts, alone = drawn_texts(data, config, positions)
+    emptied |= alone
     kept = (torch.rand(len(rows)) >= config.history_dropout) & ~emptied[request]
     lengths = torch.bincount(request[kept], minlength=len(lengths))
-    users = without_some(model, data.users.take(positions), config.user_feature_dropout)
+    users = without_some(model, data.users.take(positions), config.user_feature_dropout) | texts
     ones = torch.ones(len(lengths), model.config.profile_dim)
     return UserBatch(
         model.history(rows[kept], lengths, users), functional.dropout(ones, config.dropout)
     )
+
+
+def drawn_texts(
+    data: TrainingData, config: TrainingConfig, positions: Tensor
+) -> tuple[dict[str, Bags], Tensor]:
+    """Texts that ask for the items of some positions, and which of those have no history.
+
+    Returns:
+        The inputs of B positions under ``QUERY_TEXT``, nothing where the model reads no texts, and
+        ``(B,)`` bool.
+    """
+    alone = torch.zeros(len(positions), dtype=torch.bool)
+    if data.texts is None or config.text is None:
+        return {}, alone
+    bags, given = data.texts.draw(data.items[positions], config.text.query_share)
+    return {QUERY_TEXT: bags}, given & (torch.rand(len(alone)) < config.text.alone_share)
 
 
 def without_some(model: TwoTower, users: Mapping[str, Bags], dropout: float) -> dict[str, Bags]:

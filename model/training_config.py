@@ -8,6 +8,7 @@ from silvershard.model.encoder_config import SequenceEncoderConfig, check_encode
 from silvershard.model.joint_config import JointConfig
 from silvershard.model.ranker_config import MLPConfig, RankerConfig
 from silvershard.model.semantic_config import SemanticTrainingConfig
+from silvershard.model.text_config import TextTrainingConfig
 
 
 class TrainingConfig(BaseModel):
@@ -115,6 +116,10 @@ class TrainingConfig(BaseModel):
     encoder: SequenceEncoderConfig | None = Field(
         default=None,
         description="sequence encoder of the history, beside its pooled features; none without",
+    )
+    text: TextTrainingConfig | None = Field(
+        default=None,
+        description="texts of items and requests, so that a sentence finds items too; none without",
     )
     ranker: RankerConfig = Field(default_factory=MLPConfig, description="the reranker")
     ranker_share: float = Field(

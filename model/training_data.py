@@ -15,13 +15,15 @@ from torch import Tensor
 
 from silvershard.model.bags import DEFAULT_ROW, Bags, spread
 from silvershard.model.catalogue import Ragged, UserColumn
-from silvershard.model.initial_weights import fill_weights
+from silvershard.model.initial_weights import fill_text_weights, fill_weights
 from silvershard.model.numbers import NumberFeatures, numbers_of
 from silvershard.model.ranker_config import check_ranker
 from silvershard.model.schema import Schema, UserFeature
 from silvershard.model.training_config import TrainingConfig
+from silvershard.model.training_texts import QueryTexts, TrainingTexts, query_texts
 from silvershard.model.two_tower import TwoTower
 from silvershard.model.two_tower_config import (
+    ITEM_TEXT,
     HistoryPool,
     ItemTable,
     NumberFeature,
@@ -133,6 +135,8 @@ class TrainingData(NamedTuple):
     """``(N, Vs)`` float32."""
     users: Users = NO_USERS
     """User features of each interaction."""
+    texts: QueryTexts | None = None
+    """The texts that ask for items; None where the model reads none."""
 
 
 class HeldOut(NamedTuple):
@@ -156,15 +160,24 @@ def prepare(
     signals: NDArray[np.float32],
     interactions: Interactions,
     config: TrainingConfig,
+    texts: TrainingTexts | None = None,
 ) -> tuple[TwoTower, TrainingData]:
     """Return the model with its initial weights and the tensors that it is trained on.
 
     Raises:
         ValueError: if an interaction names an item without features, no user has two of them, or
-            the features of users or items are not as schema and config say.
+            the features of users or items are not as schema and config say, or texts are there
+            without a section for them or are missing.
     """
-    tower, known = _tower_config(schema, features, interactions, config)
+    if (texts is None) != (config.text is None):
+        raise ValueError("texts must be given where config has a section text, and only there")
+    tower, known = _tower_config(schema, features, interactions, config, texts)
     model = TwoTower(tower)
+    embedded = None
+    if model.text is not None and texts is not None:
+        model.text.encoder.load_state_dict(texts.encoder.state_dict())
+        model.text.fill(texts.items, texts.queries)
+        embedded = texts.items
     for name, values in known.items():
         model.vocabulary(name).fill(values)
     for name in model.user_features.ids:
@@ -173,7 +186,7 @@ def prepare(
     _fill_numbers(model.user_features.numbers, of_users)
     _fill_numbers(model.item_numbers, features)
     num_items = len(signals)
-    bags = model.item_bags(features)
+    bags = model.item_bags(features, embedded)
     item_rows = bags[config.item].take(torch.arange(num_items)).rows
     if item_rows.shape[0] != num_items:
         raise ValueError(f"feature {config.item} must have one id per item")
@@ -194,11 +207,15 @@ def prepare(
     counts = torch.bincount(items, minlength=num_items)
     model.bands[item_rows] = popularity_bands(counts, tower.bands)
     for name in config.pooled:
-        _fill_links(model.links(name), item_rows, model.item_bags(features)[name])
+        _fill_links(model.links(name), item_rows, bags[name])
     fill_weights(model, items[~reserved], users[~reserved], item_rows, config)
+    asking = None
+    if model.text is not None and texts is not None:
+        asking = query_texts(texts, model.text)
+        fill_text_weights(model, bags[ITEM_TEXT], asking.bags)
     _fill_signal_scale(model, torch.from_numpy(signals))
     data = TrainingData(
-        bags=model.item_bags(features),
+        bags=model.item_bags(features, embedded),
         item_rows=item_rows,
         items=items,
         starts=starts,
@@ -210,6 +227,7 @@ def prepare(
         counts=counts,
         signals=torch.from_numpy(signals),
         users=users_of(model, interactions),
+        texts=asking,
     )
     return model, data
 
@@ -320,13 +338,21 @@ def _tower_config(
     features: Mapping[str, Ragged],
     interactions: Interactions,
     config: TrainingConfig,
+    texts: TrainingTexts | None,
 ) -> tuple[TwoTowerConfig, dict[str, list[Any]]]:
     users = _user_features(schema, interactions, config)
     known = {
         feature.name: _distinct(features[feature.name])
         for feature in schema.item_features
-        if feature.kind != "numbers"
+        if feature.kind == "ids"
     }
+    if texts is not None:
+        asked = [one.name for one in schema.user_features if one.kind == "text"]
+        if texts.encoder.config.query not in asked:
+            raise ValueError(
+                f"the schema must have the user feature {texts.encoder.config.query} of kind text, "
+                f"it has {', '.join(asked) or 'none'}"
+            )
     lengths = {feature.name: feature.max_length for feature in schema.user_features}
     if config.history not in lengths:
         raise ValueError(f"history must be a user feature of the schema, got {config.history!r}")
@@ -360,7 +386,7 @@ def _tower_config(
         tables=tuple(
             _id_table(feature, known[feature.name])
             for feature in schema.item_features
-            if feature.kind != "numbers"
+            if feature.kind == "ids"
         ),
         item_numbers=_numbers(schema.item_features),
         user_ids=tuple(
@@ -369,6 +395,7 @@ def _tower_config(
             if feature.kind == "ids"
         ),
         user_numbers=_numbers(users.values()),
+        text=texts.encoder.config if texts else None,
         pooled=tuple(
             HistoryPool(feature=name, width=max(int(features[name].lengths.max(initial=0)), 1))
             for name in config.pooled

@@ -19,6 +19,8 @@ from silvershard.model.schema import Attribute, Field, Schema, UserFeature
 from silvershard.model.semantic_config import SemanticConfig, SemanticSpec
 from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults
+from silvershard.model.text_config import TextTowerConfig
+from silvershard.model.text_encoder import TextEncoder
 from silvershard.model.two_tower import TwoTower
 from silvershard.model.two_tower_config import (
     HistoryPool,
@@ -191,9 +193,19 @@ def text_config() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def text_settings() -> dict[str, Any]:
-    """The configuration of a small text encoder."""
-    return text_config()
+def make_text_encoder() -> Callable[..., TextEncoder]:
+    """``make_text_encoder(**settings)`` is a small text encoder with random weights."""
+
+    def made(**settings: Any) -> TextEncoder:
+        encoder = TextEncoder(TextTowerConfig.model_validate({**text_config(), **settings}))
+        content = torch.frombuffer(bytearray(tokenizer_json()), dtype=torch.uint8)
+        encoder.tokenizer_json.copy_(content)
+        torch.manual_seed(3)
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return encoder
+
+    return made
 
 
 def make_model(

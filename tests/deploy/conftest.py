@@ -1,10 +1,48 @@
 import csv
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from silvershard.deploy.synthetic import generate
 from silvershard.model.catalogue import NULL_INT
+
+
+@pytest.fixture(scope="session")
+def sentence_encoder_folder(films_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder with random weights that knows the words of the films."""
+    transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+    words = re.findall(r"[A-Za-z]+|[:.,()]", (films_folder / "movies.csv").read_text() + ":.,()")
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word.lower() for word in words})]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {word: row for row, word in enumerate(known)}, unk_token="[UNK]"
+        )
+    )
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    torch.manual_seed(4)
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(known),
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=40,
+            max_position_embeddings=48,
+        )
+    )
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("sentences")
+    encoder.save_pretrained(folder)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture(scope="session")

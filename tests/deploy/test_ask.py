@@ -151,6 +151,25 @@ def test_an_empty_answer_says_so(result: Result) -> None:
     assert "fewer items match than were asked for" in shown
 
 
+def test_a_text_is_asked_with_alone_and_beside_a_history(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    asked = [
+        ask.asker_of(state, user=None, history=history, include_seen=False, text=text)
+        for history, text in ((None, "a heist"), ([5], "a heist"), ([5], None))
+    ]
+    assert [one.request_features for one in asked] == [
+        {"query": ["a heist"]},
+        {"history": [5], "query": ["a heist"]},
+        {"history": [5]},
+    ]
+    weighted = WeightedIds([5], [0.5])
+    both = ask.asker_of(state, user=None, history=weighted, include_seen=False, text="rain")
+    assert both.request_features == {"history": weighted, "query": ["rain"]}
+    with pytest.raises(CommandError, match="--text must say something") as caught:
+        ask.asker_of(state, user=None, history=None, include_seen=False, text=" ")
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
 def test_an_unknown_user_is_answered_from_defaults_and_told(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     write_users(state.users_file, np.array([1, 1, 2]), np.array([8, 4, 6]))
