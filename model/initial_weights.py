@@ -14,8 +14,8 @@ from silvershard.model.two_tower_config import HISTORY_TABLE, RECENT_TABLE, SESS
 _CONTENT_SCALE = 0.4
 _ID_NOISE = 0.02
 _POOL_SCALE = 0.3
-_ITEM_TEXT_SCALE = 0.4
-_QUERY_TEXT_SCALE = 1.0
+_ITEM_TEXT_SCALE = 1.5
+_QUERY_TEXT_SCALE = 3.0
 
 
 @torch.no_grad()
@@ -64,20 +64,30 @@ def fill_weights(
 
 
 @torch.no_grad()
-def fill_text_weights(model: TwoTower, items: Bags, queries: Bags) -> None:
+def fill_text_weights(model: TwoTower, items: Bags, queries: Bags, item_rows: Tensor) -> None:
     """Start both projections of texts from the principal axes of those that ask, in place.
 
-    So a text is near the items whose texts are like it before anything is learnt.
+    So a text is near the items whose texts are like it before anything is learnt. The axes are
+    turned to where texts lie nearest to the vectors of their items, which turns no text away from
+    another: so histories are near the texts of what goes with them.
 
     Args:
-        model: with an encoder of texts.
+        model: with an encoder of texts; its other weights are filled already.
         items: inputs of the projection of items' texts.
         queries: inputs of the projection of the texts that ask for items.
+        item_rows: ``(N,)`` int64 table row of each item.
+
+    Source:
+        Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
     """
     assert model.text is not None
     dim, begin = model.config.dim, model.config.text_column
     numbers = _given(queries, model.text.query.width).double()
     axes = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)[:, :dim].float()  # (E, d)
+    vectors = model.item_tables.weight(model.config.item)[item_rows]
+    texts = inputs_of(items, model.text.item.width)[:, 1:] @ axes  # (N, d)
+    left, _, right = torch.linalg.svd((texts.T @ vectors).double(), full_matrices=False)
+    axes = axes @ (left @ right).float()  # (E, D)
     for projection, bags, scale in (
         (model.text.item, items, _ITEM_TEXT_SCALE),
         (model.text.query, queries, _QUERY_TEXT_SCALE),

@@ -47,11 +47,12 @@ class TextFeatures(nn.Module):
 
     @torch.no_grad()
     def fill(self, items: Tensor, queries: Tensor) -> None:
-        """Standardise by these embeddings, ``(N, E)`` and ``(Q, E)``, to a length of about one."""
+        """Standardise by these embeddings, ``(N, E)`` and ``(Q, E)``, each number over E."""
         for projection, embedded in ((self.item, items), (self.query, queries)):
             projection.fill(embedded[embedded.any(1)])
-            # Steps of the optimizer change a sum over E numbers E times as much as one of them.
-            projection.scale.mul_(projection.width**-0.5)
+            # A step of Adam moves every weight alike, and so a sum over E inputs E times as far.
+            # Undivided, texts drowned the ids: NDCG@10 fell by a tenth.
+            projection.scale.mul_(1 / projection.width)
 
     def item_bags(self, embedded: Tensor) -> Bags:
         """The inputs of the projection of items, as ``embed_items`` made them ``(N, E)``."""

@@ -212,7 +212,7 @@ def prepare(
     asking = None
     if model.text is not None and texts is not None:
         asking = query_texts(texts, model.text)
-        fill_text_weights(model, bags[ITEM_TEXT], asking.bags)
+        fill_text_weights(model, bags[ITEM_TEXT], asking.bags, item_rows)
     _fill_signal_scale(model, torch.from_numpy(signals))
     data = TrainingData(
         bags=model.item_bags(features, embedded),

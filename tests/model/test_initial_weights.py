@@ -1,9 +1,11 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from silvershard.model.initial_weights import fill_weights
+from silvershard.model.initial_weights import fill_text_weights, fill_weights
+from silvershard.model.text_encoder import TextEncoder
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.two_tower import TwoTower
 from silvershard.model.two_tower_config import TwoTowerConfig
@@ -75,3 +77,28 @@ def test_a_model_without_further_features_starts_as_it_does_with_them() -> None:
     plain, more = tower(), tower(item_numbers=({"name": "price", "width": 1},))
     for name in ("film", "popularity_band"):
         assert torch.equal(plain.item_tables.weight(name), more.item_tables.weight(name))
+
+
+def test_texts_start_near_the_texts_and_the_items_like_them(
+    make_text_encoder: Callable[..., TextEncoder],
+) -> None:
+    encoder = make_text_encoder()
+    made = tower(text=encoder.config)
+    assert made.text is not None
+    texts = torch.randn(NUM_FILMS, 24)
+    made.text.fill(texts, texts)
+    items, queries = made.text.item_bags(texts), made.text.query_bags(texts)
+    fill_text_weights(made, items, queries, torch.arange(NUM_FILMS) + 1)
+    of_item, of_query = made.text.item(items), made.text.query(queries)
+    assert torch.allclose(of_item.norm(dim=1).mean(), torch.tensor(1.5), atol=1e-4)
+    assert torch.allclose(of_query, 2 * of_item, atol=1e-4)
+    inputs = items.weights.view(NUM_FILMS, 25)[:, 1:]
+    axes = torch.linalg.svd(inputs).Vh[:4]
+    expected = (inputs @ axes.T) @ (inputs @ axes.T).T
+    found = of_item @ of_item.T
+    assert torch.allclose(found / found[0, 0], expected / expected[0, 0], atol=1e-3)
+    # No other turn brings them nearer to the vectors of the items.
+    product = of_item.T @ made.item_tables.weight("film")[1:]
+    assert torch.allclose(product.trace(), torch.linalg.svdvals(product).sum(), rtol=1e-3)
+    begin = made.config.text_column
+    assert torch.equal(made.user_head.weight[begin : begin + 4, :4], torch.eye(4))

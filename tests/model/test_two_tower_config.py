@@ -105,7 +105,7 @@ def test_further_user_features_widen_the_profile() -> None:
                 "user_ids": ({"name": "a", "dtype": "int", "size": 1},),
                 "user_numbers": ({"name": "a", "width": 1},),
             },
-            r"history, user_ids, user_numbers and text.query must have distinct names, got .*'a', 'a'",
+            r"text.query must have distinct names, got .*'a', 'a'",
         ),
         ({"item_numbers": ({"name": "film", "width": 1},)}, "tables and item_numbers must have"),
         ({"item_numbers": ({"name": "popularity_band", "width": 1},)}, "other than 'popularity_b"),
