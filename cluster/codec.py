@@ -261,20 +261,19 @@ def values_to(name: str, values: FilterParam | FeatureValues) -> retrieval_pb2.V
         values: one value or several; floats keep all their bits, weights of ids are float32.
 
     Raises:
-        ValueError: if they are of several kinds, or not ints, floats or strings, or if weights are
-            not one number per id that fits float32.
+        ValueError: if they are of several kinds, or not ints, floats or strings, or one does not
+            fit 64 bits, or if weights are not one number per id that fits float32.
     """
     if isinstance(values, WeightedIds):
+        for what, part in (("ids", values.ids), ("weights", values.weights)):
+            if not _is_list(part):
+                raise ValueError(f"{name}: {what} must be a list, got {type(part).__name__}")
         message = values_to(name, values.ids)
         message.weights = _weights_to(name, values)
         return message
     if isinstance(values, np.ndarray):
         values = values.tolist()
-    listed: list[Any]
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        listed = [values]
-    else:
-        listed = list(values)
+    listed: list[Any] = list(cast(Sequence[Any], values)) if _is_list(values) else [values]
     listed = [one.item() if isinstance(one, np.generic) else one for one in listed]
     kinds = {type(one) for one in listed}
     if not kinds:
@@ -282,14 +281,32 @@ def values_to(name: str, values: FilterParam | FeatureValues) -> retrieval_pb2.V
     if kinds == {int}:
         for one in listed:
             if not INT64_MIN <= one <= INT64_MAX:
-                raise ValueError(f"{name}: must be 64-bit signed ints, got {one}")
+                raise ValueError(f"{name}: must be 64-bit signed ints, got {_of_bits(one)}")
         return retrieval_pb2.Values(ints=listed)
     if kinds == {str}:
         return retrieval_pb2.Values(strings=listed)
     if kinds <= {int, float}:
-        return retrieval_pb2.Values(doubles=listed)
+        try:
+            return retrieval_pb2.Values(doubles=listed)
+        except OverflowError:
+            largest = max((one for one in listed if isinstance(one, int)), key=abs)
+            raise ValueError(
+                f"{name}: must be numbers that fit float64, got {_of_bits(largest)}"
+            ) from None
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise ValueError(f"{name}: must be ints, floats or strings of one kind, got {names}")
+
+
+def _is_list(values: object) -> bool:
+    """Return whether it is a sequence of values and no value itself."""
+    if isinstance(values, np.ndarray):
+        return values.ndim == 1
+    return isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray)
+
+
+def _of_bits(value: int) -> str:
+    """Return a name for an int that may have more digits than Python prints."""
+    return f"an int of {value.bit_length()} bits"
 
 
 def _weights_to(name: str, values: WeightedIds) -> bytes:

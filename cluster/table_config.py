@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from silvershard.cluster.config import PingSection
 
@@ -73,8 +73,8 @@ class TablesSection(BaseModel):
     )
     sharding: dict[str, Literal["table", "row", "column"]] = Field(
         default={},
-        description="how quantised tables are cut over the devices of a shard, by table; the "
-        "planner chooses for others",
+        description="how quantised tables are cut where a shard has several devices, by table; "
+        "the planner chooses for others",
     )
     host_budget_mib: int = Field(
         default=0,
@@ -82,6 +82,13 @@ class TablesSection(BaseModel):
         description="memory of a shard for its quantised tables on several devices; 0: four fifths "
         "of what is free",
     )
+
+    @field_validator("remote")
+    @classmethod
+    def _check_remote(cls, remote: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(remote)) != len(remote):
+            raise ValueError("must name each table once")
+        return remote
 
     def client(self, ping: PingSection) -> RemoteTableSection:
         """Return the settings of a client of these tables.

@@ -4,6 +4,7 @@ Shapes: K results.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,15 +97,9 @@ def parse_features(texts: Sequence[str]) -> dict[str, FeatureValues]:
     """
     features: dict[str, FeatureValues] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise CommandError(f"--feature must be name=value, got {text!r}", ExitCode.USAGE)
+        name, parsed = _named_value("--feature", text)
         if name == "history":
             raise CommandError("--feature has no history: use --history", ExitCode.USAGE)
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
         try:
             features[name] = from_json(parsed)
         except ValueError as error:
@@ -120,19 +115,27 @@ def parse_params(texts: Sequence[str]) -> dict[str, FilterParam]:
     """
     params: dict[str, FilterParam] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise CommandError(f"--param must be name=value, got {text!r}", ExitCode.USAGE)
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
+        name, parsed = _named_value("--param", text)
         if not isinstance(parsed, int | float | str | list) or isinstance(parsed, bool):
             raise CommandError(
-                f"--param {name} must be a number, text or a list, got {value!r}", ExitCode.USAGE
+                f"--param {name} must be a number, text or a list, got {reprlib.repr(text)}",
+                ExitCode.USAGE,
             )
         params[name] = parsed
     return params
+
+
+def _named_value(option: str, text: str) -> tuple[str, Any]:
+    """Return the name and the value of ``name=value``; a value is JSON, or else plain text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise CommandError(f"{option} must be name=value, got {reprlib.repr(text)}", ExitCode.USAGE)
+    try:
+        return name, json.loads(value)
+    except RecursionError:
+        raise CommandError(f"{option} {name} must not be nested so deep", ExitCode.USAGE) from None
+    except ValueError:
+        return name, value
 
 
 def ask(address: str, query: Query, *, timeout_s: float) -> Result:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection
 from silvershard.cluster.table_config import TablesSection
+from silvershard.model.limits import COLUMN_MULTIPLES, MAX_ANN_K
 from silvershard.model.semantic_config import MAX_SEMANTIC_K
 from silvershard.model.training_config import TrainingConfig
 from silvershard.shard.errors import ConfigError
@@ -76,7 +77,10 @@ class IndexSection(BaseModel):
         default=0.125, gt=0, le=1, description="share of the clusters probed by default"
     )
     ann_k: int = Field(
-        default=600, ge=1, description="candidates per head that pass the scan cut by default"
+        default=600,
+        ge=1,
+        le=MAX_ANN_K,
+        description="candidates per head that pass the scan cut by default",
     )
     semantic_k: int = Field(
         default=200,
@@ -85,7 +89,7 @@ class IndexSection(BaseModel):
         description="candidates of the decoder of semantic ids by default, where training.semantic "
         "made one",
     )
-    page_slots: int = Field(default=64, description="slots of a page: 64 or 128")
+    page_slots: Literal[64, 128] = Field(default=64, description="slots of a page")
     planned_shards: int = Field(
         default=8, ge=1, description="most shards to cut a generation into without republishing"
     )
@@ -178,7 +182,28 @@ class Config(BaseModel):
                 f"tables.max_stale_ms must be at least twice ping.every_ms, {least}, "
                 f"got {self.tables.max_stale_ms}"
             )
+        self._check_tables()
         return self
+
+    def _check_tables(self) -> None:
+        precision = self.index.table_precision
+        multiples = {f"index.table_precision {precision}": COLUMN_MULTIPLES[precision]}
+        if self.tables.remote:
+            multiples["tables.remote"] = COLUMN_MULTIPLES["int8"]
+        for cause, columns in multiples.items():
+            if self.training.dim % columns:
+                raise ValueError(
+                    f"training.dim must be a multiple of {columns} with {cause}, "
+                    f"got {self.training.dim}"
+                )
+        devices = list(self.sharding.devices)
+        for key in ("sharding", "host_budget_mib"):
+            value = getattr(self.tables, key)
+            if value and (len(devices) == 1 or precision == "float32"):
+                raise ValueError(
+                    f"tables.{key} needs two or more sharding.devices, and int8 or int4 as "
+                    f"index.table_precision, got {value} with {devices} and {precision}"
+                )
 
 
 class Setting(NamedTuple):
@@ -331,9 +356,11 @@ def _reason(problem: Any) -> str:
     if kind == "missing":
         return "required key is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    message = f"{message[:1].lower()}{message[1:]}"
+    if ", got " in message:
+        return message
     given = json.dumps(problem["input"], default=str)
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{message[:1].lower()}{message[1:]}, got {given}"
+    return f"{message}, got {given if len(given) <= 60 else given[:57] + '...'}"
 
 
 def _section_keys(key: Key) -> list[str]:

@@ -3,6 +3,7 @@
 A list of ids or numbers is itself; ids with weights are pairs: ``[["heist", 2], ["noir", 0.5]]``.
 """
 
+import reprlib
 from typing import Any
 
 from silvershard.model.request import FeatureValues, WeightedIds
@@ -29,8 +30,22 @@ def from_json(value: object) -> FeatureValues:
         _is_scalar(one) and _is_scalar(weight) and not isinstance(weight, str)
         for one, weight in pairs
     ):
-        return WeightedIds(tuple(one for one, _ in pairs), tuple(float(two) for _, two in pairs))
-    raise ValueError(f"must be ids or numbers, or pairs of an id and its weight, got {value!r}")
+        return WeightedIds(
+            tuple(one for one, _ in pairs),
+            tuple(_weight(position, two) for position, (_, two) in enumerate(pairs)),
+        )
+    raise ValueError(
+        f"must be ids or numbers, or pairs of an id and its weight, got {reprlib.repr(value)}"
+    )
+
+
+def _weight(position: int, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"weight {position} must be a number that fits float32, got {reprlib.repr(value)}"
+        ) from None
 
 
 def _is_scalar(value: object) -> bool:

@@ -70,13 +70,17 @@ def split_answers(
         elif not intersected:
             kept = found[at]
         uncut = kept < most or plan.ann_k >= (spec.documents if count is None else count)
+        # The decoder searches exactly: less than was asked of it is all that is eligible.
+        all_found = int(second.semantic_kept[at]) < plan.semantic_k
         said = list(warnings[at])
-        if short and not uncut:
+        if not short or all_found:
+            pass
+        elif not uncut:
             said.append(
                 f"only {size} of {request.k} results were kept by the scan: raise search.ann_k, "
                 f"now {plan.ann_k}"
             )
-        elif short and not whole:
+        elif not whole:
             said.append(
                 f"only {size} of {request.k} results lie in the {plan.probes} probed clusters "
                 f"of {spec.num_clusters}: raise search.nprobe"
@@ -91,7 +95,7 @@ def split_answers(
                     for column, name in enumerate(spec.item_schema.tasks)
                 },
                 plan=plan,
-                exhausted=short and whole and uncut,
+                exhausted=short and (all_found or (whole and uncut)),
                 counts=Counts(
                     addressed=spec.documents,
                     probed=int(first.probed[at]),

@@ -127,6 +127,20 @@ class UserColumn:
         if not np.isfinite(weights).all():
             raise ValueError(f"weights must be finite, got {weights[~np.isfinite(weights)][0]}")
 
+    def kept(self, max_length: int) -> "UserColumn":
+        """What is kept of ids: of each user the last ``max_length`` whose weight is not 0."""
+        lengths, row_of = self.values.lengths, self.values.row_of
+        given = np.ones(len(row_of), dtype=bool) if self.weights is None else self.weights != 0
+        if given.all() and lengths.max(initial=0) <= max_length:
+            return self
+        counts = np.bincount(row_of[given], minlength=len(lengths))
+        # Of what is given, how many of the same row come from here on.
+        left = np.cumsum(counts)[row_of] - np.cumsum(given) + given
+        chosen = given & (left <= max_length)
+        offsets = _offsets(np.minimum(counts, max_length))
+        weights = None if self.weights is None else self.weights[chosen]
+        return UserColumn(Ragged(self.values.values[chosen], offsets), weights)
+
     def validate(self, feature: UserFeature) -> None:
         """Return if the values are what the feature declares.
 
@@ -172,7 +186,7 @@ class Catalogue:
 
         Raises:
             SchemaError: naming the first column that is missing, undeclared, of the wrong type or
-                length, or that holds a forbidden value.
+                length, or that holds a forbidden value, or more ids of an item than ``max_length``.
         """
         self._validate_item_ids()
         _same_names("categories", self.categories, [item.name for item in schema.categories])
@@ -189,6 +203,8 @@ class Catalogue:
             self._validate_ragged(feature.name, self.features[feature.name], feature.dtype)
             if feature.kind == "numbers":
                 _validate_numbers(feature, self.features[feature.name], self.item_ids)
+            if feature.kind == "ids":
+                _validate_lengths(feature, self.features[feature.name], self.item_ids)
         self._validate_signals(schema.signals)
 
     def take(self, rows: NDArray[np.int64]) -> "Catalogue":
@@ -315,6 +331,15 @@ def _validate_values(name: str, values: NDArray[Any], dtype: ValueType) -> None:
         for value in values:
             if not isinstance(value, str):
                 raise SchemaError(name, f"must hold str, got {type(value).__name__} {value!r}")
+
+
+def _validate_lengths(feature: UserFeature, column: Ragged, item_ids: NDArray[np.int64]) -> None:
+    for row in np.flatnonzero(column.lengths > feature.max_length)[:1]:
+        raise SchemaError(
+            feature.name,
+            f"must have at most max_length={feature.max_length} ids, "
+            f"got {column.lengths[row]} of item {item_ids[row]}",
+        )
 
 
 def _validate_numbers(feature: UserFeature, column: Ragged, rows: NDArray[np.int64]) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from silvershard.model.filter import FilterError, canonical, compile_filter, parse_filter
+from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.plan import Plan, PlanError, check_semantic_k, choose_plan, parse_plan
 from silvershard.model.request import FeatureValues, Request, RequestError
 from silvershard.model.schema import SchemaError
-from silvershard.model.spec import MAX_ANN_K, ServingSpec
+from silvershard.model.spec import ServingSpec
 from silvershard.model.value import ValueFormulaError, compile_value
 
 

@@ -9,8 +9,9 @@ import math
 import re
 from typing import NamedTuple
 
+from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.semantic_config import MAX_SEMANTIC_K
-from silvershard.model.spec import MAX_ANN_K, ServingSpec
+from silvershard.model.spec import ServingSpec
 
 PROBE = "probe"
 PROBE_WIDE = "probe_wide"

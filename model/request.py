@@ -12,7 +12,8 @@ from silvershard.model.errors import FieldError
 class WeightedIds(Sequence[Any]):
     """Ids of a user feature with a weight each; as a sequence it is the ids.
 
-    Weights may be negative. An id of weight 0 counts as not given.
+    Weights may be negative. An id of weight 0 counts as not given: it takes no place in a list that
+    is cut, and is not reported where it is unknown.
     """
 
     ids: Sequence[int] | Sequence[str]

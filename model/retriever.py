@@ -20,6 +20,7 @@ from silvershard.kernels import (
     select_topk,
     value_program,
 )
+from silvershard.kernels.contract import check_not_nan
 from silvershard.model.answer import Answer, split_answers
 from silvershard.model.compiled_request import CompiledRequest, compile_request
 from silvershard.model.index import ItemIndex
@@ -360,6 +361,7 @@ class Retriever(nn.Module):
         logits = cast(RetrievalModel, self.model).rank_slots(
             work.embedding, state, part.cache, slots, by_head, signals
         )
+        check_not_nan("the reranker's logits", logits)
         tasks = fixed_sigmoid(logits)  # (B, U, T)
         watch.mark("rerank")
         # Adding zero makes both zeros the same one, whichever the maximum picks.

@@ -7,7 +7,7 @@ attribute or a value column is checked against it.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
@@ -47,7 +47,10 @@ class UserFeature(BaseModel):
         default="int", description="type of the values; string ids are hashed into the table"
     )
     max_length: int = pydantic.Field(
-        default=128, ge=1, description="values kept; a longer list keeps its last max_length"
+        default=128,
+        ge=1,
+        description="values kept of a user's list, the last of a longer one; an item with more ids "
+        "is refused, and all of its texts are read",
     )
     max_characters: int = pydantic.Field(
         default=4096, ge=1, description="longest text of a request that is not refused"
@@ -223,10 +226,10 @@ class Schema(BaseModel):
     def check_features(self, features: Mapping[str, FeatureValues]) -> dict[str, FeatureValues]:
         """Every declared user feature with its checked values; ``()`` where none were given.
 
-        Ids are a tuple, or ``WeightedIds`` of tuples where a weight differs from 1. Lists longer
-        than ``max_length`` keep their last values, with their weights. Weights and numbers are
-        rounded to float32. numpy numbers count as their kind; bools and numbers in strings do not.
-        A text that is given must say something.
+        Ids are a tuple, or ``WeightedIds`` of tuples where a weight differs from 1. Ids of weight 0
+        are left out; lists that are then longer than ``max_length`` keep their last values, with
+        their weights. Weights and numbers are rounded to float32. numpy numbers count as their
+        kind; bools and numbers in strings do not. A text that is given must say something.
 
         Raises:
             SchemaError: naming the feature that is unknown or of the wrong type.
@@ -244,6 +247,16 @@ class Schema(BaseModel):
         }
 
 
+_FEATURES_OF = {
+    "history": "user",
+    "user_ids": "user",
+    "user_numbers": "user",
+    "tables": "item",
+    "item_numbers": "item",
+}
+"""What a model's config may read, and of whom."""
+
+
 def check_model(schema: Schema, config: Mapping[str, Any]) -> None:
     """Return if a model has the heads, tasks, signals and features of the schema.
 
@@ -258,18 +271,20 @@ def check_model(schema: Schema, config: Mapping[str, Any]) -> None:
         wanted, made = tuple(getattr(schema, part)), tuple(config.get(part, getattr(schema, part)))
         if wanted != made:
             raise SchemaError(part, f"the schema has {wanted}, the model was made for {made}")
-    for part, features in (
-        ("user_ids", schema.user_features),
-        ("user_numbers", schema.user_features),
-        ("item_numbers", schema.item_features),
-    ):
-        kind = "ids" if part == "user_ids" else "numbers"
+    reads = {part: config.get(part, ()) for part in _FEATURES_OF}
+    if "history" in config:
+        # The history names ids of an item feature, so it has their type.
+        (item,) = (one for one in config["tables"] if one["name"] == config["item"])
+        reads["history"] = [{"name": config["history"], "dtype": item["dtype"]}]
+    for part, of_whom in _FEATURES_OF.items():
+        features = schema.user_features if of_whom == "user" else schema.item_features
+        kind = "numbers" if part.endswith("numbers") else "ids"
         declared = {
             one.name: {"dtype": one.dtype, "width": one.width}
             for one in features
             if one.kind == kind
         }
-        for read in config.get(part, ()):
+        for read in reads[part]:
             has = declared.get(read["name"])
             wants = {key: read[key] for key in ("dtype", "width") if key in read}
             if has is None or wants.items() - has.items():
@@ -308,9 +323,15 @@ def _unique(what: str, names: Iterable[str]) -> None:
 def _check_values(feature: UserFeature, values: FeatureValues) -> FeatureValues:
     if isinstance(values, WeightedIds):
         return _check_weighted(feature, values)
+    checked = _all_checked(feature, values)
+    return checked if feature.kind == "numbers" else checked[-feature.max_length :]
+
+
+def _all_checked(feature: UserFeature, values: FeatureValues) -> tuple[Any, ...]:
+    """The values before a long list is cut."""
     if isinstance(values, np.ndarray) and values.ndim == 1:
         values = values.tolist()
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
         what = {
             "ids": f"{feature.dtype} ids",
             "text": "texts",
@@ -329,10 +350,7 @@ def _check_values(feature: UserFeature, values: FeatureValues) -> FeatureValues:
             problem = _text_problem(str(value), feature.max_characters)
         if problem:
             raise SchemaError(feature.name, f"position {position} must be {problem}")
-    kept = values[-feature.max_length :]
-    if feature.dtype == "string":
-        return tuple(map(str, kept))
-    return tuple(int(value) for value in kept)
+    return tuple(map(str if feature.dtype == "string" else int, values))
 
 
 def _check_weighted(feature: UserFeature, values: WeightedIds) -> FeatureValues:
@@ -340,21 +358,22 @@ def _check_weighted(feature: UserFeature, values: WeightedIds) -> FeatureValues:
         raise SchemaError(
             feature.name, f"must have no weights, which go with ids alone, got {feature.kind}"
         )
-    ids = _check_values(feature, values.ids)
+    ids = _all_checked(feature, values.ids)
     given: Any = values.weights
     if isinstance(given, str | bytes) or not isinstance(given, Sequence | np.ndarray):
         raise SchemaError(
             feature.name, f"weights must be a list of numbers, got {type(given).__name__}"
         )
-    if len(given) != len(values.ids):
+    if len(given) != len(ids):
         raise SchemaError(
-            feature.name,
-            f"must have as many weights as ids, {len(values.ids)}, got {len(given)}",
+            feature.name, f"must have as many weights as ids, {len(ids)}, got {len(given)}"
         )
-    weights = _float32(feature.name, "weight", given)[len(given) - len(ids) :]
-    if all(weight == 1.0 for weight in weights):
-        return ids
-    return WeightedIds(cast(tuple[int, ...] | tuple[str, ...], ids), weights)
+    weights = _float32(feature.name, "weight", given)
+    kept = [pair for pair in zip(ids, weights, strict=True) if pair[1] != 0]
+    kept = kept[-feature.max_length :]
+    if all(weight == 1.0 for _, weight in kept):
+        return tuple(one for one, _ in kept)
+    return WeightedIds(tuple(one for one, _ in kept), tuple(weight for _, weight in kept))
 
 
 def _float32(name: str, what: str, values: Sequence[Any]) -> tuple[float, ...]:

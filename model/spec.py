@@ -4,12 +4,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.planes import PlaneDictionary
 from silvershard.model.schema import Schema
 from silvershard.model.semantic_config import MAX_SEMANTIC_K, SemanticSpec
-
-MAX_ANN_K = 300_000
-"""The largest number of candidates per head that a plan may ask for."""
 
 
 class SearchDefaults(BaseModel):

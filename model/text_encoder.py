@@ -119,11 +119,12 @@ def _workers(process: int, count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _unshare(module: nn.Module, state: dict[str, Any], *_: object) -> None:
+def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Copy tensors that share memory, which safetensors would refuse to write."""
     seen: set[int] = set()
     for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.numel():
+        # Other modules of a model may have tensors there that are divided over processes.
+        if name.startswith(prefix) and isinstance(tensor, Tensor) and tensor.numel():
             if tensor.data_ptr() in seen:
                 state[name] = tensor.clone()
             seen.add(tensor.data_ptr())

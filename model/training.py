@@ -28,7 +28,13 @@ from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.semantic_training import SemanticTraining
 from silvershard.model.tower_training import TowerTraining, with_prefix
 from silvershard.model.training_config import TrainingConfig
-from silvershard.model.training_data import Interactions, held_out, prepare
+from silvershard.model.training_data import (
+    HeldOut,
+    Interactions,
+    TrainingData,
+    held_out,
+    prepare,
+)
 from silvershard.model.training_texts import TrainingTexts
 from silvershard.model.two_tower import TwoTower
 
@@ -170,7 +176,7 @@ def train(
     with _threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, data = prepare(schema, features, signals, interactions, config, texts)
-        held = None if validation is None else held_out(model, data, interactions, validation)
+        held = _held(model, data, interactions, validation)
         run = _Run(model, config, watch or Watch(), validated=held is not None)
         if resume is not None:
             run.load(resume)
@@ -238,7 +244,7 @@ def assist(
     with _threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, data = prepare(schema, features, signals, interactions, config, texts)
-        held = None if validation is None else held_out(model, data, interactions, validation)
+        held = _held(model, data, interactions, validation)
         run = _Run(model, config, watch, validated=held is not None)
         if resume is not None:
             run.load(resume)
@@ -390,6 +396,18 @@ class _Run:
                 {name: one.detach().clone() for name, one in tensors.items()},
             )
         )
+
+
+def _held(
+    model: TwoTower,
+    data: TrainingData,
+    interactions: Interactions,
+    validation: Interactions | None,
+) -> HeldOut | None:
+    """The validation as tensors; None where there is none, or nobody in it."""
+    if validation is None or not len(validation.user_ids):
+        return None
+    return held_out(model, data, interactions, validation)
 
 
 @contextmanager

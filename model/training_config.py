@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
 from silvershard.model.joint_config import JointConfig
-from silvershard.model.ranker_config import MLPConfig, RankerConfig
+from silvershard.model.ranker_config import MLPConfig, RankerConfig, check_ranker, session_rows
 from silvershard.model.semantic_config import SemanticTrainingConfig
 from silvershard.model.text_config import TextTrainingConfig
 
@@ -176,6 +176,8 @@ class TrainingConfig(BaseModel):
             )
         if self.encoder is not None:
             check_encoder(self.encoder, dim=self.dim)
+        # Only the schema knows how many ids of a history are kept.
+        check_ranker(self.ranker, dim=self.dim, session_length=session_rows(self.ranker))
         if len(set(self.pooled)) != len(self.pooled):
             raise ValueError(f"pooled must name each feature once, got {list(self.pooled)}")
         if len(set(self.user_features)) != len(self.user_features):

@@ -5,7 +5,8 @@ Vs signals.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -137,6 +138,8 @@ class TrainingData(NamedTuple):
     """User features of each interaction."""
     texts: QueryTexts | None = None
     """The texts that ask for items; None where the model reads none."""
+    max_lengths: Mapping[str, int] = MappingProxyType({})
+    """How many ids of each user feature are kept."""
 
 
 class HeldOut(NamedTuple):
@@ -171,6 +174,8 @@ def prepare(
     """
     if (texts is None) != (config.text is None):
         raise ValueError("texts must be given where config has a section text, and only there")
+    max_lengths = {one.name: one.max_length for one in schema.user_features if one.kind == "ids"}
+    interactions = _as_served(interactions, max_lengths)
     tower, known = _tower_config(schema, features, interactions, config, texts)
     model = TwoTower(tower)
     embedded = None
@@ -228,8 +233,18 @@ def prepare(
         signals=torch.from_numpy(signals),
         users=users_of(model, interactions),
         texts=asking,
+        max_lengths=max_lengths,
     )
     return model, data
+
+
+def _as_served(interactions: Interactions, max_lengths: Mapping[str, int]) -> Interactions:
+    """The interactions with the ids of users that a request would keep."""
+    kept = {
+        name: column.kept(max_lengths[name]) if name in max_lengths else column
+        for name, column in interactions.features.items()
+    }
+    return replace(interactions, features=kept)
 
 
 def users_of(model: TwoTower, interactions: Interactions) -> Users:
@@ -285,7 +300,7 @@ def held_out(
         ends - begins,
         targets,
         torch.stack([user, seen]),
-        users_of(model, following).take(torch.arange(len(users))),
+        users_of(model, _as_served(following, data.max_lengths)).take(torch.arange(len(users))),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.model.encoder_config import SequenceEncoderConfig, check_encoder
+from silvershard.model.limits import COLUMN_MULTIPLES
 from silvershard.model.ranker_config import MLPConfig, RankerConfig, check_ranker, session_rows
 from silvershard.model.ranker_session import session_width
 from silvershard.model.schema import MAX_WIDTH
@@ -124,7 +125,7 @@ class TwoTowerConfig(BaseModel):
         for field, name in (("item", self.item), *(("pooled", feature) for feature in pooled)):
             if name not in names:
                 raise ValueError(f"{field} must be one of the tables {names}, got {name!r}")
-        columns = {"float32": 1, "int8": 4, "int4": 8}[self.table_precision]
+        columns = COLUMN_MULTIPLES[self.table_precision]
         if self.dim % columns:
             raise ValueError(
                 f"dim must be a multiple of {columns} for {self.table_precision} tables, "

@@ -114,6 +114,9 @@ def publish_generation(
     """
     catalogue.validate(schema)
     check_model(schema, config)
+    _check_finite("model", model)
+    if semantic is not None:
+        _check_finite("semantic", semantic)
     if generation is None:
         generation = max(list_generations(repository), default=0) + 1
     on_phase(PHASES[0])
@@ -224,6 +227,17 @@ def publish_generation(
         mean_list=len(catalogue) / num_clusters,
         planes=planes.report(),
     )
+
+
+def _check_finite(what: str, module: nn.Module) -> None:
+    """Return if every weight is finite.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{what}.{name} must be finite, got NaN or an infinite weight")
 
 
 def _semantic_codes(source: SemanticSource, model: nn.Module, embeddings: Tensor) -> Tensor:

@@ -205,6 +205,12 @@ def test_ints_among_floats_are_floats() -> None:
         (Request(features={"a": [True]}), "got bool"),
         (Request(params={"p": object()}), "params.p: must be ints"),
         (Request(features={"a": [2**63]}), "features.a: must be 64-bit signed ints"),
+        (Request(features={"a": [10**5000]}), "must be 64-bit signed ints, got an int of 16610 b"),
+        (Request(features={"a": [1.5, 10**400]}), "a: must be numbers that fit float64, got an in"),
+        (Request(features={"a": b"abc"}), "features.a: must be ints, floats or strings of one"),
+        (Request(features={"a": WeightedIds([1], None)}), "weights must be a list, got NoneType"),  # type: ignore[arg-type]
+        (Request(features={"a": WeightedIds(5, [1])}), "features.a: ids must be a list, got int"),  # type: ignore[arg-type]
+        (Request(features={"a": WeightedIds(b"a", [1])}), "a: ids must be a list, got bytes"),
         (Request(k=-1), "k: must be in 0..4294967295, got -1"),
         (Request(nprobe=2**32), "nprobe: must be in"),
         (Request(ann_k=-5), "ann_k: must be in"),

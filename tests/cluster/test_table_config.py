@@ -22,6 +22,12 @@ def test_times_must_be_positive(field: str) -> None:
         RemoteTableSection.model_validate({field: 0})
 
 
+def test_a_remote_table_is_named_once() -> None:
+    assert TablesSection(remote=("history", "recent")).remote == ("history", "recent")
+    with pytest.raises(ValidationError, match=r"remote\n .*must name each table once"):
+        TablesSection(remote=("history", "history"))
+
+
 def test_a_client_of_the_tables_asks_as_the_section_says() -> None:
     tables = TablesSection(deadline_ms=7, cache_mib=3, max_stale_ms=900)
     ping = PingSection(every_ms=300)

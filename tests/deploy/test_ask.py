@@ -60,7 +60,9 @@ def test_parameters_are_json_or_text() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["x", "=1", "x=true", "x=null", 'x={"a": 1}'])
+@pytest.mark.parametrize(
+    "text", ["x", "=1", "x=true", "x=null", 'x={"a": 1}', f"x={'[' * 200_000}"]
+)
 def test_a_bad_parameter_is_wrong_usage(text: str) -> None:
     with pytest.raises(CommandError, match="--param") as caught:
         ask.parse_params([text])
@@ -85,6 +87,8 @@ def test_features_are_values_or_pairs_of_an_id_and_its_weight() -> None:
         ("history=[1]", "--feature has no history: use --history"),
         ('x={"a": 1}', "--feature x must be ids or numbers, or pairs"),
         ("x=[[1, 2], 3]", "--feature x must be ids or numbers, or pairs"),
+        (f'x=[["a", {10**400}]]', "--feature x weight 0 must be a number that fits float32"),
+        (f"x={'[' * 200_000}", "--feature x must not be nested so deep"),
     ],
 )
 def test_a_bad_feature_is_wrong_usage(text: str, message: str) -> None:

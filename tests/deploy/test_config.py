@@ -15,6 +15,8 @@ from silvershard.deploy.config import (
     settings,
     to_yaml,
 )
+from silvershard.model.limits import MAX_ANN_K
+from silvershard.model.placement import Precision, word_columns
 from silvershard.shard.errors import ConfigError
 
 Write = Callable[[str], Path]
@@ -108,6 +110,85 @@ def test_rows_must_be_allowed_to_be_as_old_as_two_pings(write: Write) -> None:
     ):
         load(write("ping: {every_ms: 400}\ntables: {max_stale_ms: 700}\n"), environ={})
     assert load(write("tables: {remote: [history]}\n"), environ={}).tables.remote == ("history",)
+
+
+def test_limits_of_an_index_are_known_before_the_training(write: Write) -> None:
+    for section, message in (
+        ("page_slots: 100", "index.page_slots: input should be 64 or 128, got 100"),
+        (f"ann_k: {MAX_ANN_K + 1}", f"index.ann_k: .* less than or equal to {MAX_ANN_K}, got"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(write(f"index: {{{section}}}\n"), environ={})
+    index = load(write(f"index: {{page_slots: 128, ann_k: {MAX_ANN_K}}}\n"), environ={}).index
+    assert (index.page_slots, index.ann_k) == (128, MAX_ANN_K)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_dimension_fits_the_precision_of_the_tables(precision: Precision) -> None:
+    def config(dim: int) -> Config:
+        return load(options={"training.dim": dim, "index.table_precision": precision}, environ={})
+
+    columns = word_columns(precision)
+    assert config(3 * columns).training.dim == 3 * columns
+    message = rf"training\.dim must be a multiple of {columns} with .* {precision}, got 30"
+    with pytest.raises(ConfigError, match=message):
+        config(30)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"training.dim": 30, "tables.remote": ["history"]},
+            r"training\.dim must be a multiple of 4 with tables\.remote, got 30",
+        ),
+        (
+            {"tables.remote": ["history", "recent", "history"]},
+            r'tables\.remote: must name each table once, got \["history", "recent", "history"\]',
+        ),
+        (
+            {"tables.sharding": {"history": "row"}, "index.table_precision": "int8"},
+            r"tables\.sharding needs two or more sharding\.devices, .* with \['cpu'\] and int8",
+        ),
+        (
+            {"tables.sharding": {"history": "row"}, "sharding.devices": ["cpu", "cpu"]},
+            r"tables\.sharding needs .* int8 or int4 as index\.table_precision, got .* and float32",
+        ),
+        (
+            {"tables.host_budget_mib": 9, "index.table_precision": "int8"},
+            r"tables\.host_budget_mib needs two or more .*, got 9 with \['cpu'\] and int8",
+        ),
+        (
+            {"tables.host_budget_mib": 9, "sharding.devices": ["cpu", "cpu"]},
+            r"tables\.host_budget_mib needs .* got 9 with \['cpu', 'cpu'\] and float32",
+        ),
+    ],
+)
+def test_settings_of_tables_that_cannot_work_are_refused(
+    options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(options=options, environ={})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training.dim": 30},
+        {"training.dim": 12, "tables.remote": ["history", "recent"]},
+        {
+            "index.table_precision": "int4",
+            "sharding.devices": ["cpu", "cpu"],
+            "tables.sharding": {"history": "row"},
+            "tables.host_budget_mib": 9,
+        },
+    ],
+)
+def test_settings_of_tables_that_fit_each_other_are_taken(options: dict[str, object]) -> None:
+    shown = load(options=options, environ={}).model_dump(mode="json")
+    for key, value in options.items():
+        section, name = key.split(".")
+        assert shown[section][name] == value
 
 
 def test_all_problems_are_counted(write: Write) -> None:

@@ -27,6 +27,15 @@ def test_one_value_stands_for_a_list_of_it() -> None:
     assert from_json(7) == (7,)
 
 
+def test_a_weight_that_no_float_holds_is_refused_briefly() -> None:
+    with pytest.raises(ValueError, match="weight 1 must be a number that fits float32") as caught:
+        from_json([["a", 1], ["b", 10**400]])
+    assert len(str(caught.value)) < 200
+    with pytest.raises(ValueError, match="must be ids or numbers") as caught:
+        from_json([["a"]] * 1000)
+    assert len(str(caught.value)) < 200
+
+
 @pytest.mark.parametrize(
     "value",
     [None, True, {"a": 1}, [True], [None], [["a"]], [["a", "b"]], [["a", 1], "b"], [[[], 1]]],

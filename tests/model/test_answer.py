@@ -84,6 +84,18 @@ def test_a_scan_that_keeps_all_that_is_eligible_cuts_nothing(generation) -> None
     assert whole.exhausted
 
 
+def test_a_decoder_that_found_less_than_was_asked_of_it_found_all_that_is_eligible(
+    generation,
+) -> None:
+    request = Request(k=7)
+    found = answer(generation, request, Plan("probe", 4, 3, semantic_k=9), found=5)
+    assert found.exhausted
+    assert found.warnings == ()
+    cut = answer(generation, request, Plan("probe", 4, 3, semantic_k=4), found=5)
+    assert not cut.exhausted
+    assert len(cut.warnings) == 1
+
+
 def test_exactly_k_found_is_not_exhausted(generation) -> None:
     assert not answer(generation, Request(k=5), Plan("all_pages", 16, 10), found=5).exhausted
 

@@ -235,3 +235,25 @@ def test_a_user_column_is_checked_against_its_feature() -> None:
         UserColumn(Ragged.from_rows([[1]])).validate(words)
     with pytest.raises(SchemaError, match="sizes: must have 2 values or none, got 1 in row 1"):
         UserColumn(Ragged.from_rows([[1.0, 2.0], [3.0]])).validate(NUMBERS)
+
+
+def test_a_user_column_keeps_the_last_ids_whose_weights_are_not_zero() -> None:
+    values = Ragged.from_rows([[1, 2, 3], [], [4, 5, 6, 7, 8], [9]])
+    weights = np.array([0, 2, 3, 4, 5, 0, 7, 0, 0], dtype=np.float32)
+    kept = UserColumn(values, weights).kept(2)
+    assert [kept.values.row(row).tolist() for row in range(4)] == [[2, 3], [], [5, 7], []]
+    assert kept.weights is not None
+    assert kept.weights.tolist() == [2.0, 3.0, 5.0, 7.0]
+    alike = UserColumn(values).kept(2)
+    assert [alike.values.row(row).tolist() for row in range(4)] == [[2, 3], [], [7, 8], [9]]
+    assert alike.weights is None
+
+
+def test_an_item_with_more_ids_than_are_kept_is_refused(catalogue: Catalogue) -> None:
+    words = UserFeature(name="words", dtype="string", max_length=1)
+    with pytest.raises(
+        SchemaError, match="words: must have at most max_length=1 ids, got 2 of item 10"
+    ):
+        catalogue.validate(SCHEMA.model_copy(update={"item_features": (words,)}))
+    texts = words.model_copy(update={"kind": "text"})
+    catalogue.validate(SCHEMA.model_copy(update={"item_features": (texts,)}))

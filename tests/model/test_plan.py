@@ -1,5 +1,6 @@
 import pytest
 
+from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.plan import (
     ALL_PAGES,
     PROBE,
@@ -13,7 +14,7 @@ from silvershard.model.plan import (
 from silvershard.model.planes import PlaneDictionary
 from silvershard.model.schema import Schema
 from silvershard.model.semantic_config import MAX_SEMANTIC_K, SemanticConfig, SemanticSpec
-from silvershard.model.spec import MAX_ANN_K, SearchDefaults, ServingSpec
+from silvershard.model.spec import SearchDefaults, ServingSpec
 
 
 def make_spec(documents: int = 100_000, num_clusters: int = 1024) -> ServingSpec:

@@ -46,6 +46,14 @@ def test_an_exact_answer_is_the_ranking_made_without_the_index(generation, retri
     assert torch.equal(answer.task_scores["liked"], liked[order])
 
 
+def test_a_reranker_that_gives_nan_answers_nothing(generation) -> None:
+    broken = load_retriever(generation.path)[0]
+    with torch.no_grad():
+        broken.model.ranker.skip.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the reranker's logits must not be NaN"):
+        broken([Request(features=history(generation, 0, 9), k=5)])
+
+
 def test_fewer_probes_give_a_subset_ranked_by_the_same_scores(generation, retriever) -> None:
     features = history(generation, 3, 12)
     exact = retriever([Request(features=features, k=600, exact=True)])[0]

@@ -115,6 +115,8 @@ def test_features_are_completed_and_long_lists_keep_their_end() -> None:
         ({"history": np.array([True])}, "history", "position 0 must be an int, got bool True"),
         ({"history": [2**63]}, "history", "position 0 must be a 64-bit signed int"),
         ({"history": 5}, "history", "must be a list of int ids, got int"),
+        ({"history": b"abc"}, "history", "must be a list of int ids, got bytes"),
+        ({"history": bytearray(b"a")}, "history", "must be a list of int ids, got bytearray"),
         ({"genres": "Comedy"}, "genres", "must be a list of string ids, got str"),
         ({"genres": [3]}, "genres", "position 0 must be a string, got int 3"),
         ({"history": [None]}, "history", "position 0 must be an int, got NoneType None"),
@@ -224,11 +226,19 @@ def test_a_contradictory_feature_is_refused(feature: dict[str, object], message:
 
 
 def test_weights_go_with_their_ids_and_are_cut_with_them() -> None:
-    given = WeightedIds([1, np.int64(2), 3, 4], np.array([9, -0.5, 0, 2]))  # type: ignore[arg-type]
+    given = WeightedIds([1, np.int64(2), 3, 4], np.array([9, -0.5, 3, 2]))  # type: ignore[arg-type]
     checked = SCHEMA.check_features({"history": given})["history"]
-    assert checked == WeightedIds((2, 3, 4), (-0.5, 0.0, 2.0))
+    assert checked == WeightedIds((2, 3, 4), (-0.5, 3.0, 2.0))
     words = SCHEMA.check_features({"genres": WeightedIds(["a", "b"], [0.1, 1])})["genres"]
     assert words == WeightedIds(("a", "b"), (float(np.float32(0.1)), 1.0))
+
+
+def test_an_id_of_weight_zero_takes_no_place_in_a_list_that_is_cut() -> None:
+    given = WeightedIds([1, 2, 3, 4, 5], [2.0, 3.0, 0.0, -0.0, 1e-60])
+    assert SCHEMA.check_features({"history": given})["history"] == WeightedIds((1, 2), (2.0, 3.0))
+    ones = WeightedIds([1, 2, 3, 4, 5], [1, 1, 0, 0, 0])
+    assert SCHEMA.check_features({"history": ones})["history"] == (1, 2)
+    assert SCHEMA.check_features({"history": WeightedIds([1], [0])})["history"] == ()
 
 
 def test_weights_that_are_all_one_are_no_weights() -> None:
@@ -303,6 +313,14 @@ def test_a_model_fits_the_schema_that_declares_what_it_reads() -> None:
         (
             {"item_numbers": [{"name": "price", "width": 2}]},
             "item_numbers: the model reads numbers price of width 2, the schema has none",
+        ),
+        (
+            {"tables": [{"name": "price", "dtype": "int", "size": 3}]},
+            "tables: the model reads ids price of dtype int, the schema has none",
+        ),
+        (
+            {"history": "clicks", "item": "price", "tables": [{"name": "price", "dtype": "int"}]},
+            "history: the model reads ids clicks of dtype int, the schema has none",
         ),
     ],
 )

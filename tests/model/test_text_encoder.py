@@ -32,3 +32,10 @@ def test_an_item_whose_features_are_all_empty_or_absent_has_zeros(encoder: TextE
     assert encoder.embed_present({}, 0).shape == (0, encoder.dim)
     with pytest.raises(ValueError, match="feature genres is part of item_text"):
         encoder.embed_items({})
+
+
+def test_the_state_of_other_modules_is_left_alone(encoder: TextEncoder) -> None:
+    other = torch.nn.Linear(3, 2)
+    both = torch.nn.ModuleDict({"other": other, "again": other, "encoder": encoder})
+    state = both.state_dict()
+    assert state["other.weight"].data_ptr() == state["again.weight"].data_ptr()

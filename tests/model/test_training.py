@@ -235,6 +235,17 @@ def test_training_goes_without_validation() -> None:
     assert trained.ranker_step == CONFIG.ranker_steps
 
 
+def test_a_validation_of_nobody_is_none_and_stops_nothing() -> None:
+    nobody = Interactions(
+        user_ids=PARTS.train.user_ids[:0],
+        item_ids=PARTS.train.item_ids[:0],
+        ratings=PARTS.train.ratings[:0],
+    )
+    config = CONFIG.model_copy(update={"patience": 1, "evaluate_every": 2})
+    trained = train(SCHEMA, FEATURES, SIGNALS, PARTS.train, config, validation=nobody, watch=QUIET)
+    assert (trained.tower_step, trained.ranker_step) == (config.steps, config.ranker_steps)
+
+
 def test_a_model_without_tasks_trains_no_reranker() -> None:
     schema = SCHEMA.model_copy(update={"tasks": ()})
     trained = train(schema, FEATURES, SIGNALS, PARTS.train, CONFIG, watch=QUIET)

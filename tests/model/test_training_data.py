@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from silvershard.model.catalogue import Ragged, UserColumn
+from silvershard.model.request import WeightedIds
 from silvershard.model.schema import Schema, UserFeature
 from silvershard.model.training_data import (
     Interactions,
@@ -253,6 +254,30 @@ def test_held_out_users_have_the_features_that_come_with_them() -> None:
     assert held.users["user_tags"].rows.tolist() == [known, 0]
     with pytest.raises(ValueError, match="interactions must have the user feature tags"):
         held_out(model, data, seen, replace(following, features={}))
+
+
+def test_users_are_trained_on_the_ids_that_a_request_keeps() -> None:
+    (short,) = (one for one in FURTHER.user_features if one.name == "tags")
+    short = short.model_copy(update={"max_length": 2})
+    schema = FURTHER.model_copy(update={"user_features": (*SCHEMA.user_features, short)})
+    column = tags(["a", "b", "c", "d"], ["e"])
+    assert column.weights is not None
+    column.weights[2] = 0.0
+    settings = config(user_features=("tags",))
+    model, data = prepare(schema, SIZED, SIGNALS, with_features(tags=column), settings)
+    assert model.config.user_ids[0].size == 3
+    later = UserColumn(Ragged.from_rows([["e", "b", "c", "d"], ["e"]]), column.weights)
+    following = Interactions(USERS, np.array([20, 40]), np.ones(2, np.float32), {"tags": later})
+    held = held_out(model, data, SEEN, following)
+    given = WeightedIds(["a", "b", "c", "d"], [1.0, 2.0, 0.0, 4.0])
+    asked, warnings = model.user_features.of_requests(
+        [schema.check_features({"tags": given}), schema.check_features({"tags": ["e"]})]
+    )
+    assert warnings == [[], []]
+    trained = data.users.take(torch.tensor([0, len(SEEN.user_ids) - 1]))
+    for found in (trained, held.users):
+        for one, other in zip(found["user_tags"], asked["user_tags"], strict=True):
+            assert torch.equal(one, other)
 
 
 def test_without_further_features_there_are_none() -> None:

@@ -265,4 +265,4 @@ def test_a_sentence_turns_the_answer_to_a_history_to_its_films(
             request = Request(features=features, exclude_ids=history, k=10)
             item_ids = retriever([request])[0].item_ids
             found[asked].append(precision(item_ids, served.catalogue, served.relevant(tags)))
-    assert np.mean(found[True]) > 3 * np.mean(found[False])
+    assert np.mean(found[True]) > 0.2 > 0.1 > np.mean(found[False])

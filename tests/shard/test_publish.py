@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from silvershard.model.schema import SchemaError
+from silvershard.model.schema import Schema, SchemaError
 from silvershard.model.semantic_config import SemanticConfig, SemanticSpec
 from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults
@@ -111,6 +112,26 @@ def test_embeddings_that_are_not_finite_are_refused(
     monkeypatch.setattr(generation.model, "embed_items", lambda features: broken)
     with pytest.raises(ValueError, match="not finite"):
         publish_again(tmp_path, generation)
+    assert list_generations(tmp_path) == []
+
+
+def test_a_weight_that_is_not_finite_publishes_nothing(tmp_path: Path, generation) -> None:
+    broken = copy.deepcopy(generation.model)
+    with torch.no_grad():
+        broken.user_head.bias[3] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.user_head\.bias must be finite, got NaN"):
+        publish_again(tmp_path, generation, model=broken)
+    assert list_generations(tmp_path) == []
+
+
+def test_a_history_of_another_type_than_the_items_publishes_nothing(
+    tmp_path: Path, generation
+) -> None:
+    features = [one.model_dump() for one in generation.schema.user_features]
+    features[0]["dtype"] = "string"
+    schema = Schema.model_validate({**generation.schema.model_dump(), "user_features": features})
+    with pytest.raises(SchemaError, match="history: the model reads ids history of dtype int"):
+        publish_again(tmp_path, generation, schema=schema)
     assert list_generations(tmp_path) == []
 
 

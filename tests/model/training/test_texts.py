@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from silvershard.model import ranker_training
 from silvershard.model.catalogue import Ragged
 from silvershard.model.schema import Schema, UserFeature
 from silvershard.model.text_config import TextTrainingConfig
 from silvershard.model.text_encoder import TextEncoder
 from silvershard.model.training import Checkpoint, Trained, Watch, train
+from silvershard.model.training_batches import user_batch
 from silvershard.model.training_config import TrainingConfig
-from silvershard.model.training_data import Interactions
+from silvershard.model.training_data import Interactions, prepare
 from silvershard.model.training_texts import TrainingTexts, embed_training_texts
 from silvershard.model.two_tower import TwoTower
 
@@ -65,6 +65,9 @@ CONFIG = TrainingConfig(
 # Pairs of films that go together, whatever their genres are.
 FIRST = RNG.integers(0, NUM_FILMS, NUM_USERS)
 PAIRS = np.stack([FIRST, (FIRST + 37) % NUM_FILMS], 1)
+INTERACTIONS = Interactions(
+    np.repeat(np.arange(NUM_USERS), 2), PAIRS.ravel(), np.ones(2 * NUM_USERS, np.float32)
+)
 QUIET = Watch(progress=False)
 
 
@@ -81,11 +84,9 @@ def run(
     resume: Checkpoint | None = None,
     **changes: Any,
 ) -> Trained:
-    users = np.repeat(np.arange(NUM_USERS), 2)
-    interactions = Interactions(users, PAIRS.ravel(), np.ones(2 * NUM_USERS, np.float32))
     config = CONFIG.model_copy(update=changes)
     return train(
-        schema, FEATURES, SIGNALS, interactions, config, watch=watch, resume=resume, texts=texts
+        schema, FEATURES, SIGNALS, INTERACTIONS, config, watch=watch, resume=resume, texts=texts
     )
 
 
@@ -140,18 +141,34 @@ def test_the_encoder_keeps_its_weights(texts: TrainingTexts, trained: TwoTower) 
 def test_the_reranker_learns_from_texts_too(
     texts: TrainingTexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = []
-    draw = ranker_training.drawn_texts
+    shares, emptied = [], []
+    history = TwoTower.history
 
-    def drawn(*arguments: Any) -> Any:
-        found = draw(*arguments)
-        shares.append(float((found[0]["text:query"].lengths > 0).float().mean()))
-        return found
+    def spied(
+        self: TwoTower, rows: Any, lengths: Any, users: Any = None, weights: Any = None
+    ) -> Any:
+        given = users["text:query"].lengths > 0
+        shares.append(float(given.float().mean()))
+        emptied.append(float((lengths[given] == 0).float().mean()))
+        return history(self, rows, lengths, users, weights)
 
-    monkeypatch.setattr(ranker_training, "drawn_texts", drawn)
+    monkeypatch.setattr(TwoTower, "history", spied)
     run(texts, steps=1)
-    assert len(shares) == CONFIG.ranker_steps
-    assert 0.4 < float(np.mean(shares)) < 0.6
+    assert len(shares) == 1 + CONFIG.ranker_steps
+    assert 0.4 < float(np.mean(shares[1:])) < 0.6
+    assert 0.4 < float(np.mean(emptied[1:])) < 0.6
+
+
+def test_part_of_the_positions_with_a_text_have_no_history(texts: TrainingTexts) -> None:
+    config = CONFIG.model_copy(update={"history_dropout": 0.0, "empty_history": 0.0})
+    model, data = prepare(SCHEMA, FEATURES, SIGNALS, INTERACTIONS, config, texts)
+    torch.manual_seed(0)
+    bags = user_batch(model, data, config, data.tower_positions.repeat(4)).history.bags
+    given = bags["text:query"].lengths > 0
+    empty = bags["history"].rows == 0
+    assert 0.45 < float(given.float().mean()) < 0.55
+    assert not empty[~given].any()
+    assert 0.45 < float(empty[given].float().mean()) < 0.55
 
 
 @pytest.mark.parametrize("phase", ["towers", "reranker"])
