@@ -1,7 +1,9 @@
 import asyncio
 import contextlib
 import itertools
+import secrets
 import selectors
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -430,3 +432,34 @@ def as_query() -> Callable[..., Query]:
 @pytest.fixture
 def map_entry() -> Callable[[ShardServer], ShardEntry]:
     return entry_of
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[Any]:
+    """A Ray of these tests alone, whatever else runs on the machine.
+
+    A process starts but one: Ray keeps the token and the processes of the first.
+    """
+    ray = pytest.importorskip("ray")
+    with tempfile.TemporaryDirectory(prefix="ray") as home:
+        token = Path(home) / "token"
+        token.write_text(secrets.token_hex(32))
+        # Tests that start a Ray in other processes must not find these settings.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_AUTH_MODE", "token")
+            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.setenv("RAY_gcs_server_port_wait_time_s", "120")
+            patch.delenv("RAY_ADDRESS", raising=False)
+            ray.init(
+                # Without it Ray would join any other Ray that it finds here.
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100_000_000,
+                _temp_dir=home,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        yield ray
+        ray.shutdown()

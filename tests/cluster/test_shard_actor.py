@@ -1,10 +1,6 @@
 import os
-import secrets
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,31 +12,6 @@ from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.model.request import Request
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """A Ray of this test alone, whatever else runs on the machine."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as home:
-        token = Path(home) / "token"
-        token.write_text(secrets.token_hex(32))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray = pytest.importorskip("ray")
-        ray.init(
-            # Without it Ray would join any other Ray that it finds here.
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100_000_000,
-            _temp_dir=home,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-        yield ray
-        ray.shutdown()
 
 
 def entry_of(described: dict[str, Any]) -> ShardEntry:
