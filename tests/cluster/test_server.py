@@ -356,6 +356,13 @@ def test_a_full_queue_refuses_with_a_delay(make_cluster: Any, make_executors: An
 def test_a_client_that_gives_up_stops_the_work(make_cluster: Any, make_executors: Any) -> None:
     executors = make_executors(1)
     reached, let_go = hold(executors[0], "open")
+    released, release = threading.Event(), executors[0].release
+
+    def release_and_tell(key: str) -> None:
+        release(key)
+        released.set()
+
+    executors[0].release = release_and_tell
     cluster = make_cluster(1, executors=executors)
     with grpc.insecure_channel(cluster.router.address) as channel:
         call = retrieval_pb2_grpc.RetrievalStub(channel).Retrieve.future(Message(k=1))
@@ -365,7 +372,7 @@ def test_a_client_that_gives_up_stops_the_work(make_cluster: Any, make_executors
         while cluster.router._batcher._running:
             threading.Event().wait(0.001)
         let_go.set()
-    cluster.thread.call(cluster.servers[0].stop(1))
+        assert released.wait(5)
     assert executors[0].num_open == 0
 
 
