@@ -14,10 +14,10 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 # fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
 TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
 COMPILER := $(shell command -v $${CXX:-g++})
-PROTOS := retrieval shard table
+PROTOS := retrieval shard table update
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-crash test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 
 test: $(VENV)/.installed ## run every test that this machine can run
 	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
+
+test-crash: $(VENV)/.installed ## swap generations 50 times and kill 200 processes under load
+	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 tests/crash
 
 test-sanitized: $(VENV)/.installed ## test the native operators under AddressSanitizer and UBSan
 	$(BIN)/python -P tests/native_builds.py sanitized
@@ -62,6 +65,12 @@ bench-peer: $(VENV)/.installed ## compare our sequence towers with SASRec and HS
 
 bench-joint: $(VENV)/.installed ## measure an index trained with the towers beside one built after them
 	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/python -P benchmarks/joint.py $(if $(QUICK),--quick)
+
+bench-freshness: $(VENV)/.installed ## measure updates, their lag and swaps on a running cluster (QUICK=1: three minutes)
+	$(BIN)/python -P benchmarks/freshness.py $(if $(QUICK),--quick)
+
+bench-churn: $(VENV)/.installed ## measure the index under 10 million updates (QUICK=1: 300,000)
+	$(BIN)/python -P benchmarks/churn.py $(if $(QUICK),--quick)
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[bench]'

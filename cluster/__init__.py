@@ -2,17 +2,35 @@
 
 from silvershard.cluster.client import Client, Query, Result
 from silvershard.cluster.codec import FieldViolation, RequestRefused
+from silvershard.cluster.consistency import UpdateToken
 from silvershard.cluster.outcome import Coverage, DegradeReason, ShardOutcome
+from silvershard.cluster.updates import (
+    ApplyResult,
+    Durability,
+    ItemDelete,
+    ItemPatch,
+    ItemUpsert,
+    TableRows,
+    UpdateRejection,
+)
 from silvershard.model.request import WeightedIds
 
 __all__ = [
+    "ApplyResult",
     "Client",
     "Coverage",
     "DegradeReason",
+    "Durability",
     "FieldViolation",
+    "ItemDelete",
+    "ItemPatch",
+    "ItemUpsert",
     "Query",
     "RequestRefused",
     "Result",
     "ShardOutcome",
+    "TableRows",
+    "UpdateRejection",
+    "UpdateToken",
     "WeightedIds",
 ]

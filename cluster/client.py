@@ -4,7 +4,7 @@ Shapes: K results.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypedDict, Unpack
@@ -14,19 +14,38 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.codec import (
     RequestRefused,
     code_name,
-    column_from,
     coverage_from,
     refused,
     request_to,
 )
 from silvershard.cluster.config import MEBIBYTE
+from silvershard.cluster.consistency import (
+    Consistency,
+    UpdateToken,
+    consistency_to,
+    freshness_from,
+)
+from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.outcome import Coverage
+from silvershard.cluster.service import DETAILS
+from silvershard.cluster.update_message import mutation_to
+from silvershard.cluster.updates import (
+    ApplyResult,
+    Column,
+    Durability,
+    ItemDelete,
+    ItemPatch,
+    ItemUpsert,
+    Scalar,
+    Update,
+    result_from,
+)
 from silvershard.model.counts import Counts
 from silvershard.model.request import FeatureValues, FilterMode, FilterParam, Request
 from silvershard.shard.errors import DeadlineExceeded
@@ -37,7 +56,6 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_REPLY_BYTES),
     ("grpc.max_metadata_size", 64 << 10),
 ]
-_DETAILS = "grpc-status-details-bin"
 _POLL_S = 0.05
 
 
@@ -52,6 +70,10 @@ class Query(Request):
     """The only generation that may answer; None for the one served."""
     request_id: str = ""
     """Echoed; generated when empty."""
+    after: Sequence[UpdateToken] = ()
+    """Only replicas that have applied these updates may answer."""
+    max_staleness_s: float | None = None
+    """Only replicas that lag no more behind the update log may answer; None: any."""
 
 
 class QueryFields(TypedDict, total=False):
@@ -75,6 +97,26 @@ class QueryFields(TypedDict, total=False):
     min_coverage: float | None
     generation: int | None
     request_id: str
+    after: Sequence[UpdateToken]
+    max_staleness_s: float | None
+
+
+class ItemFields(TypedDict, total=False):
+    """The fields of an ``ItemPatch``, and of an ``ItemUpsert`` beside those that it adds."""
+
+    attributes: Mapping[str, Column]
+    signals: Mapping[str, float]
+    fields: Mapping[str, Scalar | None]
+    features: Mapping[str, Column]
+    version: int
+    if_version: int | None
+
+
+class UpsertFields(ItemFields, total=False):
+    """The fields of an ``ItemUpsert``."""
+
+    embedding: ArrayLike | None
+    ttl_s: float | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +145,10 @@ class Result:
     timings_us: Mapping[str, int]
     warnings: tuple[str, ...] = ()
     request_id: str = ""
+    cut: tuple[UpdateToken, ...] = ()
+    """Per log partition, the last update that the slowest answering shard had applied."""
+    staleness_s: float | None = None
+    """Of the slowest answering shard; None where the generation follows no update log."""
 
     @property
     def is_partial(self) -> bool:
@@ -135,6 +181,7 @@ class Client:
         self.max_request_bytes = max_request_bytes
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = retrieval_pb2_grpc.RetrievalStub(self._channel)
+        self._updates = retrieval_pb2_grpc.UpdatesStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -204,6 +251,147 @@ class Client:
             for item in reply.items
         ]
 
+    def apply(
+        self,
+        updates: Sequence[Update],
+        *,
+        durability: Durability = Durability.LOGGED,
+        timeout_s: float | None = None,
+    ) -> ApplyResult:
+        """Change items and table rows, and return once what is not rejected is durable.
+
+        Updates of one item are applied in their order. A call that failed for its connection may
+        have been logged: with versions of their own it is harmless to send the updates again.
+
+        Args:
+            updates: at most 10,000.
+            durability: what else to wait for.
+            timeout_s: time limit of this call.
+
+        Raises:
+            RequestRefused: with the status of the cluster, if all of them are refused; with
+                ``logged`` set if they are durable, but not applied in time.
+            ValueError: if an update has no form on the wire, or all are too large for it.
+        """
+        message = self._apply_message(updates, durability)
+        try:
+            reply = self._updates.Apply(message, timeout=self._timeout_s(timeout_s))
+        except grpc.RpcError as error:
+            raise _refused_by(error) from None
+        return result_from(reply)
+
+    def apply_stream(
+        self,
+        batches: Iterable[Sequence[Update]],
+        *,
+        durability: Durability = Durability.LOGGED,
+        timeout_s: float | None = None,
+    ) -> Iterator[ApplyResult]:
+        """Yield what became of every batch, in order, while later ones are on their way.
+
+        A batch that cannot be accepted is rejected update by update, and the stream goes on.
+
+        Args:
+            batches: read on a thread of its own, as fast as the cluster takes them.
+            durability: what else to wait for.
+            timeout_s: time limit of the whole stream; None: none.
+
+        Raises:
+            RequestRefused: if the stream broke off; what was not answered may be logged or not.
+            ValueError: if an update has no form on the wire.
+        """
+        failed: list[ValueError] = []
+
+        def messages() -> Iterator[retrieval_pb2.ApplyRequest]:
+            try:
+                for batch in batches:
+                    yield self._apply_message(batch, durability)
+            except ValueError as error:
+                failed.append(error)
+
+        replies = self._updates.StreamUpdates(messages(), timeout=timeout_s)
+        try:
+            for reply in replies:
+                yield result_from(reply)
+        except grpc.RpcError as error:
+            raise _refused_by(error) from None
+        finally:
+            replies.cancel()
+        if failed:
+            raise failed[0]
+
+    def upsert(
+        self, item_id: int, *, timeout_s: float | None = None, **fields: Unpack[UpsertFields]
+    ) -> tuple[UpdateToken, ...]:
+        """Write a whole item and return the tokens that a query takes to read it.
+
+        Args:
+            item_id: of the item.
+            timeout_s: time limit of this call.
+            fields: of ``ItemUpsert``; what is not given becomes empty, null or zero.
+
+        Raises:
+            RequestRefused: if it is rejected, or the call was refused.
+            ValueError: if it has no form on the wire.
+        """
+        return self._apply_one(ItemUpsert(item_id, **fields), timeout_s)
+
+    def patch(
+        self, item_id: int, *, timeout_s: float | None = None, **fields: Unpack[ItemFields]
+    ) -> tuple[UpdateToken, ...]:
+        """Change some columns of an item and return the tokens that a query takes to read them.
+
+        Args:
+            item_id: of the item.
+            timeout_s: time limit of this call.
+            fields: of ``ItemPatch``; what is not given stays as it is.
+
+        Raises:
+            RequestRefused: if it is rejected, or the call was refused.
+            ValueError: if it has no form on the wire.
+        """
+        return self._apply_one(ItemPatch(item_id, **fields), timeout_s)
+
+    def delete(
+        self,
+        item_id: int,
+        *,
+        urgent: bool = False,
+        version: int = 0,
+        if_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[UpdateToken, ...]:
+        """Delete an item and return the tokens that a query takes to see that.
+
+        Args:
+            item_id: of the item.
+            urgent: whether it goes ahead of everything else that waits.
+            version: of the delete; 0: the next one.
+            if_version: the version that the item must have now.
+            timeout_s: time limit of this call.
+
+        Raises:
+            RequestRefused: if it is rejected, or the call was refused.
+        """
+        return self._apply_one(ItemDelete(item_id, urgent, version, if_version), timeout_s)
+
+    def _apply_one(self, update: Update, timeout_s: float | None) -> tuple[UpdateToken, ...]:
+        result = self.apply([update], timeout_s=timeout_s)
+        for one in result.rejected:
+            raise RequestRefused(one.code, one.reason, reason="UPDATE_REJECTED")
+        return result.tokens
+
+    def _apply_message(
+        self, updates: Sequence[Update], durability: Durability
+    ) -> retrieval_pb2.ApplyRequest:
+        message = retrieval_pb2.ApplyRequest(
+            model=self.model,
+            mutations=[mutation_to(update) for update in updates],
+            durability=retrieval_pb2.Durability.Name(durability.value),
+        )
+        self._check_size(message)
+        return message
+
     def is_ready(self, *, timeout_s: float = 1.0) -> bool:
         """Return True when the router has reached every shard since it started."""
         stub = health_pb2_grpc.HealthStub(self._channel)
@@ -242,6 +430,9 @@ class Client:
             message.min_coverage = query.min_coverage
         if query.generation is not None:
             message.generation = query.generation
+        if query.after or query.max_staleness_s is not None:
+            demand = Consistency(tuple(query.after), query.max_staleness_s)
+            message.consistency.CopyFrom(consistency_to(demand))
         return message
 
     def _check_size(self, message: Message) -> None:
@@ -249,7 +440,7 @@ class Client:
         if size > self.max_request_bytes:
             raise ValueError(
                 f"the message must be at most {self.max_request_bytes} bytes, got {size}: "
-                "exclude fewer ids or send fewer requests at once"
+                "exclude fewer ids, or send fewer requests or updates at once"
             )
 
 
@@ -257,7 +448,7 @@ def _refused_by(error: grpc.RpcError) -> RequestRefused:
     """Return a failed call as an error with its fields."""
     code = error.code().name
     for key, value in error.trailing_metadata() or ():
-        if key == _DETAILS:
+        if key == DETAILS:
             status = status_pb2.Status()
             try:
                 status.ParseFromString(value)
@@ -270,6 +461,7 @@ def _refused_by(error: grpc.RpcError) -> RequestRefused:
 
 def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
     counts = reply.counts
+    freshness = freshness_from(reply.version)
     return Result(
         item_ids=np.array(reply.item_ids, dtype=np.int64),
         scores=np.array(reply.scores, dtype=np.float32),
@@ -296,4 +488,6 @@ def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
         timings_us=dict(reply.timings_us),
         warnings=tuple(reply.warnings),
         request_id=reply.request_id,
+        cut=freshness.cut if freshness else (),
+        staleness_s=freshness.staleness_s if freshness else None,
     )

@@ -20,7 +20,8 @@ from silvershard.cluster.outcome import (
     CoverageTimedOut,
     ShardOutcome,
 )
-from silvershard.model.dtypes import INT64_MAX, INT64_MIN, ValueType
+from silvershard.cluster.updates import ApplyResult, LoggedNotApplied, result_from, result_to
+from silvershard.model.dtypes import INT64_MAX, INT64_MIN
 from silvershard.model.request import (
     FeatureValues,
     FilterMode,
@@ -34,19 +35,28 @@ from silvershard.shard.errors import (
     ConfigError,
     CoverageError,
     DeadlineExceeded,
+    Fenced,
     GenerationError,
+    LogDamaged,
+    LogTrimmed,
+    LogUnavailable,
+    MutationError,
     Overloaded,
+    PoolExhausted,
     RemoteError,
+    ReplicaStale,
+    RepositoryError,
     RetrievalError,
     ShardUnavailable,
     SnapshotError,
     StateError,
+    UpdatesUnsupported,
 )
-from silvershard.shard.fields import FieldValue
 
 DOMAIN = "silvershard"
 
 _MAX_TEXT = 600
+_MAX_REJECTED = 10
 
 
 class StatusRow(NamedTuple):
@@ -61,15 +71,25 @@ class StatusRow(NamedTuple):
 # A class that is not listed has the row of its nearest listed base.
 STATUSES: Mapping[type[Exception], StatusRow] = {
     RequestError: StatusRow("INVALID_ARGUMENT", "INVALID_REQUEST"),
+    MutationError: StatusRow("INVALID_ARGUMENT", "INVALID_UPDATE"),
     SnapshotError: StatusRow("DATA_LOSS", "SNAPSHOT_DAMAGED"),
+    RepositoryError: StatusRow("UNAVAILABLE", "REPOSITORY_UNAVAILABLE"),
     GenerationError: StatusRow("FAILED_PRECONDITION", "VERSION_MISMATCH"),
+    ReplicaStale: StatusRow("FAILED_PRECONDITION", "REPLICA_STALE"),
     CandidatesExpired: StatusRow("ABORTED", "CANDIDATES_EXPIRED"),
     ShardUnavailable: StatusRow("UNAVAILABLE", "SHARD_UNAVAILABLE"),
+    LoggedNotApplied: StatusRow("DEADLINE_EXCEEDED", "LOGGED_NOT_APPLIED"),
     DeadlineExceeded: StatusRow("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     CoverageError: StatusRow("UNAVAILABLE", "COVERAGE_TOO_LOW"),
     Overloaded: StatusRow("RESOURCE_EXHAUSTED", "OVERLOADED"),
     ConfigError: StatusRow("FAILED_PRECONDITION", "CONFIG_REFUSED"),
+    LogUnavailable: StatusRow("UNAVAILABLE", "LOG_UNAVAILABLE"),
+    LogDamaged: StatusRow("DATA_LOSS", "LOG_DAMAGED"),
+    LogTrimmed: StatusRow("FAILED_PRECONDITION", "LOG_TRIMMED"),
+    Fenced: StatusRow("UNAVAILABLE", "FENCED"),
     StateError: StatusRow("FAILED_PRECONDITION", "STATE_REFUSED"),
+    PoolExhausted: StatusRow("RESOURCE_EXHAUSTED", "POOL_EXHAUSTED"),
+    UpdatesUnsupported: StatusRow("FAILED_PRECONDITION", "UPDATES_UNSUPPORTED"),
     RemoteError: StatusRow("UNKNOWN", "REFUSED"),
     RetrievalError: StatusRow("INTERNAL", "INTERNAL"),
 }
@@ -102,8 +122,10 @@ class RequestRefused(RemoteError):
         violations: Sequence[FieldViolation] = (),
         coverage: Coverage | None = None,
         retry_after_s: float | None = None,
+        logged: ApplyResult | None = None,
     ) -> None:
         super().__init__(code, message)
+        self.logged = logged
         self.reason = reason
         self.violations = tuple(violations)
         self.coverage = coverage
@@ -168,16 +190,21 @@ def status_of(error: Exception, error_id: str = "") -> status_pb2.Status:
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     if isinstance(error, CoverageLost | CoverageTimedOut):
         details.append(_packed(coverage_to(error.coverage)))
+    if isinstance(error, LoggedNotApplied):
+        result = error.result
+        fits = len(result.rejected) <= _MAX_REJECTED
+        details.append(_packed(result_to(result if fits else result._replace(rejected=()))))
     return status_pb2.Status(code=code_number(row.code), message=message, details=details)
 
 
 def refused(code: str, message: str, details: Iterable[any_pb2.Any]) -> RequestRefused:
     """Return the error that a client raises for a status with its details."""
-    reason, coverage, retry_after_s = "", None, None
+    reason, coverage, retry_after_s, logged = "", None, None, None
     violations: list[FieldViolation] = []
     for detail in details:
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         retry, partial = error_details_pb2.RetryInfo(), retrieval_pb2.Coverage()
+        applied = retrieval_pb2.ApplyResponse()
         if detail.Unpack(info):
             reason = info.reason
         elif detail.Unpack(bad):
@@ -188,6 +215,8 @@ def refused(code: str, message: str, details: Iterable[any_pb2.Any]) -> RequestR
             retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
         elif detail.Unpack(partial):
             coverage = coverage_from(partial)
+        elif detail.Unpack(applied):
+            logged = result_from(applied)
     return RequestRefused(
         code,
         message,
@@ -195,6 +224,7 @@ def refused(code: str, message: str, details: Iterable[any_pb2.Any]) -> RequestR
         violations=violations,
         coverage=coverage,
         retry_after_s=retry_after_s,
+        logged=logged,
     )
 
 
@@ -438,38 +468,3 @@ def _check_counts(name: str, values: Iterable[int], limit: int) -> None:
     for value in values:
         if not 0 <= value < limit:
             raise ValueError(f"{name}: must be in 0..{limit - 1}, got {value}")
-
-
-def column_to(values: Sequence[FieldValue], dtype: ValueType) -> retrieval_pb2.Column:
-    """Return a column of stored values as a message; None is a missing value."""
-    missing = np.array([value is None for value in values], dtype=bool)
-    column = retrieval_pb2.Column()
-    if dtype == "int":
-        column.ints.values.extend(0 if one is None else int(one) for one in values)
-    elif dtype == "float":
-        column.doubles.values.extend(0.0 if one is None else float(one) for one in values)
-    else:
-        column.strings.values.extend("" if one is None else str(one) for one in values)
-    column.SetInParent()
-    getattr(column, {"int": "ints", "float": "doubles", "string": "strings"}[dtype]).SetInParent()
-    if missing.any():
-        column.null_bitmap = np.packbits(missing, bitorder="little").tobytes()
-    return column
-
-
-def column_from(message: retrieval_pb2.Column) -> list[FieldValue]:
-    """Return the values of a column; None is a missing value.
-
-    Raises:
-        ValueError: if the null bitmap does not fit the values.
-    """
-    kind = message.WhichOneof("kind")
-    values: list[FieldValue] = list(getattr(message, kind).values) if kind else []
-    if not message.null_bitmap:
-        return values
-    bits = np.unpackbits(np.frombuffer(message.null_bitmap, dtype=np.uint8), bitorder="little")
-    if len(message.null_bitmap) != (len(values) + 7) // 8:
-        raise ValueError(
-            f"null_bitmap must have {(len(values) + 7) // 8} bytes, got {len(message.null_bitmap)}"
-        )
-    return [None if gone else one for one, gone in zip(values, bits.tolist(), strict=False)]

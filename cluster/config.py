@@ -76,6 +76,12 @@ class QuerySection(BaseModel):
         description="requests that may wait, and so the most in one RetrieveBatch; more are "
         "refused with a delay",
     )
+    lagging_ms: int = Field(
+        default=10_000,
+        ge=0,
+        description="how far a shard may be behind the update log before answers say "
+        "UPDATES_LAGGING",
+    )
     max_request_bytes: int = Field(
         default=4 * MEBIBYTE, ge=1024, description="largest message that a router accepts"
     )

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from silvershard.cluster.codec import Refusal
+from silvershard.cluster.consistency import ANY, Consistency
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
 from silvershard.cluster.outcome import CoverageLost, DegradeReason
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
@@ -34,6 +36,11 @@ T = TypeVar("T")
 # Counting and encoding come before the rounds, which must find most of the time left.
 _COUNT_WAIT = Wait(soft=0.25, hard=0.5)
 _ENCODE_SHARE = 0.25
+
+# Where a replica may have to catch up first; counting and encoding wait side by side, and the
+# rounds find it done.
+_FRESH_COUNT_WAIT = Wait(soft=0.5, hard=0.6)
+_FRESH_ENCODE_SHARE = 0.5
 
 # Characters, ids and parameters. A filter of 17,000 characters compiles in up to 0.4 s, in which
 # the event loop must go on answering others.
@@ -57,6 +64,8 @@ class Query:
     """Reading of the coordinator's clock at which the answer is too late."""
     arrived_s: float
     """Reading of the coordinator's clock when the request came in."""
+    consistency: Consistency = ANY
+    """How fresh the replicas that answer must be."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Coordinator:
         *,
         merge_headroom_s: float = 0.003,
         max_batch: int = 64,
+        lagging_s: float = float("inf"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a coordinator.
@@ -121,21 +131,24 @@ class Coordinator:
             replicas: the links to a shard at this moment, which may be none.
             merge_headroom_s: time kept back from the shards for merging and answering.
             max_batch: requests that run together.
+            lagging_s: staleness of a shard from which on an answer says that updates lag.
             clock: must be the clock of the event loop.
         """
         self.spec = spec
         self.num_shards = num_shards
         self.replicas = replicas
-        self.documents = tuple(
+        self.documents = [
             sum(
                 spec.partition_documents[partition]
                 for partition in shard_partitions(shard, num_shards, spec.num_partitions)
             )
             for shard in range(num_shards)
-        )
+        ]
+        """Items of each shard: as published, and from its first answer on as it says."""
         self._owner = owners(num_shards, spec.num_partitions)
         self._merge_headroom_s = merge_headroom_s
         self._max_batch = max_batch
+        self._lagging_s = lagging_s
         self._clock = clock
         self._counts = CountCache(clock)
         self._router = uuid.uuid4().hex[:12]
@@ -145,14 +158,26 @@ class Coordinator:
     async def answer(self, queries: Sequence[Query]) -> list[Fate]:
         """Return the fate of every query, in order: an answer, or the error it gets instead.
 
-        Queries share their work but not their fate. More than ``max_batch`` run as several batches.
+        Queries share their work but not their fate. More than ``max_batch`` run as several batches,
+        and so do those that demand different freshness, so that nobody waits for others' updates.
         """
+        alike: dict[Consistency, list[int]] = {}
+        for at, query in enumerate(queries):
+            alike.setdefault(query.consistency, []).append(at)
         groups = [
-            queries[start : start + self._max_batch]
-            for start in range(0, len(queries), self._max_batch)
+            places[start : start + self._max_batch]
+            for places in alike.values()
+            for start in range(0, len(places), self._max_batch)
         ]
-        fates = await _side_by_side([self._answer_group(group) for group in groups])
-        return [fate for group in fates for fate in group]
+        found = await _side_by_side(
+            [self._answer_group([queries[at] for at in group]) for group in groups]
+        )
+        fates = {
+            at: fate
+            for group, answered in zip(groups, found, strict=True)
+            for at, fate in zip(group, answered, strict=True)
+        }
+        return [fates[at] for at in range(len(queries))]
 
     async def _answer_group(self, queries: Sequence[Query]) -> list[Fate]:
         started_s = self._clock()
@@ -166,7 +191,11 @@ class Coordinator:
             except Exception as error:  # noqa: BLE001  # the server logs it; neighbours go on
                 fates[at] = error
         if compiled:
-            fates |= await self._answer_compiled(queries, compiled, started_s)
+            try:
+                fates |= await self._answer_compiled(queries, compiled, started_s)
+            except Refusal as error:
+                # They all demand the same, which no shard can meet.
+                fates |= dict.fromkeys(compiled, error)
         return [fates[at] for at in range(len(queries))]
 
     async def _compile(self, query: Query) -> CompiledRequest:
@@ -195,11 +224,13 @@ class Coordinator:
         self, queries: Sequence[Query], compiled: Mapping[int, CompiledRequest], started_s: float
     ) -> dict[int, Fate]:
         fanout = Fanout(
-            documents=self.documents,
+            documents=list(self.documents),
             replicas=self.replicas,
             clock=self._clock,
             deadline_s=min(queries[at].deadline_s for at in compiled) - self._merge_headroom_s,
             min_coverage=max(queries[at].min_coverage for at in compiled),
+            consistency=queries[0].consistency,
+            lagging_s=self._lagging_s,
         )
         times: StageTimes = {}
         counting = asyncio.create_task(self._count(fanout, compiled, times))
@@ -241,8 +272,10 @@ class Coordinator:
         started_s = self._clock()
         counts: dict[int, int] = {}
         missing: dict[int, CompiledRequest] = {}
+        # A count that is remembered may be older than what is demanded.
+        any_will_do = fanout.consistency == ANY
         for at, one in compiled.items():
-            known = self._counts.get(one) if one.needs_count else None
+            known = self._counts.get(one) if one.needs_count and any_will_do else None
             if known is not None:
                 counts[at] = known
             elif one.needs_count:
@@ -251,7 +284,11 @@ class Coordinator:
             return counts
         scan = pad_programs([one.scan for one in missing.values()])
         replies = await fanout.ask(
-            fanout.alive, lambda link, remaining_s: link.count(scan, remaining_s), _COUNT_WAIT
+            fanout.alive,
+            lambda link, remaining_s: link.count(
+                scan, remaining_s, fanout.demand(link, remaining_s)
+            ),
+            _COUNT_WAIT if any_will_do else _FRESH_COUNT_WAIT,
         )
         if replies:
             sums = torch.stack([reply.value for reply in replies.values()]).sum(0).tolist()
@@ -280,11 +317,13 @@ class Coordinator:
         usable = [link for link in links if link.state in (LinkState.UP, LinkState.SUSPECT)]
         usable.sort(key=lambda link: link.state is not LinkState.UP)
         errors: dict[int, RetrievalError] = {}
+        share = _ENCODE_SHARE if fanout.consistency == ANY else _FRESH_ENCODE_SHARE
         for link in usable[:_ENCODE_ATTEMPTS]:
-            remaining_s = fanout.remaining_s
+            remaining_s = max(fanout.remaining_s, 0.0)
             try:
-                async with asyncio.timeout(max(remaining_s, 0.0) * _ENCODE_SHARE):
-                    encoded = await link.encode(users, remaining_s)
+                async with asyncio.timeout(remaining_s * share):
+                    demand = fanout.demand(link, remaining_s)
+                    encoded = await link.encode(users, remaining_s, demand)
             # DeadlineExceeded is a TimeoutError too.
             except TimeoutError:
                 fanout.timed_out = True
@@ -346,7 +385,11 @@ class Coordinator:
             minimums=minimums,
             work=assemble(compiled, plans, encoded.embedding[rows], encoded.user_state[rows]),
         )
-        return await Rounds(fanout.fork(max(minimums)), batch, self.spec, self._owner).run()
+        own = fanout.fork(max(minimums))
+        fates = await Rounds(own, batch, self.spec, self._owner).run()
+        for shard in own.alive:
+            self.documents[shard] = own.documents[shard]
+        return fates
 
     def _stamped(
         self, fate: Fate, query: Query, started_s: float, times: StageTimes, *, fallback: bool

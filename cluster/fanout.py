@@ -1,10 +1,12 @@
 """Asking shards: which replica, how long, how often, and what to say of those that stay silent."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
 
+from silvershard.cluster.consistency import ANY, Consistency
+from silvershard.cluster.freshness import ANYTHING, Demand, is_met
 from silvershard.cluster.outcome import Coverage, DegradeReason, ShardOutcome
 from silvershard.cluster.shard_link import LinkState, ShardLink
 from silvershard.shard.errors import (
@@ -12,6 +14,7 @@ from silvershard.shard.errors import (
     DeadlineExceeded,
     GenerationError,
     Overloaded,
+    ReplicaStale,
     RetrievalError,
     ShardUnavailable,
 )
@@ -20,11 +23,15 @@ T = TypeVar("T")
 
 _MAX_ATTEMPTS = 2
 
+# Below the soft limit of a round, so that a replica which is behind can say so in time.
+_FRESH_SHARE = 0.45
+
 _LOSSES: Mapping[type[RetrievalError], tuple[str, DegradeReason]] = {
     ShardUnavailable: ("UNAVAILABLE", DegradeReason.SHARD_UNAVAILABLE),
     CandidatesExpired: ("ABORTED", DegradeReason.SHARD_UNAVAILABLE),
     DeadlineExceeded: ("DEADLINE_EXCEEDED", DegradeReason.SHARD_TIMEOUT),
     GenerationError: ("FAILED_PRECONDITION", DegradeReason.VERSION_MISMATCH_DROPPED),
+    ReplicaStale: ("FAILED_PRECONDITION", DegradeReason.STALE_REPLICA_DROPPED),
     Overloaded: ("RESOURCE_EXHAUSTED", DegradeReason.SHARD_OVERLOADED),
 }
 LOSSES = tuple(_LOSSES)
@@ -58,8 +65,8 @@ class _Progress:
 class Fanout:
     """The shards as one batch sees them: which are lost to it, and how much of it is covered."""
 
-    documents: Sequence[int]
-    """Items that each shard serves, also of those that never came up."""
+    documents: MutableSequence[int]
+    """Items that each shard serves, also of those that never came up; the newest that is known."""
     replicas: Callable[[int], Sequence[ShardLink]]
     """The links to a shard at this moment, in order of preference."""
     clock: Callable[[], float]
@@ -72,17 +79,18 @@ class Fanout:
     """True once a shard was waited for in vain."""
     hung: set[ShardLink] = field(default_factory=set)
     """Replicas that this batch does not wait for again."""
+    consistency: Consistency = ANY
+    """What replicas must have applied."""
+    lagging_s: float = float("inf")
+    """Staleness from which on other replicas are preferred."""
 
     def fork(self, min_coverage: float) -> "Fanout":
         """Return a copy for a part of the batch: it knows of every loss so far."""
-        return Fanout(
-            documents=self.documents,
-            replicas=self.replicas,
-            clock=self.clock,
-            deadline_s=self.deadline_s,
+        return replace(
+            self,
+            documents=list(self.documents),
             min_coverage=min_coverage,
             lost=dict(self.lost),
-            timed_out=self.timed_out,
             hung=set(self.hung),
         )
 
@@ -116,6 +124,26 @@ class Fanout:
             shards=tuple(self.lost[shard] for shard in sorted(self.lost)),
         )
 
+    def demand(self, link: ShardLink, remaining_s: float) -> Demand:
+        """Return what a replica must have applied, and how long it may take to get there.
+
+        Where another replica could be asked instead, that is half as long.
+        """
+        if self.consistency == ANY:
+            return ANYTHING
+        others = any(one is not link and self._is_usable(one) for one in self.replicas(link.shard))
+        return Demand(self.consistency, remaining_s * _FRESH_SHARE / (2 if others else 1))
+
+    def _is_usable(self, link: ShardLink) -> bool:
+        return link not in self.hung and link.state in (LinkState.UP, LinkState.SUSPECT)
+
+    def _is_fresh(self, link: ShardLink) -> bool:
+        """Return False if a replica was not fresh enough by its last word."""
+        seen = link.seen
+        if seen is None:
+            return True
+        return seen.staleness_s <= self.lagging_s and is_met(self.consistency, seen)
+
     def choose(
         self, shard: int, tried: Collection[ShardLink] = (), first: ShardLink | None = None
     ) -> ShardLink:
@@ -131,13 +159,16 @@ class Fanout:
             ShardUnavailable: if there is none left.
         """
         left = [link for link in self.replicas(shard) if link not in tried]
-        usable = [
-            link
-            for link in left
-            if link not in self.hung and link.state in (LinkState.UP, LinkState.SUSPECT)
-        ]
+        usable = [link for link in left if self._is_usable(link)]
         if usable:
-            return min(usable, key=lambda link: (link.state is not LinkState.UP, link is not first))
+            return min(
+                usable,
+                key=lambda link: (
+                    link.state is not LinkState.UP,
+                    link is not first,
+                    not self._is_fresh(link),
+                ),
+            )
         if any(link in self.hung or link.state is LinkState.EJECTED for link in left):
             raise DeadlineExceeded(f"shard {shard} does not answer pings")
         raise ShardUnavailable(shard, "no replica is connected")
@@ -199,7 +230,7 @@ class Fanout:
         finally:
             for task in pending:
                 task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         return found
 
     async def _ask_shard(

@@ -14,6 +14,10 @@ class DegradeReason(StrEnum):
     SHARD_TIMEOUT = "SHARD_TIMEOUT"
     SHARD_OVERLOADED = "SHARD_OVERLOADED"
     VERSION_MISMATCH_DROPPED = "VERSION_MISMATCH_DROPPED"
+    STALE_REPLICA_DROPPED = "STALE_REPLICA_DROPPED"
+    """It had not applied what the request demands."""
+    UPDATES_LAGGING = "UPDATES_LAGGING"
+    """A shard answered that is far behind the update log."""
     EMBEDDING_FALLBACK = "EMBEDDING_FALLBACK"
     """Default rows stood for rows of a remote table that could not be had in time."""
 
@@ -50,7 +54,7 @@ class Coverage:
 
     @property
     def degraded(self) -> bool:
-        """Return True when some shard did not answer, or an embedding is not what it would be."""
+        """Return True when there is a reason for which the answer is not what it should be."""
         return bool(self.reasons)
 
     def because(self, reason: DegradeReason) -> Self:

@@ -4,7 +4,8 @@ Shapes: K results.
 """
 
 from silvershard.cluster import retrieval_pb2
-from silvershard.cluster.codec import column_to, coverage_to
+from silvershard.cluster.codec import coverage_to
+from silvershard.cluster.field_columns import column_to
 from silvershard.cluster.rounds import Served
 from silvershard.model.dtypes import ValueType
 from silvershard.model.schema import Schema

@@ -1,4 +1,7 @@
+import datetime
+
 from google.protobuf import any_pb2 as _any_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -22,7 +25,15 @@ class DegradeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DEGRADE_REASON_SHARD_TIMEOUT: _ClassVar[DegradeReason]
     DEGRADE_REASON_SHARD_OVERLOADED: _ClassVar[DegradeReason]
     DEGRADE_REASON_VERSION_MISMATCH_DROPPED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_STALE_REPLICA_DROPPED: _ClassVar[DegradeReason]
     DEGRADE_REASON_EMBEDDING_FALLBACK: _ClassVar[DegradeReason]
+    DEGRADE_REASON_UPDATES_LAGGING: _ClassVar[DegradeReason]
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_LOGGED: _ClassVar[Durability]
+    DURABILITY_APPLIED_ONE: _ClassVar[Durability]
+    DURABILITY_APPLIED_ALL_READY: _ClassVar[Durability]
 FILTER_MODE_UNSPECIFIED: FilterMode
 FILTER_MODE_BLOOM: FilterMode
 FILTER_MODE_BLOOM_VERIFIED: FilterMode
@@ -32,10 +43,15 @@ DEGRADE_REASON_SHARD_UNAVAILABLE: DegradeReason
 DEGRADE_REASON_SHARD_TIMEOUT: DegradeReason
 DEGRADE_REASON_SHARD_OVERLOADED: DegradeReason
 DEGRADE_REASON_VERSION_MISMATCH_DROPPED: DegradeReason
+DEGRADE_REASON_STALE_REPLICA_DROPPED: DegradeReason
 DEGRADE_REASON_EMBEDDING_FALLBACK: DegradeReason
+DEGRADE_REASON_UPDATES_LAGGING: DegradeReason
+DURABILITY_LOGGED: Durability
+DURABILITY_APPLIED_ONE: Durability
+DURABILITY_APPLIED_ALL_READY: Durability
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage", "value")
+    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage", "consistency", "value")
     class ParamsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +80,7 @@ class RetrieveRequest(_message.Message):
     RETURN_FIELDS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TASK_SCORES_FIELD_NUMBER: _ClassVar[int]
     MIN_COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
@@ -79,8 +96,27 @@ class RetrieveRequest(_message.Message):
     return_fields: _containers.RepeatedScalarFieldContainer[str]
     return_task_scores: bool
     min_coverage: float
+    consistency: Consistency
     value: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ..., value: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., value: _Optional[str] = ...) -> None: ...
+
+class Consistency(_message.Message):
+    __slots__ = ("after", "max_staleness")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
+    after: _containers.RepeatedCompositeFieldContainer[UpdateToken]
+    max_staleness: _duration_pb2.Duration
+    def __init__(self, after: _Optional[_Iterable[_Union[UpdateToken, _Mapping]]] = ..., max_staleness: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class UpdateToken(_message.Message):
+    __slots__ = ("log_epoch", "partition", "position")
+    LOG_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    log_epoch: int
+    partition: int
+    position: int
+    def __init__(self, log_epoch: _Optional[int] = ..., partition: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class SearchParams(_message.Message):
     __slots__ = ("nprobe", "ann_k", "plan", "exact", "filter_mode", "semantic_k")
@@ -148,16 +184,20 @@ class RetrieveResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., item_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., task_scores: _Optional[_Mapping[str, FloatColumn]] = ..., fields: _Optional[_Mapping[str, Column]] = ..., exhausted: _Optional[bool] = ..., version: _Optional[_Union[VersionStamp, _Mapping]] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., counts: _Optional[_Union[StageCounts, _Mapping]] = ..., timings_us: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class VersionStamp(_message.Message):
-    __slots__ = ("model", "generation", "content_hash", "shard_map_version")
+    __slots__ = ("model", "generation", "content_hash", "shard_map_version", "cut", "staleness")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     generation: int
     content_hash: str
     shard_map_version: int
-    def __init__(self, model: _Optional[str] = ..., generation: _Optional[int] = ..., content_hash: _Optional[str] = ..., shard_map_version: _Optional[int] = ...) -> None: ...
+    cut: _containers.RepeatedCompositeFieldContainer[UpdateToken]
+    staleness: _duration_pb2.Duration
+    def __init__(self, model: _Optional[str] = ..., generation: _Optional[int] = ..., content_hash: _Optional[str] = ..., shard_map_version: _Optional[int] = ..., cut: _Optional[_Iterable[_Union[UpdateToken, _Mapping]]] = ..., staleness: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Coverage(_message.Message):
     __slots__ = ("documents", "degraded", "shards_total", "shards_full", "shards_degraded", "shards_failed", "reasons", "shards")
@@ -237,6 +277,116 @@ class BatchItem(_message.Message):
     details: _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]
     def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., response: _Optional[_Union[RetrieveResponse, _Mapping]] = ..., details: _Optional[_Iterable[_Union[_any_pb2.Any, _Mapping]]] = ...) -> None: ...
 
+class ApplyRequest(_message.Message):
+    __slots__ = ("model", "mutations", "durability")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MUTATIONS_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    mutations: _containers.RepeatedCompositeFieldContainer[Mutation]
+    durability: Durability
+    def __init__(self, model: _Optional[str] = ..., mutations: _Optional[_Iterable[_Union[Mutation, _Mapping]]] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
+
+class Mutation(_message.Message):
+    __slots__ = ("upsert", "patch", "delete", "rows", "version", "if_version")
+    UPSERT_FIELD_NUMBER: _ClassVar[int]
+    PATCH_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IF_VERSION_FIELD_NUMBER: _ClassVar[int]
+    upsert: ItemUpsert
+    patch: ItemPatch
+    delete: ItemDelete
+    rows: RowUpdate
+    version: int
+    if_version: int
+    def __init__(self, upsert: _Optional[_Union[ItemUpsert, _Mapping]] = ..., patch: _Optional[_Union[ItemPatch, _Mapping]] = ..., delete: _Optional[_Union[ItemDelete, _Mapping]] = ..., rows: _Optional[_Union[RowUpdate, _Mapping]] = ..., version: _Optional[int] = ..., if_version: _Optional[int] = ...) -> None: ...
+
+class ItemUpsert(_message.Message):
+    __slots__ = ("item_id", "embedding", "attributes", "features", "ttl", "signals", "fields")
+    class SignalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    item_id: int
+    embedding: Tensor
+    attributes: FeatureMap
+    features: FeatureMap
+    ttl: _duration_pb2.Duration
+    signals: _containers.ScalarMap[str, float]
+    fields: FeatureMap
+    def __init__(self, item_id: _Optional[int] = ..., embedding: _Optional[_Union[Tensor, _Mapping]] = ..., attributes: _Optional[_Union[FeatureMap, _Mapping]] = ..., features: _Optional[_Union[FeatureMap, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., signals: _Optional[_Mapping[str, float]] = ..., fields: _Optional[_Union[FeatureMap, _Mapping]] = ...) -> None: ...
+
+class ItemPatch(_message.Message):
+    __slots__ = ("item_id", "attributes", "features", "signals", "fields")
+    class SignalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    item_id: int
+    attributes: FeatureMap
+    features: FeatureMap
+    signals: _containers.ScalarMap[str, float]
+    fields: FeatureMap
+    def __init__(self, item_id: _Optional[int] = ..., attributes: _Optional[_Union[FeatureMap, _Mapping]] = ..., features: _Optional[_Union[FeatureMap, _Mapping]] = ..., signals: _Optional[_Mapping[str, float]] = ..., fields: _Optional[_Union[FeatureMap, _Mapping]] = ...) -> None: ...
+
+class ItemDelete(_message.Message):
+    __slots__ = ("item_id", "urgent")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    URGENT_FIELD_NUMBER: _ClassVar[int]
+    item_id: int
+    urgent: bool
+    def __init__(self, item_id: _Optional[int] = ..., urgent: _Optional[bool] = ...) -> None: ...
+
+class RowUpdate(_message.Message):
+    __slots__ = ("table", "rows", "values")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    values: Tensor
+    def __init__(self, table: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., values: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class ApplyResponse(_message.Message):
+    __slots__ = ("tokens", "rejected")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[UpdateToken]
+    rejected: _containers.RepeatedCompositeFieldContainer[Rejection]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[UpdateToken, _Mapping]]] = ..., rejected: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+
+class Rejection(_message.Message):
+    __slots__ = ("index", "code", "reason", "current_version")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    code: int
+    reason: str
+    current_version: int
+    def __init__(self, index: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., current_version: _Optional[int] = ...) -> None: ...
+
 class FeatureMap(_message.Message):
     __slots__ = ("features",)
     class FeaturesEntry(_message.Message):
@@ -249,6 +399,26 @@ class FeatureMap(_message.Message):
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     features: _containers.MessageMap[str, Values]
     def __init__(self, features: _Optional[_Mapping[str, Values]] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "data")
+    class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        D_TYPE_F32: _ClassVar[Tensor.DType]
+        D_TYPE_F16: _ClassVar[Tensor.DType]
+        D_TYPE_BF16: _ClassVar[Tensor.DType]
+        D_TYPE_I8: _ClassVar[Tensor.DType]
+    D_TYPE_F32: Tensor.DType
+    D_TYPE_F16: Tensor.DType
+    D_TYPE_BF16: Tensor.DType
+    D_TYPE_I8: Tensor.DType
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: Tensor.DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[Tensor.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Values(_message.Message):
     __slots__ = ("ints", "floats", "strings", "weights", "doubles")

@@ -142,3 +142,123 @@ class Retrieval:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class UpdatesStub:
+    """Changes of items between generations. An ack means: durable in the update log.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Apply = channel.unary_unary(
+                '/silvershard.v1.Updates/Apply',
+                request_serializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyResponse.FromString,
+                _registered_method=True)
+        self.StreamUpdates = channel.stream_stream(
+                '/silvershard.v1.Updates/StreamUpdates',
+                request_serializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyResponse.FromString,
+                _registered_method=True)
+
+
+class UpdatesServicer:
+    """Changes of items between generations. An ack means: durable in the update log.
+    """
+
+    def Apply(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamUpdates(self, request_iterator, context):
+        """One response per request, in order; flow control by HTTP/2. What is wrong with a request rejects
+        its mutations, and the stream goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_UpdatesServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Apply': grpc.unary_unary_rpc_method_handler(
+                    servicer.Apply,
+                    request_deserializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyResponse.SerializeToString,
+            ),
+            'StreamUpdates': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamUpdates,
+                    request_deserializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_retrieval__pb2.ApplyResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'silvershard.v1.Updates', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('silvershard.v1.Updates', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Updates:
+    """Changes of items between generations. An ack means: durable in the update log.
+    """
+
+    @staticmethod
+    def Apply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Updates/Apply',
+            silvershard_dot_cluster_dot_retrieval__pb2.ApplyRequest.SerializeToString,
+            silvershard_dot_cluster_dot_retrieval__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamUpdates(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/silvershard.v1.Updates/StreamUpdates',
+            silvershard_dot_cluster_dot_retrieval__pb2.ApplyRequest.SerializeToString,
+            silvershard_dot_cluster_dot_retrieval__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -12,8 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from silvershard.cluster.consistency import Freshness
 from silvershard.cluster.fanout import Fanout, Reply, Wait
-from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut
+from silvershard.cluster.freshness import Seen
+from silvershard.cluster.freshness import slowest as slowest_seen
+from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut, DegradeReason
 from silvershard.cluster.shard_link import ShardLink
 from silvershard.model.answer import Answer, split_answers
 from silvershard.model.compiled_request import CompiledRequest
@@ -59,6 +62,8 @@ class Served:
     coverage: Coverage
     fields: Mapping[str, list[FieldValue]] = field(default_factory=dict)
     """The columns asked for, one value per result."""
+    freshness: Freshness | None = None
+    """What the answer reflects; None for a generation that follows no log."""
 
 
 Fate = Served | Exception
@@ -102,6 +107,8 @@ class Rounds:
         self._merge = Merge()
         self._touched: set[ShardLink] = set()
         self._holding: dict[int, ShardLink] = {}
+        self._seen: dict[int, Seen] = {}
+        """What each shard saw when it opened its candidates."""
         self._network_us = 0
         self._merge_us = 0
         self._slowest_us = 0
@@ -133,7 +140,7 @@ class Rounds:
                 continue
             seconds = [closed[shard].value for shard in self._fanout.alive]
             answers = await self._answers(rounds, seconds)
-            columns = await self._fields(answers)
+            columns = await self._fields(answers, cutoffs, closed)
             if columns is None:
                 continue
             return self._fates(answers, columns)
@@ -147,30 +154,45 @@ class Rounds:
 
     async def _open(self, link: ShardLink, remaining_s: float) -> RoundOne:
         self._touched.add(link)
-        first = await link.open(self._batch.key, self._batch.work, remaining_s)
+        demand = self._fanout.demand(link, remaining_s)
+        first, seen = await link.open(self._batch.key, self._batch.work, remaining_s, demand)
+        self._saw(link, seen)
         self._spent(first.times)
         return first
+
+    def _saw(self, link: ShardLink, seen: Seen) -> None:
+        self._seen[link.shard] = seen
+        self._fanout.documents[link.shard] = seen.documents
 
     async def _close(self, cutoffs: Cutoffs, closed: dict[int, Reply[RoundTwo]]) -> bool:
         """Run round two where it has not run with these cutoffs; False if a shard was lost."""
 
         async def close(link: ShardLink, remaining_s: float) -> RoundTwo:
             self._touched.add(link)
-            key, work = self._batch.key, self._batch.work
             if self._holding.get(link.shard) is link:
                 try:
-                    second = await link.close(key, cutoffs, remaining_s)
+                    second = await link.close(self._batch.key, cutoffs, remaining_s)
                 except CandidatesExpired:
-                    second = await link.open_and_close(key, work, cutoffs, remaining_s)
+                    second = await self._take_over(link, cutoffs, remaining_s)
             else:
-                second = await link.open_and_close(key, work, cutoffs, remaining_s)
-                self._holding[link.shard] = link
+                second = await self._take_over(link, cutoffs, remaining_s)
             self._spent(second.times)
             return second
 
         asked = [shard for shard in self._fanout.alive if shard not in closed]
         closed |= await self._timed(self._fanout.ask(asked, close, ROUND_WAIT, self._holding))
         return all(shard not in self._fanout.lost for shard in asked)
+
+    async def _take_over(self, link: ShardLink, cutoffs: Cutoffs, remaining_s: float) -> RoundTwo:
+        """Run both rounds on a replica that has nothing open yet."""
+        self._touched.add(link)
+        batch, demand = self._batch, self._fanout.demand(link, remaining_s)
+        second, seen = await link.open_and_close(
+            batch.key, batch.work, cutoffs, remaining_s, demand
+        )
+        self._saw(link, seen)
+        self._holding[link.shard] = link
+        return second
 
     async def _answers(
         self, rounds: Sequence[RoundOne], seconds: Sequence[RoundTwo]
@@ -204,10 +226,17 @@ class Rounds:
             self._spec,
             batch.eligible,
             times,
+            documents=sum(self._fanout.documents),
         )
 
-    async def _fields(self, answers: Sequence[Answer]) -> list[dict[str, list[FieldValue]]] | None:
-        """Return the columns that each request wants; None if a shard was lost."""
+    async def _fields(
+        self, answers: Sequence[Answer], cutoffs: Cutoffs, closed: dict[int, Reply[RoundTwo]]
+    ) -> list[dict[str, list[FieldValue]]] | None:
+        """Return the columns that each request wants.
+
+        None if the answers are to be made again, because a shard was lost, or another replica of it
+        took over, which may hold other versions of its items; ``closed`` has its round then.
+        """
         columns: list[dict[str, list[FieldValue]]] = []
         asking = [one.return_fields for one in self._batch.compiled]
         names = sorted({name for wanted in asking for name in wanted})
@@ -222,15 +251,26 @@ class Rounds:
                 shard: item_ids[shard_of == shard].tolist() for shard in shard_of.unique().tolist()
             }
 
+            moved: dict[int, Reply[RoundTwo]] = {}
+
             async def look_up(
                 link: ShardLink, remaining_s: float
             ) -> Mapping[str, list[FieldValue]]:
-                return await link.fields(by_shard[link.shard], names, remaining_s)
+                shard, key = link.shard, self._batch.key
+                if self._holding.get(shard) is link:
+                    try:
+                        return await link.fields(key, by_shard[shard], names, remaining_s)
+                    except CandidatesExpired:
+                        pass
+                second = await self._take_over(link, cutoffs, remaining_s)
+                moved[shard] = Reply(link, second)
+                return {}
 
             replies = await self._timed(
                 self._fanout.ask(sorted(by_shard), look_up, ROUND_WAIT, self._holding)
             )
-            if len(replies) < len(by_shard):
+            closed |= moved
+            if moved or len(replies) < len(by_shard):
                 return None
             for shard, reply in replies.items():
                 for name in names:
@@ -246,6 +286,9 @@ class Rounds:
         columns: Sequence[dict[str, list[FieldValue]]] | None,
     ) -> list[Fate]:
         coverage = self._fanout.coverage()
+        freshness = slowest_seen([self._seen[at] for at in self._fanout.alive if at in self._seen])
+        if freshness is not None and freshness.staleness_s > self._fanout.lagging_s:
+            coverage = coverage.because(DegradeReason.UPDATES_LAGGING)
         fates: list[Fate] = []
         for at, minimum in enumerate(self._batch.minimums):
             error = shortfall(self._fanout, coverage, minimum)
@@ -260,6 +303,7 @@ class Rounds:
                     answer=replace(answer, exhausted=answer.exhausted and whole),
                     coverage=coverage,
                     fields=columns[at],
+                    freshness=freshness,
                 )
             )
         return fates

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
@@ -14,10 +15,12 @@ from grpc_reflection.v1alpha import reflection
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
-from silvershard.cluster.links import Links
+from silvershard.cluster.links import Connections, Links
 from silvershard.cluster.listen import bind, server_options
-from silvershard.cluster.server import SERVICE, RetrievalService, Serving
+from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
+from silvershard.cluster.update_service import SERVICE as UPDATES
+from silvershard.cluster.update_service import UpdateService
 from silvershard.shard.errors import SnapshotError, StateError
 from silvershard.shard.snapshot import open_snapshot
 
@@ -32,8 +35,22 @@ _RETRY_S = 1.0
 _Stamp = tuple[int, int, int]
 
 
+class _Held(NamedTuple):
+    """A generation that the router can ask for."""
+
+    coordinator: Coordinator
+    links: Links
+    content_hash: str
+    snapshot: str
+    num_shards: int
+
+
 class Router:
-    """One router: a server in front, links behind, and the newest shard map in between."""
+    """One router: a server in front, links behind, and the newest shard map in between.
+
+    Every request is stamped with one generation for its whole life. Another map changes the
+    generation between requests: what is in flight goes on with the links that it began with.
+    """
 
     def __init__(
         self,
@@ -55,9 +72,10 @@ class Router:
         """Of the file that ``_map`` was read from."""
         self._refused: tuple[_Stamp, str] | None = None
         self._retry_at_s = 0.0
-        self._serving: Serving | None = None
+        self._held: dict[int, _Held] = {}
+        self._offer: Offer | None = None
         self._ready = False
-        self._links = Links(config.ping)
+        self._connections = Connections(config.ping)
         self._retired: set[asyncio.Task[None]] = set()
         query = config.query
         self._batcher = Batcher(
@@ -67,6 +85,7 @@ class Router:
             queue=query.queue,
             clock=clock,
         )
+        self._updates = UpdateService(lambda: self._map.sequencer if self._map else None)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -81,12 +100,14 @@ class Router:
         listen = self._config.listen
         server = grpc.aio.server(options=server_options(self._config.query.max_request_bytes))
         service = RetrievalService(
-            lambda: self._serving, self._batcher, self._config.query, self._clock
+            lambda: self._offer, self._batcher, self._config.query, self._clock
         )
         service.add_to(server)
+        self._updates.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
             SERVICE,
+            UPDATES,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             reflection.SERVICE_NAME,
         )
@@ -109,25 +130,27 @@ class Router:
             await self._server.stop(self._config.drain_s)
         for task in self._retired:
             task.cancel()
-        await asyncio.gather(self._links.aclose(), *self._retired, return_exceptions=True)
+        await asyncio.gather(*self._retired, return_exceptions=True)
+        await self._updates.aclose()
+        await self._connections.aclose()
 
     async def follow(self) -> None:
         """Take over the shard map if it changed, and publish what is healthy."""
-        self._read_map()
-        shard_map, serving = self._map, self._serving
-        if shard_map is None or serving is None:
+        await self._read_map()
+        shard_map = self._map
+        if shard_map is None:
             return
+        coordinator, links = self._held[shard_map.generation][:2]
         reached = {
             shard
             for shard in range(shard_map.num_shards)
-            if any(link.reached for link in self._links.replicas(shard))
+            if any(link.reached for link in links.replicas(shard))
         }
         if not self._ready and len(reached) == shard_map.num_shards:
             # Latched: less coverage is no reason to send users to nobody.
             self._ready = True
             await self._set_health("", ready=True)
             await self._set_health(SERVICE, ready=True)
-        coordinator = serving.coordinator
         addressed = sum(coordinator.documents)
         answering = sum(coordinator.documents[shard] for shard in reached)
         coverage = answering / addressed if addressed else float(bool(reached))
@@ -145,7 +168,7 @@ class Router:
     async def _set_health(self, name: str, *, ready: bool) -> None:
         await self._health.set(name, _SERVING if ready else _NOT_SERVING)
 
-    def _read_map(self) -> None:
+    async def _read_map(self) -> None:
         """Take the map in the file if it is another one than before.
 
         One that cannot be taken is logged once and tried again, because its snapshot may be
@@ -163,7 +186,7 @@ class Router:
         if known and self._clock() < self._retry_at_s:
             return
         try:
-            self._take(ShardMap.read(path))
+            await self._take(ShardMap.read(path))
         except (StateError, SnapshotError, ValueError) as error:
             if self._refused != (stamp, str(error)):
                 _log.error("the last good shard map is kept: %s", error)
@@ -172,46 +195,65 @@ class Router:
             return
         self._map_stamp, self._refused = stamp, None
 
-    def _take(self, shard_map: ShardMap) -> None:
-        """Serve by another map.
+    async def _take(self, shard_map: ShardMap) -> None:
+        """Serve by another map, from one request to the next.
 
         Raises:
-            SnapshotError: if its generation cannot be read.
+            SnapshotError: if its live generation cannot be read.
             ValueError: if it does not fit its generation.
         """
-        before, serving = self._map, self._serving
-        if before is not None and serving is not None and _same_cut(before, shard_map):
-            coordinator, content_hash = serving.coordinator, serving.content_hash
-        else:
-            manifest = open_snapshot(Path(shard_map.snapshot)).manifest
-            spec, content_hash = manifest.spec, manifest.content_hash
-            if spec.generation != shard_map.generation:
-                raise ValueError(
-                    f"shard map names generation {shard_map.generation}, "
-                    f"its snapshot holds {spec.generation}"
-                )
-            query = self._config.query
-            links = Links(self._config.ping)
-            coordinator = Coordinator(
-                spec,
-                shard_map.num_shards,
-                links.replicas,
-                merge_headroom_s=query.merge_headroom_ms / 1e3,
-                max_batch=query.max_batch,
-                clock=self._clock,
-            )
-            if serving is not None:
-                self._retire(self._links)
-            self._links = links
-        self._links.update(shard_map)
-        self._map = shard_map
-        self._serving = Serving(coordinator, content_hash, shard_map.version)
+        held: dict[int, _Held] = {}
+        for number, snapshot in shard_map.hosted.items():
+            known = self._held.get(number)
+            if known is not None and known[3:] == (snapshot, shard_map.num_shards):
+                held[number] = known
+                continue
+            try:
+                held[number] = await self._hold(number, snapshot, shard_map.num_shards)
+            except (SnapshotError, ValueError) as error:
+                if number == shard_map.generation:
+                    raise
+                _log.error("generation %d is not offered: %s", number, error)
+        for one in held.values():
+            one.links.update(shard_map)
+        for number, before in self._held.items():
+            if held.get(number) is not before:
+                self._retire(before.links)
+        self._held, self._map = held, shard_map
+        self._offer = Offer(
+            shard_map.generation,
+            {
+                number: Serving(one.coordinator, one.content_hash, shard_map.version)
+                for number, one in held.items()
+            },
+            {alias: number for alias, number in shard_map.aliases.items() if number in held},
+        )
         _log.info(
             "serving generation %d from %d shards by map %d",
             shard_map.generation,
             shard_map.num_shards,
             shard_map.version,
         )
+
+    async def _hold(self, number: int, snapshot: str, num_shards: int) -> _Held:
+        """Return a generation without links yet; reads its manifest beside the event loop."""
+        manifest = (await asyncio.to_thread(open_snapshot, Path(snapshot))).manifest
+        spec, query = manifest.spec, self._config.query
+        if spec.generation != number:
+            raise ValueError(
+                f"shard map names generation {number}, its snapshot holds {spec.generation}"
+            )
+        links = Links(self._connections, number)
+        coordinator = Coordinator(
+            spec,
+            num_shards,
+            links.replicas,
+            merge_headroom_s=query.merge_headroom_ms / 1e3,
+            max_batch=query.max_batch,
+            lagging_s=query.lagging_ms / 1e3,
+            clock=self._clock,
+        )
+        return _Held(coordinator, links, manifest.content_hash, snapshot, num_shards)
 
     def _retire(self, links: Links) -> None:
         """Close links that no new request uses, once those that do have ended by their deadline."""
@@ -220,16 +262,8 @@ class Router:
             try:
                 await asyncio.sleep(self._config.query.deadline_max_ms / 1e3)
             finally:
-                await links.aclose()
+                links.close()
 
         task = asyncio.create_task(close_later())
         self._retired.add(task)
         task.add_done_callback(self._retired.discard)
-
-
-def _same_cut(one: ShardMap, other: ShardMap) -> bool:
-    return (one.generation, one.num_shards, one.snapshot) == (
-        other.generation,
-        other.num_shards,
-        other.snapshot,
-    )

@@ -1,42 +1,32 @@
 """The public gRPC service of a router: it checks what a request addresses, and states its fate."""
 
 import asyncio
-import logging
 import math
 import uuid
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
 
 from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.batcher import Batcher
-from silvershard.cluster.codec import Refusal, request_from, status_of, status_row
+from silvershard.cluster.codec import Refusal, request_from
 from silvershard.cluster.config import QuerySection
+from silvershard.cluster.consistency import ANY, consistency_from, stamp
 from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.response import response_of
 from silvershard.cluster.rounds import Fate, Served
+from silvershard.cluster.service import Malformed, abort, logged_status, parser, serialize
+from silvershard.cluster.shard_map import LIVE
 from silvershard.model.request import RequestError
-from silvershard.shard.errors import RetrievalError
+from silvershard.shard.errors import Overloaded, RetrievalError
 
 SERVICE = "silvershard.v1.Retrieval"
-LIVE = "live"
-
-_DETAILS = "grpc-status-details-bin"
-_PUSHBACK = "grpc-retry-pushback-ms"
-
-_log = logging.getLogger(__name__)
-
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-M = TypeVar("M", bound=Message)
 
 
 class Serving(NamedTuple):
-    """What a router serves at a moment."""
+    """One generation, as a router serves it at a moment."""
 
     coordinator: Coordinator
     content_hash: str
@@ -44,10 +34,49 @@ class Serving(NamedTuple):
     map_version: int
 
 
-class _Malformed(NamedTuple):
-    """A message that is not of its type."""
+class Offer(NamedTuple):
+    """All generations that a router serves at a moment."""
 
-    message: str
+    live: int
+    """The one that answers whoever names none."""
+    generations: Mapping[int, Serving]
+    aliases: Mapping[str, int]
+    """Names of generations beside ``live``."""
+
+    def find(self, message: retrieval_pb2.RetrieveRequest) -> Serving:
+        """Return the generation that a request addresses.
+
+        Raises:
+            Refusal: if it addresses what is not served.
+        """
+        version, wanted = message.WhichOneof("version"), self.live
+        if version == "alias" and message.alias not in ("", LIVE):
+            if message.alias not in self.aliases:
+                known = " and ".join(repr(name) for name in sorted({LIVE, *self.aliases}))
+                raise Refusal(
+                    "NOT_FOUND",
+                    f"no alias {message.alias[:80]!r}; there is {known}",
+                    "ALIAS_NOT_FOUND",
+                )
+            wanted = self.aliases[message.alias]
+        elif version == "generation":
+            wanted = message.generation
+        serving = self.generations.get(wanted)
+        if serving is None:
+            served = ", ".join(str(one) for one in sorted(self.generations))
+            raise Refusal(
+                "ABORTED",
+                f"generation {wanted} is not served; {served} is",
+                "GENERATION_NOT_SERVED",
+            )
+        model = serving.coordinator.spec.model
+        if message.model and message.model != model:
+            raise Refusal(
+                "NOT_FOUND",
+                f"no model {message.model[:80]!r}; this router serves {model!r}",
+                "MODEL_NOT_FOUND",
+            )
+        return serving
 
 
 class RetrievalService:
@@ -55,7 +84,7 @@ class RetrievalService:
 
     def __init__(
         self,
-        serving: Callable[[], Serving | None],
+        offer: Callable[[], Offer | None],
         batcher: Batcher,
         query: QuerySection,
         clock: Callable[[], float],
@@ -63,12 +92,12 @@ class RetrievalService:
         """Make the service.
 
         Args:
-            serving: what is served now; None before the first shard map.
+            offer: what is served now; None before the first shard map.
             batcher: runs the requests.
             query: limits and defaults.
             clock: must be the clock of the event loop.
         """
-        self._serving = serving
+        self._offer = offer
         self._batcher = batcher
         self._query = query
         self._clock = clock
@@ -82,8 +111,8 @@ class RetrievalService:
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
                 behaviour,
-                request_deserializer=_parser(kind),
-                response_serializer=_serialize,
+                request_deserializer=parser(kind),
+                response_serializer=serialize,
             )
             for name, (behaviour, kind) in methods.items()
         }
@@ -91,11 +120,11 @@ class RetrievalService:
 
     async def _retrieve(
         self,
-        message: retrieval_pb2.RetrieveRequest | _Malformed,
+        message: retrieval_pb2.RetrieveRequest | Malformed,
         context: grpc.aio.ServicerContext,
     ) -> retrieval_pb2.RetrieveResponse:
         try:
-            if isinstance(message, _Malformed):
+            if isinstance(message, Malformed):
                 raise RequestError("message", message.message)
             (fate,) = await self._fates([message], context)
             if isinstance(fate, retrieval_pb2.RetrieveResponse):
@@ -104,15 +133,15 @@ class RetrievalService:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001  # a process border; what is a bug is logged
-            await _abort(context, error)
+            await abort(context, error)
 
     async def _retrieve_batch(
         self,
-        message: retrieval_pb2.RetrieveBatchRequest | _Malformed,
+        message: retrieval_pb2.RetrieveBatchRequest | Malformed,
         context: grpc.aio.ServicerContext,
     ) -> retrieval_pb2.RetrieveBatchResponse:
         try:
-            if isinstance(message, _Malformed):
+            if isinstance(message, Malformed):
                 raise RequestError("message", message.message)
             if len(message.requests) > self._query.queue:
                 raise RequestError(
@@ -125,13 +154,13 @@ class RetrievalService:
                 if isinstance(fate, retrieval_pb2.RetrieveResponse):
                     reply.items.add(response=fate)
                 else:
-                    status = _logged_status(fate)
+                    status = logged_status(fate)
                     reply.items.add(code=status.code, reason=status.message, details=status.details)
             return reply
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001  # a process border; what is a bug is logged
-            await _abort(context, error)
+            await abort(context, error)
 
     async def _fates(
         self,
@@ -146,23 +175,37 @@ class RetrievalService:
         """
         arrived_s = self._clock()
         deadline_s = arrived_s + self._time_limit_s(context.time_remaining())
-        serving = self._serving()
-        if serving is None:
+        offer = self._offer()
+        if offer is None:
             raise Refusal("UNAVAILABLE", "the router has no shard map yet", "NOT_READY")
-        checked: list[Query | Exception] = []
-        for message in messages:
+        fates: dict[int, retrieval_pb2.RetrieveResponse | Exception] = {}
+        # A generation that goes out of service meanwhile still answers those that it was asked.
+        asked: dict[int, list[tuple[int, Query]]] = {}
+        for at, message in enumerate(messages):
             try:
-                checked.append(self._query_of(message, serving, arrived_s, deadline_s))
+                serving = offer.find(message)
+                query = self._query_of(message, arrived_s, deadline_s)
+                asked.setdefault(serving.coordinator.spec.generation, []).append((at, query))
             except (RequestError, RetrievalError) as error:
-                checked.append(error)
-        queries = [one for one in checked if isinstance(one, Query)]
-        answered = iter(
-            await self._batcher.submit(queries, serving.coordinator.answer) if queries else ()
+                fates[at] = error
+        answered = await asyncio.gather(
+            *(
+                self._batcher.submit(
+                    [query for _, query in queries], offer.generations[number].coordinator.answer
+                )
+                for number, queries in asked.items()
+            ),
+            return_exceptions=True,
         )
-        return [
-            self._response(next(answered), message, serving) if isinstance(one, Query) else one
-            for one, message in zip(checked, messages, strict=True)
-        ]
+        for (number, queries), found in zip(asked.items(), answered, strict=True):
+            if isinstance(found, BaseException):
+                # Nothing was executed of what the queue had no room for.
+                if len(asked) == 1 or not isinstance(found, Overloaded):
+                    raise found
+                found = [found] * len(queries)
+            for (at, _), fate in zip(queries, found, strict=True):
+                fates[at] = self._response(fate, messages[at], offer.generations[number])
+        return [fates[at] for at in range(len(messages))]
 
     def _time_limit_s(self, remaining_s: float | None) -> float:
         if remaining_s is None:
@@ -170,44 +213,22 @@ class RetrievalService:
         return min(remaining_s, self._query.deadline_max_ms / 1e3)
 
     def _query_of(
-        self,
-        message: retrieval_pb2.RetrieveRequest,
-        serving: Serving,
-        arrived_s: float,
-        deadline_s: float,
+        self, message: retrieval_pb2.RetrieveRequest, arrived_s: float, deadline_s: float
     ) -> Query:
         """Return a request with its objective.
 
         Raises:
-            Refusal: if it addresses what is not served.
             RequestError: naming the field.
         """
-        spec = serving.coordinator.spec
-        if message.model and message.model != spec.model:
-            raise Refusal(
-                "NOT_FOUND",
-                f"no model {message.model[:80]!r}; this router serves {spec.model!r}",
-                "MODEL_NOT_FOUND",
-            )
-        version = message.WhichOneof("version")
-        if version == "alias" and message.alias not in ("", LIVE):
-            raise Refusal(
-                "NOT_FOUND",
-                f"no alias {message.alias[:80]!r}; there is {LIVE!r}",
-                "ALIAS_NOT_FOUND",
-            )
-        if version == "generation" and message.generation != spec.generation:
-            raise Refusal(
-                "ABORTED",
-                f"generation {message.generation} is not served; {spec.generation} is",
-                "GENERATION_NOT_SERVED",
-            )
         min_coverage = self._query.min_coverage
         if message.HasField("min_coverage"):
             min_coverage = message.min_coverage
             if math.isnan(min_coverage) or not 0 <= min_coverage <= 1:
                 raise RequestError("min_coverage", f"must be in 0..1, got {min_coverage}")
-        return Query(request_from(message), min_coverage, deadline_s, arrived_s)
+        consistency = ANY
+        if message.HasField("consistency"):
+            consistency = consistency_from(message.consistency)
+        return Query(request_from(message), min_coverage, deadline_s, arrived_s, consistency)
 
     def _response(
         self, fate: Fate, message: retrieval_pb2.RetrieveRequest, serving: Serving
@@ -221,44 +242,6 @@ class RetrievalService:
         response.version.generation = spec.generation
         response.version.content_hash = serving.content_hash
         response.version.shard_map_version = serving.map_version
+        if fate.freshness is not None:
+            stamp(response.version, fate.freshness)
         return response
-
-
-def _parser(kind: type[M]) -> Callable[[bytes], M | _Malformed]:
-    """Return a parser that tells malformed bytes apart from bugs."""
-
-    def parse(data: bytes) -> M | _Malformed:
-        message = kind()
-        try:
-            message.ParseFromString(data)
-        except DecodeError:
-            return _Malformed(f"must be a {kind.DESCRIPTOR.full_name}")
-        return message
-
-    return parse
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
-
-
-def _logged_status(error: Exception) -> status_pb2.Status:
-    """Return the status of an error; a bug is logged under the id that its status carries."""
-    row = status_row(error)
-    if row is not None and row.code != "INTERNAL":
-        return status_of(error)
-    error_id = uuid.uuid4().hex[:12]
-    _log.error("internal error %s", error_id, exc_info=error)
-    return status_of(error, error_id)
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    status = _logged_status(error)
-    trailing: list[tuple[str, str | bytes]] = [(_DETAILS, status.SerializeToString())]
-    for detail in status.details:
-        retry = error_details_pb2.RetryInfo()
-        if detail.Unpack(retry):
-            delay_ms = math.ceil(retry.retry_delay.ToNanoseconds() / 1e6)
-            trailing.append((_PUSHBACK, str(delay_ms)))
-    await context.abort(_CODES[status.code], status.message, tuple(trailing))
-    raise AssertionError("abort always raises")

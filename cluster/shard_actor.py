@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from silvershard.cluster.follower import MAX_BATCH
+from silvershard.cluster.hosting import ready
 from silvershard.cluster.logs import log_to_stderr
+from silvershard.cluster.shard_loader import ShardLoader, reach_log, wanted_generations
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.table_config import ShardTables
 from silvershard.cluster.table_source import RemoteRows, settings_of
-from silvershard.shard.load import load_executor
+
+# Beside 5,000 updates a second the median query took 15.5 ms with the 5 ms of Python, at which the
+# threads of model and updates take turns, and 9.9 ms with this; 5.0 ms without updates.
+_TURN_S = 0.001
 
 T = TypeVar("T")
 
@@ -35,8 +42,12 @@ class ShardActor:
         devices: Sequence[str] = ("cpu",),
         num_threads: int = 1,
         tables: Mapping[str, Any] | None = None,
+        map_path: str = "",
+        log_url: str = "",
+        headroom: float = 0.1,
+        max_batch: int = MAX_BATCH,
     ) -> None:
-        """Load a shard, warm it and open a free port.
+        """Load a shard, let it catch up with the update log, and open a free port.
 
         Args:
             snapshot: directory of the generation.
@@ -48,35 +59,55 @@ class ShardActor:
             devices: the local devices that the shard's documents are split over.
             num_threads: threads of each tensor operation.
             tables: the fields of a ``ShardTables``.
+            map_path: shard map file, which knows what a process that starts again shall serve;
+                empty: always ``snapshot``.
+            log_url: update log to follow; empty: none.
+            headroom: free pages for updates, as a share of those in use.
+            max_batch: most updates that are applied at once.
         """
         log_to_stderr()
         torch.set_num_threads(num_threads)
+        if log_url:
+            sys.setswitchinterval(_TURN_S)
         settings = settings_of(ShardTables.model_validate(tables or {}))
-        executor = load_executor(
-            Path(snapshot), shard, num_shards, devices=devices, tables=settings
+        load = ShardLoader(
+            shard,
+            num_shards,
+            devices=devices,
+            tables=settings,
+            log=reach_log(log_url) if log_url else None,
+            headroom=headroom,
+            max_batch=max_batch,
         )
+        first, further = wanted_generations(map_path, snapshot)
         source = settings.source
         self._server = ShardServer(
-            executor,
+            ready(load(Path(first))),
+            snapshot=first,
+            load=load,
             replica=replica,
             host=host,
             insecure=insecure,
             lookups=source.counts if isinstance(source, RemoteRows) else dict,
         )
+        for generation, path in further.items():
+            self._server.hosting.prepare(generation, path)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="shard-server", daemon=True).start()
         self._wait(self._server.start())
 
     def describe(self) -> dict[str, Any]:
-        """Return the entry of this incarnation for the shard map, and its generation."""
+        """Return the entry of this incarnation for the shard map, and what it serves."""
+        served = self._server.hosting.served
         return {
-            "shard": self._server.executor.shard,
+            "shard": self._server.shard,
             "replica": self._server.replica,
             "address": self._server.address,
             "epoch": self._server.epoch,
-            "documents": self._server.executor.documents,
+            "documents": served[-1].seen.documents if served else 0,
             "pid": os.getpid(),
-            "generation": self._server.generation,
+            "generation": served[-1].generation if served else 0,
+            "generations": [one.generation for one in served],
         }
 
     def stop(self, grace_s: float = 2.0) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from silvershard.cluster.freshness import ANYTHING, Demand, Seen
 from silvershard.model.request import FeatureValues
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
@@ -28,13 +29,17 @@ class LinkState(Enum):
 
 
 class ShardLink(Protocol):
-    """One replica of one shard.
+    """One generation of one replica of one shard.
 
     Every method that asks the shard may raise:
         ShardUnavailable: there is no connection, or the answer cannot be used.
         DeadlineExceeded: no answer came in ``remaining_s``.
-        GenerationError: the shard serves another generation.
+        GenerationError: the shard does not serve the generation.
         Overloaded: the queue of the shard is full.
+
+    Those that take a demand may raise, too:
+        ReplicaStale: the shard has not applied what is demanded, and did not in time.
+        Refusal: what is demanded is of another log than the shard follows.
     """
 
     shard: int
@@ -45,18 +50,31 @@ class ShardLink(Protocol):
         """Return what is believed of the replica."""
         ...
 
+    @property
+    def seen(self) -> Seen | None:
+        """Return what the replica had applied by its last word; None: it has not said yet."""
+        ...
+
     async def encode(
-        self, users: Sequence[Mapping[str, FeatureValues]], remaining_s: float
+        self,
+        users: Sequence[Mapping[str, FeatureValues]],
+        remaining_s: float,
+        demand: Demand = ANYTHING,
     ) -> Encoded:
         """Return the query embeddings of users whose features are checked already."""
         ...
 
-    async def count(self, scan: Tensor, remaining_s: float) -> Tensor:
+    async def count(self, scan: Tensor, remaining_s: float, demand: Demand = ANYTHING) -> Tensor:
         """Return how many documents of the shard pass each program ``(B, L, 4)``, ``(B,)``."""
         ...
 
-    async def open(self, key: str, work: Work, remaining_s: float) -> RoundOne:
-        """Run round one; its candidates stay open under ``key`` for ``remaining_s``."""
+    async def open(
+        self, key: str, work: Work, remaining_s: float, demand: Demand = ANYTHING
+    ) -> tuple[RoundOne, Seen]:
+        """Run round one, and tell what it saw.
+
+        The candidates stay open under ``key`` for ``remaining_s``.
+        """
         ...
 
     async def close(self, key: str, cutoffs: Cutoffs, remaining_s: float) -> RoundTwo:
@@ -68,15 +86,24 @@ class ShardLink(Protocol):
         ...
 
     async def open_and_close(
-        self, key: str, work: Work, cutoffs: Cutoffs, remaining_s: float
-    ) -> RoundTwo:
-        """Run both rounds at once, to take over when the cutoffs are known."""
+        self,
+        key: str,
+        work: Work,
+        cutoffs: Cutoffs,
+        remaining_s: float,
+        demand: Demand = ANYTHING,
+    ) -> tuple[RoundTwo, Seen]:
+        """Run both rounds at once, to take over when the cutoffs are known; tell what they saw."""
         ...
 
     async def fields(
-        self, item_ids: Sequence[int], names: Sequence[str], remaining_s: float
+        self, key: str, item_ids: Sequence[int], names: Sequence[str], remaining_s: float
     ) -> dict[str, list[FieldValue]]:
-        """Return stored columns of items that the shard holds."""
+        """Return stored columns of items as the candidates open under ``key`` saw them.
+
+        Raises:
+            CandidatesExpired: if they are open no more.
+        """
         ...
 
     def release(self, key: str) -> None:

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.cluster.map_file import read_map, write_map
 
+LIVE = "live"
+"""The alias of the generation that answers whoever names none."""
+
 
 class ShardEntry(BaseModel):
     """One process that serves one shard."""
@@ -26,18 +29,47 @@ class ShardEntry(BaseModel):
 
 
 class ShardMap(BaseModel):
-    """What is served, and where; ``entries`` may lack shards that are down."""
+    """What is served, and where; ``entries`` may lack shards that are down.
+
+    The processes may hold further generations beside the live one, for rollback, canaries and pins.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(ge=1, description="grows with every change")
-    generation: int = Field(ge=1, description="the one generation that all entries serve")
+    generation: int = Field(ge=1, description="the live one, which all entries serve")
     snapshot: str = Field(min_length=1, description="directory of that generation")
     num_shards: int = Field(ge=1, description="shards S that the catalogue is cut into")
     entries: tuple[ShardEntry, ...] = Field(description="processes that serve, in any order")
+    snapshots: dict[int, str] = Field(
+        default_factory=dict,
+        description="directories of further generations that the entries hold, by number",
+    )
+    aliases: dict[str, int] = Field(
+        default_factory=dict,
+        description="names of generations beside `live`, which is always the one above",
+    )
+    sequencer: str = Field(default="", description="host:port that takes updates; empty: none")
+    log_url: str = Field(default="", description="update log that the entries follow; empty: none")
+    log_partitions: int = Field(default=1, ge=1, description="partitions L of that log")
+
+    @property
+    def hosted(self) -> dict[int, str]:
+        """Return the directory of every generation that can be asked for."""
+        return {**self.snapshots, self.generation: self.snapshot}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for alias, generation in self.aliases.items():
+            if generation not in self.hosted:
+                raise ValueError(
+                    f"alias {alias} must name a generation of {sorted(self.hosted)}, "
+                    f"got {generation}"
+                )
+        if self.aliases.get(LIVE, self.generation) != self.generation:
+            raise ValueError(
+                f"alias {LIVE} must be generation {self.generation}, got {self.aliases[LIVE]}"
+            )
         seen = set()
         for entry in self.entries:
             if entry.shard >= self.num_shards:

@@ -1,5 +1,6 @@
 from silvershard.cluster import retrieval_pb2 as _retrieval_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,8 +8,21 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class GenerationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GENERATION_STATE_UNSPECIFIED: _ClassVar[GenerationState]
+    GENERATION_STATE_LOADING: _ClassVar[GenerationState]
+    GENERATION_STATE_CATCHING_UP: _ClassVar[GenerationState]
+    GENERATION_STATE_PREPARED: _ClassVar[GenerationState]
+    GENERATION_STATE_FAILED: _ClassVar[GenerationState]
+GENERATION_STATE_UNSPECIFIED: GenerationState
+GENERATION_STATE_LOADING: GenerationState
+GENERATION_STATE_CATCHING_UP: GenerationState
+GENERATION_STATE_PREPARED: GenerationState
+GENERATION_STATE_FAILED: GenerationState
+
 class ShardCall(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "open_and_close", "release", "fields")
+    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "open_and_close", "release", "fields", "fresh")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +35,7 @@ class ShardCall(_message.Message):
     OPEN_AND_CLOSE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generation: int
     epoch: int
@@ -33,7 +48,40 @@ class ShardCall(_message.Message):
     open_and_close: OpenAndClose
     release: Release
     fields: Fields
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., open_and_close: _Optional[_Union[OpenAndClose, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ...) -> None: ...
+    fresh: Freshness
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., open_and_close: _Optional[_Union[OpenAndClose, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
+
+class Freshness(_message.Message):
+    __slots__ = ("log_id", "after", "max_staleness_us", "wait_us")
+    LOG_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    MAX_STALENESS_US_FIELD_NUMBER: _ClassVar[int]
+    WAIT_US_FIELD_NUMBER: _ClassVar[int]
+    log_id: int
+    after: _containers.RepeatedCompositeFieldContainer[LogPosition]
+    max_staleness_us: int
+    wait_us: int
+    def __init__(self, log_id: _Optional[int] = ..., after: _Optional[_Iterable[_Union[LogPosition, _Mapping]]] = ..., max_staleness_us: _Optional[int] = ..., wait_us: _Optional[int] = ...) -> None: ...
+
+class LogPosition(_message.Message):
+    __slots__ = ("partition", "position")
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    partition: int
+    position: int
+    def __init__(self, partition: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class Seen(_message.Message):
+    __slots__ = ("log_id", "cut", "staleness_us", "documents")
+    LOG_ID_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_US_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    log_id: int
+    cut: _containers.RepeatedScalarFieldContainer[int]
+    staleness_us: int
+    documents: int
+    def __init__(self, log_id: _Optional[int] = ..., cut: _Optional[_Iterable[int]] = ..., staleness_us: _Optional[int] = ..., documents: _Optional[int] = ...) -> None: ...
 
 class Encode(_message.Message):
     __slots__ = ("users",)
@@ -62,7 +110,7 @@ class Fields(_message.Message):
     def __init__(self, item_ids: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ShardReply(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "code", "reason", "message", "times_us", "tensors", "fields", "warnings", "fallback_users")
+    __slots__ = ("call_id", "generation", "epoch", "code", "reason", "message", "times_us", "tensors", "fields", "warnings", "fallback_users", "seen")
     class TimesUsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +129,7 @@ class ShardReply(_message.Message):
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_USERS_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generation: int
     epoch: int
@@ -92,7 +141,8 @@ class ShardReply(_message.Message):
     fields: FieldColumns
     warnings: _containers.RepeatedCompositeFieldContainer[Warnings]
     fallback_users: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., times_us: _Optional[_Mapping[str, int]] = ..., tensors: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[FieldColumns, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[Warnings, _Mapping]]] = ..., fallback_users: _Optional[_Iterable[int]] = ...) -> None: ...
+    seen: Seen
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., times_us: _Optional[_Mapping[str, int]] = ..., tensors: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[FieldColumns, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[Warnings, _Mapping]]] = ..., fallback_users: _Optional[_Iterable[int]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
 
 class Warnings(_message.Message):
     __slots__ = ("texts",)
@@ -132,28 +182,112 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("sequence", "epoch", "generation")
+    __slots__ = ("sequence", "epoch", "served")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     epoch: int
+    served: _containers.RepeatedCompositeFieldContainer[ServedGeneration]
+    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., served: _Optional[_Iterable[_Union[ServedGeneration, _Mapping]]] = ...) -> None: ...
+
+class ServedGeneration(_message.Message):
+    __slots__ = ("generation", "seen")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     generation: int
-    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    seen: Seen
+    def __init__(self, generation: _Optional[int] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("epoch", "generation", "tables")
+    __slots__ = ("epoch", "tables", "generations", "shard", "replica")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    GENERATION_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    generation: int
     tables: _containers.RepeatedCompositeFieldContainer[TableReport]
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableReport, _Mapping]]] = ...) -> None: ...
+    generations: _containers.RepeatedCompositeFieldContainer[GenerationReport]
+    shard: int
+    replica: int
+    def __init__(self, epoch: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableReport, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[GenerationReport, _Mapping]]] = ..., shard: _Optional[int] = ..., replica: _Optional[int] = ...) -> None: ...
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("generation", "snapshot")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    snapshot: str
+    def __init__(self, generation: _Optional[int] = ..., snapshot: _Optional[str] = ...) -> None: ...
+
+class RetireRequest(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class RetireReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GenerationReport(_message.Message):
+    __slots__ = ("generation", "snapshot", "state", "reason", "seen", "ends", "pool", "updates")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    snapshot: str
+    state: GenerationState
+    reason: str
+    seen: Seen
+    ends: _containers.RepeatedScalarFieldContainer[int]
+    pool: PoolReport
+    updates: UpdateReport
+    def __init__(self, generation: _Optional[int] = ..., snapshot: _Optional[str] = ..., state: _Optional[_Union[GenerationState, str]] = ..., reason: _Optional[str] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., ends: _Optional[_Iterable[int]] = ..., pool: _Optional[_Union[PoolReport, _Mapping]] = ..., updates: _Optional[_Union[UpdateReport, _Mapping]] = ...) -> None: ...
+
+class PoolReport(_message.Message):
+    __slots__ = ("pages", "free_pages", "live_slots", "retired_slots", "dead_slots", "longest_list", "mean_list", "overflowed")
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    LIVE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RETIRED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    DEAD_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_LIST_FIELD_NUMBER: _ClassVar[int]
+    MEAN_LIST_FIELD_NUMBER: _ClassVar[int]
+    OVERFLOWED_FIELD_NUMBER: _ClassVar[int]
+    pages: int
+    free_pages: int
+    live_slots: int
+    retired_slots: int
+    dead_slots: int
+    longest_list: int
+    mean_list: float
+    overflowed: int
+    def __init__(self, pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., live_slots: _Optional[int] = ..., retired_slots: _Optional[int] = ..., dead_slots: _Optional[int] = ..., longest_list: _Optional[int] = ..., mean_list: _Optional[float] = ..., overflowed: _Optional[int] = ...) -> None: ...
+
+class UpdateReport(_message.Message):
+    __slots__ = ("batches", "records", "urgent", "rejected", "longest_commit_us")
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    URGENT_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_COMMIT_US_FIELD_NUMBER: _ClassVar[int]
+    batches: int
+    records: int
+    urgent: int
+    rejected: int
+    longest_commit_us: int
+    def __init__(self, batches: _Optional[int] = ..., records: _Optional[int] = ..., urgent: _Optional[int] = ..., rejected: _Optional[int] = ..., longest_commit_us: _Optional[int] = ...) -> None: ...
 
 class TableReport(_message.Message):
     __slots__ = ("table", "lookups", "rows", "cached", "fetched", "defaulted", "failures")

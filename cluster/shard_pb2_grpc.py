@@ -49,6 +49,16 @@ class ShardStub:
                 request_serializer=silvershard_dot_cluster_dot_shard__pb2.InspectRequest.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_shard__pb2.ShardReport.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/silvershard.internal.v1.Shard/Prepare',
+                request_serializer=silvershard_dot_cluster_dot_shard__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_shard__pb2.GenerationReport.FromString,
+                _registered_method=True)
+        self.Retire = channel.unary_unary(
+                '/silvershard.internal.v1.Shard/Retire',
+                request_serializer=silvershard_dot_cluster_dot_shard__pb2.RetireRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_shard__pb2.RetireReply.FromString,
+                _registered_method=True)
 
 
 class ShardServicer:
@@ -69,7 +79,22 @@ class ShardServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Inspect(self, request, context):
-        """For people and monitoring, never on the way of a request.
+        """For the supervisor, the sequencer, people and monitoring; never on the way of a request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
+        """Loads a generation beside those that are served, catches up with the update log and warms it.
+        Answers at once; asked again, it tells how far that is, or tries again what failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Retire(self, request, context):
+        """Lets go of a generation; one that is not held is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +117,16 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Inspect,
                     request_deserializer=silvershard_dot_cluster_dot_shard__pb2.InspectRequest.FromString,
                     response_serializer=silvershard_dot_cluster_dot_shard__pb2.ShardReport.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=silvershard_dot_cluster_dot_shard__pb2.PrepareRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_shard__pb2.GenerationReport.SerializeToString,
+            ),
+            'Retire': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retire,
+                    request_deserializer=silvershard_dot_cluster_dot_shard__pb2.RetireRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_shard__pb2.RetireReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +210,60 @@ class Shard:
             '/silvershard.internal.v1.Shard/Inspect',
             silvershard_dot_cluster_dot_shard__pb2.InspectRequest.SerializeToString,
             silvershard_dot_cluster_dot_shard__pb2.ShardReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.internal.v1.Shard/Prepare',
+            silvershard_dot_cluster_dot_shard__pb2.PrepareRequest.SerializeToString,
+            silvershard_dot_cluster_dot_shard__pb2.GenerationReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retire(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.internal.v1.Shard/Retire',
+            silvershard_dot_cluster_dot_shard__pb2.RetireRequest.SerializeToString,
+            silvershard_dot_cluster_dot_shard__pb2.RetireReply.FromString,
             options,
             channel_credentials,
             insecure,

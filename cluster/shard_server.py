@@ -14,16 +14,22 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
-from silvershard.cluster.codec import code_number, column_to, status_row, values_from
+from silvershard.cluster.codec import code_number, status_row, values_from
+from silvershard.cluster.consistency import Consistency, UpdateToken
+from silvershard.cluster.field_columns import column_to
+from silvershard.cluster.freshness import Demand
+from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, seen_to
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
 from silvershard.cluster.table_lookup import TableCounts
-from silvershard.model.dtypes import ValueType
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
+    CandidatesExpired,
     DeadlineExceeded,
     GenerationError,
     Overloaded,
+    RemoteError,
     RetrievalError,
+    StateError,
 )
 from silvershard.shard.executor import ShardExecutor
 
@@ -38,6 +44,8 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 @dataclass(eq=False)
 class _Job:
     call: shard_pb2.ShardCall
+    hosted: Hosted
+    arrived_s: float
     expires_at_s: float
     dropped: bool = False
 
@@ -54,7 +62,7 @@ class _Stream:
 
 
 class ShardServer:
-    """Serves one shard on a port of its own.
+    """Serves one shard on a port of its own, in one generation or several side by side.
 
     Everything that touches the model runs on one thread, in order of arrival. Health and pings are
     answered by the event loop, so they keep answering while the model works.
@@ -62,8 +70,10 @@ class ShardServer:
 
     def __init__(
         self,
-        executor: ShardExecutor,
+        executor: ShardExecutor | Loaded,
         *,
+        snapshot: str = "",
+        load: Load | None = None,
         replica: int = 0,
         epoch: int | None = None,
         host: str = "127.0.0.1",
@@ -76,7 +86,10 @@ class ShardServer:
         """Make a server that does not listen yet.
 
         Args:
-            executor: the loaded shard; from now on only this server may call it.
+            executor: the loaded shard, caught up with the log that it follows; from now on only
+                this server may call it.
+            snapshot: directory that it was loaded from.
+            load: loads further generations; None: there will be none.
             replica: index of this copy of the shard.
             epoch: incarnation, larger than that of every earlier one; by default the time in ns.
             host: address to bind.
@@ -86,10 +99,11 @@ class ShardServer:
             clock: the clock of ``executor``.
             lookups: returns what was looked up in each remote table so far; any thread may call it.
         """
-        self.executor = executor
+        first = executor if isinstance(executor, Loaded) else Loaded(executor)
+        self.shard = first.executor.shard
+        self.num_shards = first.executor.num_shards
         self.replica = replica
         self.epoch = time.time_ns() if epoch is None else epoch
-        self.generation = executor.spec.generation
         self.address = ""
         self._host, self._port, self._insecure = host, port, insecure
         self._max_queue = max_queue
@@ -97,12 +111,37 @@ class ShardServer:
         self._lookups = lookups
         self._pending = 0
         self._by_key: dict[str, set[_Job]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{executor.shard}")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{self.shard}")
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._dtypes: dict[str, ValueType] = {
-            one.name: one.dtype for one in executor.spec.item_schema.fields
-        }
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.hosting = Hosting(self.shard, self._thread.submit, clock, load, self._changed)
+        self.hosting.add(first, snapshot)
+
+    @property
+    def executor(self) -> ShardExecutor:
+        """Return the shard in its newest generation.
+
+        Raises:
+            StateError: if none is in service.
+        """
+        return self._newest.executor_in_service
+
+    @property
+    def generation(self) -> int:
+        """Return the newest generation in service.
+
+        Raises:
+            StateError: if there is none.
+        """
+        return self._newest.generation
+
+    @property
+    def _newest(self) -> Hosted:
+        served = self.hosting.served
+        if not served:
+            raise StateError(f"shard {self.shard} has no generation in service")
+        return served[-1]
 
     async def start(self) -> None:
         """Bind the port and serve; ``address`` is set from then on.
@@ -111,23 +150,40 @@ class ShardServer:
             ConfigError: if the host is refused.
             StateError: if the port is in use.
         """
+        self._loop = asyncio.get_running_loop()
+        self.hosting.attach(self._loop)
         server = grpc.aio.server(options=server_options(INTERNAL_MESSAGE_BYTES))
         shard_pb2_grpc.add_ShardServicer_to_server(_Servicer(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.address = bind(server, self._host, self._port, insecure=self._insecure)
         await server.start()
         self._server = server
-        for name in ("", f"shard/{self.executor.shard}"):
-            await self._health.set(name, _SERVING)
+        await self._set_health()
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Refuse new calls, wait for the running ones at most ``grace_s``, and free the port."""
-        for name in ("", f"shard/{self.executor.shard}"):
+        for name in self._names:
             await self._health.set(name, _NOT_SERVING)
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace_s)
+        await asyncio.to_thread(self.hosting.close)
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        return "", f"shard/{self.shard}"
+
+    def _changed(self) -> None:
+        """Let the health follow what is in service; any thread may call it."""
+        if self._loop is not None and not self._loop.is_closed():
+            work = self._set_health
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(work()))
+
+    async def _set_health(self) -> None:
+        serves = self._server is not None and bool(self.hosting.served)
+        for name in self._names:
+            await self._health.set(name, _SERVING if serves else _NOT_SERVING)
 
     async def execute(self, context: grpc.aio.ServicerContext) -> None:
         """Serve one router until it goes away; then give up everything it has open."""
@@ -157,13 +213,22 @@ class ShardServer:
             beat = await context.read()
             if beat is grpc.aio.EOF:
                 return
+            served = [
+                shard_pb2.ServedGeneration(generation=one.generation, seen=seen_to(one.seen))
+                for one in self.hosting.served
+            ]
             await context.write(
-                shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch, generation=self.generation)
+                shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch, served=served)
             )
 
     def inspect(self) -> shard_pb2.ShardReport:
-        """Return what this incarnation has counted."""
-        report = shard_pb2.ShardReport(epoch=self.epoch, generation=self.generation)
+        """Return what this incarnation holds and has counted."""
+        report = shard_pb2.ShardReport(
+            epoch=self.epoch,
+            shard=self.shard,
+            replica=self.replica,
+            generations=[one.report() for one in self.hosting.all],
+        )
         for name, counts in self._lookups().items():
             report.tables.add(
                 table=name,
@@ -192,7 +257,13 @@ class ShardServer:
         if refusal is not None:
             stream.replies.put_nowait(refusal)
             return
-        job = _Job(call, self._clock() + call.remaining_us / 1e6)
+        try:
+            hosted = self.hosting.find(call.generation)
+        except RetrievalError as error:
+            stream.replies.put_nowait(self._failure(call, error))
+            return
+        now_s = self._clock()
+        job = _Job(call, hosted, now_s, now_s + call.remaining_us / 1e6)
         if op in ("open", "open_and_close"):
             stream.keys.add(call.key)
         stream.jobs.add(job)
@@ -212,7 +283,8 @@ class ShardServer:
     def _give_up(self, key: str) -> None:
         """Release candidates on the thread of the model, unless the server has ended."""
         if self._server is not None:
-            self._thread.submit(self.executor.release, key)
+            for hosted in self.hosting.served:
+                self._thread.submit(hosted.executor_in_service.release, key)
 
     def _refusal(self, call: shard_pb2.ShardCall) -> shard_pb2.ShardReply | None:
         if call.epoch and call.epoch != self.epoch:
@@ -221,8 +293,6 @@ class ShardServer:
             reply.reason = STALE_EPOCH
             reply.message = f"epoch {call.epoch} was asked for, this shard is epoch {self.epoch}"
             return reply
-        if call.generation != self.generation:
-            return self._failure(call, GenerationError(call.generation, self.generation))
         if self._pending >= self._max_queue:
             return self._failure(call, Overloaded(f"{self._pending} calls are queued", 0.1))
         return None
@@ -230,6 +300,11 @@ class ShardServer:
     async def _serve(self, job: _Job, stream: _Stream) -> None:
         loop = asyncio.get_running_loop()
         try:
+            if job.call.HasField("fresh"):
+                stale = await self._wait(job)
+                if stale is not None:
+                    stream.replies.put_nowait(stale)
+                    return
             reply = await loop.run_in_executor(self._thread, self._run, job)
             if reply is not None:
                 stream.replies.put_nowait(reply)
@@ -241,6 +316,14 @@ class ShardServer:
             if not waiting:
                 del self._by_key[job.call.key]
 
+    async def _wait(self, job: _Job) -> shard_pb2.ShardReply | None:
+        """Wait until the shard is as fresh as a call demands; return why it is not."""
+        try:
+            await self.hosting.wait(job.hosted, _demand_from(job.call.fresh), job.arrived_s)
+        except RetrievalError as error:
+            return self._failure(job.call, error)
+        return None
+
     def _run(self, job: _Job) -> shard_pb2.ShardReply | None:
         """Answer a call on the thread of the model; None if nobody waits for it any more."""
         if job.dropped:
@@ -249,75 +332,65 @@ class ShardServer:
         try:
             if self._clock() >= job.expires_at_s:
                 raise DeadlineExceeded("the time of the call ran out in the queue")
-            return self._dispatch(call, job.expires_at_s)
+            return self._dispatch(call, job.hosted, job.expires_at_s)
         except (RetrievalError, RequestError, tensors.TensorError) as error:
             return self._failure(call, error)
         except Exception as error:  # noqa: BLE001  # a process border; the error is logged
             error_id = uuid.uuid4().hex[:12]
-            _log.exception("internal error %s in shard %d", error_id, self.executor.shard)
+            _log.exception("internal error %s in shard %d", error_id, self.shard)
             return self._failure(call, error, error_id)
 
-    def _dispatch(self, call: shard_pb2.ShardCall, expires_at_s: float) -> shard_pb2.ShardReply:
+    def _dispatch(
+        self, call: shard_pb2.ShardCall, hosted: Hosted, expires_at_s: float
+    ) -> shard_pb2.ShardReply:
+        executor = hosted.executor_in_service
         reply = self._reply(call)
+        reply.seen.CopyFrom(seen_to(hosted.seen))
         op = call.WhichOneof("op")
         if op == "encode":
             users = [
                 {name: values_from(name, one.features[name]) for name in one.features}
                 for one in call.encode.users
             ]
-            encoded = self.executor.encode(users)
+            encoded = executor.encode(users)
             found = {"embedding": encoded.embedding, "user_state": encoded.user_state}
             reply.tensors.CopyFrom(tensors.to_map(found))
             tensors.add_warnings(reply, encoded.warnings)
             reply.fallback_users.extend(at for at, lost in enumerate(encoded.fallback) if lost)
         elif op == "count":
             scan = tensors.from_map(call.count, tensors.SCAN)["scan"]
-            reply.tensors.CopyFrom(tensors.to_map({"count": self.executor.count(scan)}))
+            reply.tensors.CopyFrom(tensors.to_map({"count": executor.count(scan)}))
         elif op == "open":
-            first = self.executor.open(call.key, tensors.work_from_map(call.open), expires_at_s)
-            self._set_round(reply, tensors.round_to_map(first), first.times)
+            first = executor.open(call.key, tensors.work_from_map(call.open), expires_at_s)
+            _set_round(reply, tensors.round_to_map(first), first.times)
         elif op == "close":
-            second = self.executor.close(call.key, tensors.cutoffs_from_map(call.close))
-            self._set_round(reply, tensors.round_to_map(second), second.times)
+            second = executor.close(call.key, tensors.cutoffs_from_map(call.close))
+            _set_round(reply, tensors.round_to_map(second), second.times)
         elif op == "open_and_close":
-            second = self.executor.open_and_close(
+            second = executor.open_and_close(
                 call.key,
                 tensors.work_from_map(call.open_and_close.work),
                 tensors.cutoffs_from_map(call.open_and_close.cutoffs),
                 expires_at_s,
             )
-            self._set_round(reply, tensors.round_to_map(second), second.times)
+            _set_round(reply, tensors.round_to_map(second), second.times)
         elif op == "fields":
-            self._set_fields(reply, call.fields)
+            _set_fields(reply, call, hosted)
         else:
             raise RequestError("op", "must name an operation")
         return reply
 
-    def _set_round(
-        self, reply: shard_pb2.ShardReply, message: shard_pb2.TensorMap, times: dict[str, int]
-    ) -> None:
-        reply.tensors.CopyFrom(message)
-        for stage, spent in times.items():
-            reply.times_us[stage] = spent
-
-    def _set_fields(self, reply: shard_pb2.ShardReply, asked: shard_pb2.Fields) -> None:
-        for name in asked.names:
-            if name not in self._dtypes:
-                raise RequestError("names", f"unknown field {name!r}")
-        found = self.executor.fields(list(asked.item_ids), list(asked.names))
-        reply.fields.SetInParent()
-        for name, values in found.items():
-            reply.fields.columns[name].CopyFrom(column_to(values, self._dtypes[name]))
-
     def _reply(self, call: shard_pb2.ShardCall) -> shard_pb2.ShardReply:
         return shard_pb2.ShardReply(
-            call_id=call.call_id, generation=self.generation, epoch=self.epoch
+            call_id=call.call_id, generation=call.generation, epoch=self.epoch
         )
 
     def _failure(
         self, call: shard_pb2.ShardCall, error: Exception, error_id: str = ""
     ) -> shard_pb2.ShardReply:
         reply = self._reply(call)
+        if isinstance(error, GenerationError):
+            reply.generation = error.held
         row = status_row(error)
         if isinstance(error, tensors.TensorError):
             reply.code, reply.reason = code_pb2.INVALID_ARGUMENT, "MALFORMED_TENSOR"
@@ -327,8 +400,39 @@ class ShardServer:
             reply.message = f"internal error {error_id}"
         else:
             reply.code, reply.reason = code_number(row.code), row.reason
-            reply.message = str(error)
+            reply.message = error.message if isinstance(error, RemoteError) else str(error)
         return reply
+
+
+def _set_round(
+    reply: shard_pb2.ShardReply, message: shard_pb2.TensorMap, times: dict[str, int]
+) -> None:
+    reply.tensors.CopyFrom(message)
+    for stage, spent in times.items():
+        reply.times_us[stage] = spent
+
+
+def _set_fields(reply: shard_pb2.ShardReply, call: shard_pb2.ShardCall, hosted: Hosted) -> None:
+    dtypes, names = hosted.dtypes, list(call.fields.names)
+    for name in names:
+        if name not in dtypes:
+            raise RequestError("names", f"unknown field {name!r}")
+    executor = hosted.executor_in_service
+    if call.key and not executor.is_open(call.key):
+        # Items that were found may have changed since.
+        raise CandidatesExpired(call.key)
+    found = executor.fields(list(call.fields.item_ids), names, call.key or None)
+    reply.fields.SetInParent()
+    for name, values in found.items():
+        reply.fields.columns[name].CopyFrom(column_to(values, dtypes[name]))
+
+
+def _demand_from(message: shard_pb2.Freshness) -> Demand:
+    tokens = tuple(
+        UpdateToken(message.log_id, one.partition, one.position) for one in message.after
+    )
+    most_s = message.max_staleness_us / 1e6 if message.HasField("max_staleness_us") else None
+    return Demand(Consistency(tokens, most_s), message.wait_us / 1e6)
 
 
 class _Servicer:
@@ -347,3 +451,18 @@ class _Servicer:
         self, _request: shard_pb2.InspectRequest, _context: grpc.aio.ServicerContext
     ) -> shard_pb2.ShardReport:
         return self._server.inspect()
+
+    async def Prepare(
+        self, request: shard_pb2.PrepareRequest, context: grpc.aio.ServicerContext
+    ) -> shard_pb2.GenerationReport:
+        try:
+            hosted = self._server.hosting.prepare(request.generation, request.snapshot)
+        except StateError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return hosted.report()
+
+    async def Retire(
+        self, request: shard_pb2.RetireRequest, _context: grpc.aio.ServicerContext
+    ) -> shard_pb2.RetireReply:
+        self._server.hosting.retire(request.generation)
+        return shard_pb2.RetireReply()

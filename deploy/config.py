@@ -14,144 +14,26 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, g
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection
 from silvershard.cluster.table_config import TablesSection
-from silvershard.model.limits import COLUMN_MULTIPLES, MAX_ANN_K
-from silvershard.model.semantic_config import MAX_SEMANTIC_K
+from silvershard.deploy.config_sections import (
+    IndexSection,
+    ModelSection,
+    PathsSection,
+    RuntimeSection,
+    ShardingSection,
+    SwapSection,
+    UpdatesSection,
+)
+from silvershard.model.limits import COLUMN_MULTIPLES
 from silvershard.model.training_config import TrainingConfig
 from silvershard.shard.errors import ConfigError
 
 ENV_PREFIX = "SILVERSHARD__"
 
 Key = tuple[str | int, ...]
-
-
-class PathsSection(BaseModel):
-    """Where data come from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str = Field(
-        default="",
-        description="folder or zip of a MovieLens data set; empty: $SILVERSHARD_DATA, else a "
-        "download, else generated films",
-    )
-    cache: str = Field(
-        default="", description="folder for downloads; empty: $XDG_CACHE_HOME or ~/.cache"
-    )
-    max_malformed: int = Field(
-        default=10,
-        ge=0,
-        description="unreadable rows of ratings.csv that are dropped, and said so, before it is an "
-        "error",
-    )
-
-
-class ModelSection(BaseModel):
-    """What is trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(
-        default="movielens", min_length=1, description="logical model name that requests can give"
-    )
-    seed: int = Field(default=17, ge=0, description="seed of training, clustering and hashing")
-    checkpoint_every: int = Field(
-        default=100, ge=1, description="training steps between checkpoints, which --resume needs"
-    )
-
-
-class IndexSection(BaseModel):
-    """How a generation is indexed when it is published."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    clusters: int = Field(
-        default=0,
-        ge=0,
-        description="clusters of the index; 0: a power of two near 2.6 root of the items",
-    )
-    probe_share: float = Field(
-        default=0.125, gt=0, le=1, description="share of the clusters probed by default"
-    )
-    ann_k: int = Field(
-        default=600,
-        ge=1,
-        le=MAX_ANN_K,
-        description="candidates per head that pass the scan cut by default",
-    )
-    semantic_k: int = Field(
-        default=200,
-        ge=0,
-        le=MAX_SEMANTIC_K,
-        description="candidates of the decoder of semantic ids by default, where training.semantic "
-        "made one",
-    )
-    page_slots: Literal[64, 128] = Field(default=64, description="slots of a page")
-    planned_shards: int = Field(
-        default=8, ge=1, description="most shards to cut a generation into without republishing"
-    )
-    table_precision: Literal["float32", "int8", "int4"] = Field(
-        default="float32", description="of the embedding tables of a published generation"
-    )
-    false_positive_rate: float = Field(
-        default=0.001, ge=1e-9, lt=1, description="target of one Bloom term, before verification"
-    )
-    golden_requests: int = Field(
-        default=24,
-        ge=0,
-        le=10_000,
-        description="requests whose answers a publish writes, and checks on what it wrote; 0: none",
-    )
-
-
-class ShardingSection(BaseModel):
-    """How a generation is served."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shards: int = Field(default=2, ge=1, description="shard processes")
-    devices: tuple[str, ...] = Field(
-        default=("cpu",), min_length=1, description="local devices of each shard"
-    )
-    threads: int = Field(
-        default=0, ge=0, description="threads of each shard; 0: cores divided by shards"
-    )
-
-    @field_validator("devices")
-    @classmethod
-    def _check_devices(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
-        for device in devices:
-            if device != "cpu":
-                raise ValueError(f"this version serves on cpu only, got {device!r}")
-        return devices
-
-
-class RuntimeSection(BaseModel):
-    """How the processes of a cluster are started, watched and stopped."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    object_store_bytes: int = Field(
-        default=80 << 20, ge=75 << 20, description="shared memory of the embedded Ray"
-    )
-    start_timeout_s: float = Field(
-        default=120.0, gt=0, description="longest start of a cluster before `up` gives up"
-    )
-    stop_timeout_s: float = Field(
-        default=20.0, gt=0, description="longest orderly end before processes are killed"
-    )
-    drain_s: float = Field(
-        default=5.0, ge=0, description="longest wait of a stopping router for requests in flight"
-    )
-    crash_limit: int = Field(
-        default=5, ge=1, description="quick deaths in a row after which a shard is given up"
-    )
-    crash_window_s: float = Field(
-        default=60.0, gt=0, description="a death sooner than this after the start is quick"
-    )
 
 
 class Config(BaseModel):
@@ -170,6 +52,12 @@ class Config(BaseModel):
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
     tables: TablesSection = Field(default=TablesSection(), description="where embedding tables lie")
+    updates: UpdatesSection = Field(
+        default=UpdatesSection(), description="how items change while they are served"
+    )
+    swap: SwapSection = Field(
+        default=SwapSection(), description="how one generation takes over from another"
+    )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"
     )

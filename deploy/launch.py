@@ -18,6 +18,7 @@ from silvershard.cluster.config import ListenSection
 from silvershard.cluster.listen import is_loopback
 from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
+from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
 from silvershard.deploy.serve import Launch, Progress
@@ -70,7 +71,12 @@ def check_listen(listen: ListenSection) -> None:
 
 
 def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
-    """Return the number and directory of a published generation; None is the newest.
+    """Return the number and directory of a published generation.
+
+    Args:
+        state: where it is published.
+        wanted: its number; 0 is the newest; None is the one that was live last, if it is still
+            there, else the newest.
 
     Raises:
         CommandError: if there is none, saying how to make one.
@@ -81,7 +87,10 @@ def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
             f"no generation is published in {state.root}: "
             "run `silvershard train` and then `silvershard publish`"
         )
-    generation = published[-1] if wanted is None else wanted
+    if wanted is None:
+        live = ControlStore(state.control_file).read().live
+        wanted = live if live in published else 0
+    generation = wanted or published[-1]
     if generation not in published:
         raise CommandError(
             f"generation {generation} is not published in {state.root}; "
@@ -104,7 +113,7 @@ def start(
     Args:
         state: the directory to run on.
         config: settings.
-        generation: its number; None is the newest.
+        generation: its number, or 0 or None as for ``choose_generation``.
         detached: keep it running after this process; otherwise it ends with this process, however
             that ends.
         verify: checks the snapshot while the processes start, and raises what is wrong with it.

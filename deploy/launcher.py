@@ -1,9 +1,9 @@
-"""A cluster on one machine: actors of shards and tables, their maps and a router, all watched.
+"""A cluster on one machine: actors of shards, tables and sequencer, maps and a router, all watched.
 
 Ray starts the actors again when they end; the launcher notices, gives the router their new place,
 and stops what keeps crashing. It is never on the path of a request.
 
-Shapes: S shards.
+Shapes: S shards, R replicas.
 """
 
 import threading
@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.update_log import open_log
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
+from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.log_pins import log_url, pin_generations
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
+from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
+from silvershard.deploy.shard_host import Connect, ShardHost
 from silvershard.deploy.shard_watch import ActorWatch, ShardHandle, ShardWatch
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
 from silvershard.deploy.table_tier import StartTables, TableTier
@@ -28,8 +33,8 @@ from silvershard.shard.table_files import RowFile
 TICK_S = 0.1
 _CENSUS_S = 1.0
 
-StartShard = Callable[[int], ShardHandle]
-"""Starts the process of a shard and returns its handle."""
+StartShard = Callable[[int, int], ShardHandle]
+"""Starts the process of a shard and replica and returns its handle."""
 
 _CANARY_TIMEOUT_S = 30.0
 
@@ -50,7 +55,7 @@ def ask_canary(address: str) -> None:
 
 
 class LocalCluster:
-    """Shards, map and router of one generation; a context that ends everything it started.
+    """Shards, sequencer, map and router; a context that ends everything it started.
 
     Ray must be running. Start, poll and stop it on the same thread.
     """
@@ -68,6 +73,8 @@ class LocalCluster:
         tables: Sequence[RowFile] = (),
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
+        start_sequencer: Callable[[], SequencerHandle] | None = None,
+        connect: Connect = ShardHost,
         canary: Callable[[str], None] = ask_canary,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -76,7 +83,7 @@ class LocalCluster:
         Args:
             state: where map, settings, record and logs go.
             config: settings.
-            generation: number of the generation.
+            generation: number of the generation that is live first.
             snapshot: its directory.
             model: logical name of the model in it; by default that of the settings.
             guard: the process that cleans up after this one; this process if there is none.
@@ -84,12 +91,13 @@ class LocalCluster:
             tables: the remote tables of the generation.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
+            start_sequencer: starts the sequencer; by default as a Ray actor.
+            connect: opens the way to a shard process, to prepare generations there.
             canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
         self._state = state
         self._config = config
-        self._generation = generation
         self._snapshot = snapshot
         self._model = model or config.model.name
         self._driver = myself()
@@ -100,6 +108,10 @@ class LocalCluster:
         self._report = report
         self._router = RouterWatch(state, config)
         self._tables = TableTier(state, config, tables, start_tables)
+        self._generations = GenerationWatch(state, config, generation, connect=connect)
+        self._log_url = log_url(state, config)
+        self._start_sequencer = start_sequencer or self._start_sequencer_actor
+        self._sequencer: SequencerWatch | None = None
         self._shards: list[ShardWatch] = []
         self._map: ShardMap | None = None
         self._written: ClusterRecord | None = None
@@ -115,7 +127,11 @@ class LocalCluster:
     @property
     def shards(self) -> list[ShardRecord]:
         """Return every shard as the launcher sees it now."""
-        return [one.record for one in self._shards]
+        documents = self._generations.documents
+        return [
+            one.record.model_copy(update={"documents": documents(one.shard)})
+            for one in self._shards
+        ]
 
     def start_router(self) -> None:
         """Start the router, which waits for its shards, so that both can start side by side."""
@@ -123,27 +139,67 @@ class LocalCluster:
         self._router.start()
 
     def start_shards(self) -> None:
-        """Start the processes of remote tables and one actor per shard, all at once."""
+        """Start tables, sequencer and R actors per shard, all at once.
+
+        Raises:
+            ConfigError: if the update log would not keep what it acknowledges.
+            LogUnavailable: if the update log cannot be reached or made.
+        """
         self._report("shards")
         self._tables.start()
+        if self._log_url:
+            self._make_log()
+            self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
+        sharding, runtime = self._config.sharding, self._config.runtime
         self._shards = [
-            ShardWatch(shard, self._start_shard(shard), self._config.runtime)
-            for shard in range(self._config.sharding.shards)
+            ShardWatch(shard, self._start_shard(shard, replica), runtime, replica=replica)
+            for replica in range(sharding.replicas)
+            for shard in range(sharding.shards)
         ]
 
-    def _start_actor(self, shard: int) -> ShardHandle:
+    def _make_log(self) -> None:
+        """Make the update log where there is none, and let it keep what generations need."""
+        log = open_log(self._log_url, self._config.updates.partitions)
+        try:
+            pin_generations(log, self._state.generations)
+        finally:
+            log.close()
+
+    def _start_sequencer_actor(self) -> SequencerHandle:
+        from silvershard.cluster import sequencer_actor
+        from silvershard.deploy.ray_shard import RayShard
+
+        updates = self._config.updates
+        # ray.remote turns the class into something that its type does not say.
+        actor_class: Any = sequencer_actor.SequencerActor
+        actor = actor_class.options(name="sequencer").remote(
+            str(self._snapshot),
+            self._log_url,
+            map_path=str(self._state.shard_map_file),
+            feed_block=updates.feed_block,
+            hysteresis=updates.feed_block_hysteresis,
+            expiry_every_s=updates.expiry_every_ms / 1e3,
+        )
+        return RayShard(actor, SequencerEntry)
+
+    def _start_actor(self, shard: int, replica: int) -> ShardHandle:
         from silvershard.cluster import shard_actor
         from silvershard.deploy.ray_shard import RayShard
 
         # ray.remote turns the class into something that its type does not say.
         actor_class: Any = shard_actor.ShardActor
-        actor = actor_class.options(name=f"shard-{shard}").remote(
+        actor = actor_class.options(name=f"shard-{shard}-{replica}").remote(
             str(self._snapshot),
             shard,
             self._config.sharding.shards,
             devices=self._config.sharding.devices,
+            replica=replica,
             num_threads=threads_per_shard(self._config.sharding),
             tables=self._tables.for_shards().model_dump(),
+            map_path=str(self._state.shard_map_file),
+            log_url=self._log_url,
+            headroom=self._config.updates.headroom,
+            max_batch=self._config.updates.max_batch,
         )
         return RayShard(actor, ShardEntry)
 
@@ -160,12 +216,17 @@ class LocalCluster:
                 raise CommandError(f"the router could not start: {self._router.last_words()}")
             self.poll()
             watches: list[ActorWatch[Any]] = [*self._tables.watches, *self._shards]
+            if self._sequencer is not None:
+                watches.append(self._sequencer)
             for one in watches:
                 if one.state == "failed":
                     raise CommandError(f"{one.name} could not start: {one.reason}")
             serving = sum(one.state == "serving" for one in self._shards)
             served = [one.state == "serving" for one in self._tables.watches]
-            if serving == len(self._shards) and all(served) and self._router.phase == "serving":
+            is_sequenced = self._sequencer is None or self._sequencer.state == "serving"
+            in_map = len(self._map.entries) if self._map else 0
+            is_whole = in_map == len(self._shards) and all(served) and is_sequenced
+            if is_whole and self._router.phase == "serving":
                 self._report("first question")
                 self._canary(self._router.address)
                 return
@@ -173,7 +234,8 @@ class LocalCluster:
                 tables = f"{sum(served)} of {len(served)} table processes and " if served else ""
                 raise TimedOut(
                     f"not ready after {timeout_s:g} s: {tables}{serving} of {len(self._shards)} "
-                    f"shards serve, the router is {self._router.phase}; "
+                    f"shards serve, {in_map} in the map, the router is {self._router.phase}"
+                    f"{'' if is_sequenced else ', the sequencer does not serve'}; "
                     f"see {self._state.root / 'log'}"
                 )
             self._report(f"shards {serving}/{len(self._shards)}")
@@ -184,6 +246,9 @@ class LocalCluster:
         self._tables.poll()
         for one in self._shards:
             one.poll()
+        if self._sequencer is not None:
+            self._sequencer.poll()
+        self._generations.poll(self._shards)
         self._router.poll()
         self._write_map()
         self._write_record()
@@ -193,19 +258,30 @@ class LocalCluster:
         self._write_record()
 
     def _write_map(self) -> None:
-        entries = tuple(one.entry for one in self._shards if one.entry is not None)
-        if not self._shards or (self._map is not None and self._map.entries == entries):
+        entries = self._generations.in_service(self._shards)
+        if not self._shards:
             return
         if self._map is None and len(entries) < len(self._shards):
             # The first map is whole, so that the router never believes in a smaller catalogue.
             return
-        self._map = ShardMap(
-            version=self._map.version + 1 if self._map else 1,
-            generation=self._generation,
-            snapshot=str(self._snapshot),
-            num_shards=len(self._shards),
+        sequencer = self._sequencer.entry if self._sequencer else None
+        made = ShardMap(
+            version=self._map.version if self._map else 1,
+            generation=self._generations.live,
+            snapshot=str(self._generations.path(self._generations.live)),
+            num_shards=self._config.sharding.shards,
             entries=entries,
+            snapshots=self._generations.snapshots,
+            aliases=self._generations.aliases,
+            sequencer=sequencer.address if sequencer else "",
+            log_url=self._log_url,
+            log_partitions=self._config.updates.partitions,
         )
+        if made == self._map:
+            return
+        if self._map is not None:
+            made = made.model_copy(update={"version": self._map.version + 1})
+        self._map = made
         self._map.write_atomic(self._state.shard_map_file)
 
     def _write_record(self) -> None:
@@ -213,17 +289,20 @@ class LocalCluster:
         if now_s >= self._next_census_s:
             self._next_census_s = now_s + _CENSUS_S
             self._take_census()
+        shards = self.shards
         record = ClusterRecord(
             guard=self._guard,
             driver=self._driver,
             address=self._router.address,
             model=self._model,
-            generation=self._generation,
-            documents=sum(one.record.documents for one in self._shards),
+            generation=self._generations.live,
+            documents=sum({one.shard: one.documents for one in shards}.values()),
             map_version=self._map.version if self._map else 0,
             router=self._router.record,
-            shards=tuple(one.record for one in self._shards),
+            shards=tuple(shards),
             tables=self._tables.records,
+            sequencer=self._sequencer.record if self._sequencer else None,
+            generations=self._generations.records,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,
@@ -250,7 +329,10 @@ class LocalCluster:
             for one in self._shards:
                 rest.callback(one.end)
             rest.callback(self._tables.end)
-        self._shards = []
+            if self._sequencer is not None:
+                rest.callback(self._sequencer.end)
+            rest.callback(self._generations.close)
+        self._shards, self._sequencer = [], None
 
     def kill_leftovers(self) -> list[Process]:
         """Kill what this cluster started and still runs; return what cannot be killed."""

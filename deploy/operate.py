@@ -15,9 +15,12 @@ from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.deploy import launch
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.log_pins import check_log, existing_log
 from silvershard.deploy.processes import is_alive
+from silvershard.deploy.shard_host import held_from
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.tables import pairs, table
+from silvershard.shard.outline import read_outline
 
 _HEALTH_TIMEOUT_S = 1.0
 _COUNTS = ("lookups", "rows", "cached", "fetched", "defaulted")
@@ -60,19 +63,41 @@ def verify_snapshot(path: Path, num_shards: int) -> None:
     snapshot.verify()
 
 
+def verify_log(state: StateDir, config: Config, path: Path) -> None:
+    """Check that a generation can be brought up to date from the update log, if there is one.
+
+    Raises:
+        Refused: if it was published from another log, or the log was trimmed beyond its cut.
+        LogUnavailable: if the log cannot be reached.
+        SnapshotError: if the generation has no manifest.
+    """
+    log = existing_log(state, config)
+    if log is None:
+        return
+    try:
+        check_log(log, read_outline(path))
+    finally:
+        log.close()
+
+
 def start(
     state: StateDir, config: Config, *, generation: int | None, detached: bool
 ) -> tuple[ClusterRecord, float]:
     """Start a cluster behind a progress bar; return its record and the seconds it took."""
     began_s = time.perf_counter()
     bar = PhaseBar("starting the cluster")
+
+    def verify(path: Path) -> None:
+        verify_log(state, config, path)
+        verify_snapshot(path, config.sharding.shards)
+
     try:
         record = launch.start(
             state,
             config,
             generation=generation,
             detached=detached,
-            verify=lambda path: verify_snapshot(path, config.sharding.shards),
+            verify=verify,
             report=bar.phase,
         )
     finally:
@@ -118,15 +143,27 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         answered = all(map(_health, tables["addresses"].values(), names))
         if tables["state"] == "serving" and not answered:
             tables |= {"state": "not answering", "reason": "its health check failed"}
+    sequencer = document["sequencer"]
+    if sequencer and sequencer["state"] == "serving" and not _health(sequencer["address"], ""):
+        sequencer |= {"state": "not answering", "reason": "its health check failed"}
+    if sequencer:
+        for shard in document["shards"]:
+            shard["behind"] = _behind(shard, record.generation)
     if document["tables"]:
         document["lookups"] = _lookups(document["shards"])
-    serving = sum(one["documents"] for one in document["shards"] if one["state"] == "serving")
-    document["coverage"] = serving / record.documents if record.documents else 1.0
-    whole = (
-        alive
-        and document["router"]["state"] == "serving"
-        and all(one["state"] == "serving" for one in (*document["shards"], *document["tables"]))
-    )
+    serving = {
+        one["shard"]: one["documents"] for one in document["shards"] if one["state"] == "serving"
+    }
+    covered = sum(serving.values())
+    document["coverage"] = covered / record.documents if record.documents else 1.0
+    watched = [document["router"], *document["shards"], *document["tables"]]
+    watched += [sequencer] if sequencer else []
+    held = [
+        one["prepared"] == one["processes"]
+        for one in document["generations"]
+        if one["role"] == "live"
+    ]
+    whole = alive and all(one["state"] == "serving" for one in watched) and all(held)
     if record.map_version == 0:
         document["state"] = "starting" if alive else "down"
         return document, ExitCode.FAILED
@@ -148,20 +185,34 @@ def _health(address: str, service: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def _behind(shard: dict[str, Any], generation: int) -> int | None:
+    """Return how many records of the update log a process has not applied; None if unknown."""
+    if shard["state"] != "serving":
+        return None
+    report = _inspected(shard["address"])
+    held = held_from(report).get(generation) if report is not None else None
+    return held.behind if held is not None else None
+
+
+def _inspected(address: str) -> Any:
+    """Return what a shard process says of itself, None if it says nothing."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            return shard_pb2_grpc.ShardStub(channel).Inspect(
+                shard_pb2.InspectRequest(), timeout=_HEALTH_TIMEOUT_S
+            )
+        except grpc.RpcError:
+            return None
+
+
 def _lookups(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Return what all serving shards looked up in each remote table since they started."""
     found: dict[str, Counter[str]] = {}
     for shard in shards:
         if shard["state"] != "serving":
             continue
-        with grpc.insecure_channel(shard["address"]) as channel:
-            try:
-                report = shard_pb2_grpc.ShardStub(channel).Inspect(
-                    shard_pb2.InspectRequest(), timeout=_HEALTH_TIMEOUT_S
-                )
-            except grpc.RpcError:
-                continue
-        for one in report.tables:
+        report = _inspected(shard["address"])
+        for one in report.tables if report is not None else ():
             counts = {name: getattr(one, name) for name in _COUNTS}
             found.setdefault(one.table, Counter()).update(counts)
     return {name: dict(counts) for name, counts in found.items()}
@@ -181,6 +232,8 @@ def _described(record: ClusterRecord) -> dict[str, Any]:
         "router": record.router.model_dump(),
         "shards": [shard.model_dump() for shard in record.shards],
         "tables": [tables.model_dump() for tables in record.tables],
+        "sequencer": record.sequencer.model_dump() if record.sequencer else None,
+        "generations": [one.model_dump() for one in record.generations],
     }
 
 
@@ -200,12 +253,17 @@ def render_cluster(document: dict[str, Any]) -> str:
         ("daemon", f"pid {daemon['pid']}, {daemon['state']}"),
         ("router", f"pid {router['pid'] or '-'}, {router['state']}{reason}"),
     ]
+    sequencer = document["sequencer"]
+    if sequencer:
+        reason = f" ({sequencer['reason']})" if sequencer["reason"] else ""
+        facts.append(("sequencer", f"pid {sequencer['pid'] or '-'}, {sequencer['state']}{reason}"))
     rows = [
         (
-            str(shard["shard"]),
+            f"{shard['shard']}.{shard['replica']}",
             shard["state"],
             str(shard["pid"] or "-"),
             shard["documents"],
+            shard.get("behind"),
             shard["restarts"],
             shard["address"] or "-",
             str(shard["epoch"] or "-"),
@@ -213,14 +271,33 @@ def render_cluster(document: dict[str, Any]) -> str:
         )
         for shard in document["shards"]
     ]
-    headers = ("shard", "state", "pid", "documents", "restarts", "address", "epoch", "reason")
+    headers = (
+        *("shard", "state", "pid", "documents", "behind", "restarts", "address", "epoch"),
+        "reason",
+    )
     parts = [pairs(facts), table(headers, rows, max_width=100)]
+    if len(document["generations"]) > 1:
+        parts.append(_generations_table(document["generations"]))
     if document["tables"]:
         parts.append(_tables_table(document["tables"]))
     if document.get("lookups"):
         rows = [(name, *counts.values()) for name, counts in sorted(document["lookups"].items())]
         parts.append(table(("looked up", *_COUNTS), rows))
     return "\n\n".join(parts)
+
+
+def _generations_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return the generations that shards hold for people."""
+    rows = [
+        (
+            str(one["generation"]),
+            one["role"],
+            f"{one['prepared']} of {one['processes']}",
+            one["reason"],
+        )
+        for one in records
+    ]
+    return table(("generation", "role", "prepared", "reason"), rows, max_width=100)
 
 
 def _tables_table(records: Sequence[dict[str, Any]]) -> str:

@@ -47,6 +47,10 @@ async def serve(config: RouterConfig) -> None:
     # Its imports take longer than a parent may live, which is therefore watched before.
     import torch
 
+    # The first operator of ours that runs imports it, which took 1.2 s: in a router that was the
+    # first request with a filter, and everybody waited.
+    import torch._dynamo
+
     from silvershard.cluster.router import Router
 
     torch.set_num_threads(config.num_threads)

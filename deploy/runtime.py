@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from silvershard.deploy.config import ShardingSection
+from silvershard.deploy.config_sections import ShardingSection
 
 
 def threads_per_shard(sharding: ShardingSection) -> int:
     """Return the threads of each shard process: as configured, or its share of the cores."""
-    return sharding.threads or max(len(os.sched_getaffinity(0)) // sharding.shards, 1)
+    processes = sharding.shards * sharding.replicas
+    return sharding.threads or max(len(os.sched_getaffinity(0)) // processes, 1)
 
 
 def prepare_ray(token_file: Path, *, threads: int) -> None:

@@ -141,6 +141,9 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
     from silvershard.deploy.launcher import LocalCluster
 
     tables = row_files(Path(launch.snapshot))
+    sharding = config.sharding
+    actors = sharding.shards * sharding.replicas
+    actors += (config.tables.shards if tables else 0) + config.updates.enabled
     cluster = LocalCluster(
         state,
         config,
@@ -160,7 +163,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         stack.enter_context(
             ray_runtime(
                 Path(ray_dir),
-                num_workers=config.sharding.shards + (config.tables.shards if tables else 0),
+                num_workers=actors,
                 object_store_bytes=config.runtime.object_store_bytes,
             )
         )

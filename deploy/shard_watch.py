@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from silvershard.cluster.shard_map import ShardEntry
-from silvershard.deploy.config import RuntimeSection
+from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.crash_loop import CrashLoop
 from silvershard.deploy.processes import Process, identify, is_alive
 from silvershard.deploy.state import ShardPhase, ShardRecord
@@ -140,15 +140,33 @@ class ActorWatch(Generic[E]):
 
 
 class ShardWatch(ActorWatch[ShardEntry]):
-    """The state of one shard."""
+    """The state of one process of a shard."""
 
     kind = "shard"
+
+    def __init__(
+        self,
+        shard: int,
+        handle: Handle[ShardEntry],
+        runtime: RuntimeSection,
+        *,
+        replica: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(shard, handle, runtime, clock=clock)
+        self.replica = replica
+
+    @property
+    def name(self) -> str:
+        """Return what people call this one."""
+        return f"{super().name} replica {self.replica}" if self.replica else super().name
 
     @property
     def record(self) -> ShardRecord:
         """Return the shard as status shows it."""
         return ShardRecord(
             shard=self.shard,
+            replica=self.replica,
             state=self.state,
             pid=self.entry.pid if self.entry else 0,
             epoch=self.entry.epoch if self.entry else 0,

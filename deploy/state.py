@@ -8,6 +8,8 @@ Layout::
       training/              log and last checkpoint of ``train``
       generations/           what ``publish`` made: gen-000001, gen-000002, ...
       users.safetensors      histories of the users of the data set
+      control.sqlite         which generation is live, and what is being done about it
+      updates.sqlite         the update log, unless `updates.log` names another one
       lock                   held while a cluster runs
       work.lock              held while ``train`` or ``publish`` writes
       cluster.json           the running cluster, as its launcher sees it
@@ -42,19 +44,23 @@ _LAYOUT = frozenset(
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
         *("ray.token", "log", "tables"),
+        *(f"control.sqlite{suffix}" for suffix in ("", "-journal")),
+        *(f"updates.sqlite{suffix}" for suffix in ("", "-wal", "-shm")),
     }
 )
 
 ShardPhase = Literal["starting", "serving", "restarting", "failed"]
 RouterPhase = Literal["starting", "serving", "restarting"]
+GenerationRole = Literal["live", "canary", "previous", "staged"]
 
 
 class ShardRecord(BaseModel):
-    """One shard as the launcher sees it."""
+    """One process of a shard as the launcher sees it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(ge=0, description="index of the shard")
+    replica: int = Field(default=0, ge=0, description="index of the copy of the shard")
     state: ShardPhase = Field(description="where it is in its life")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     epoch: int = Field(default=0, ge=0, description="incarnation, larger after every restart")
@@ -91,6 +97,30 @@ class RouterRecord(BaseModel):
     reason: str = Field(default="", description="why it is not serving")
 
 
+class SequencerRecord(BaseModel):
+    """The sequencer as the launcher sees it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: ShardPhase = Field(description="where it is in its life")
+    pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
+    address: str = Field(default="", description="host:port of its gRPC server")
+    restarts: int = Field(default=0, ge=0, description="how often it was started again")
+    reason: str = Field(default="", description="why it is not serving")
+
+
+class GenerationRecord(BaseModel):
+    """One generation that shard processes hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation: int = Field(ge=1, description="its number")
+    role: GenerationRole = Field(description="what it is held for")
+    prepared: int = Field(ge=0, description="processes that could answer from it")
+    processes: int = Field(ge=0, description="processes that shall hold it")
+    reason: str = Field(default="", description="why one of them cannot")
+
+
 class ClusterRecord(BaseModel):
     """A running cluster: what is where, and every process that belongs to it."""
 
@@ -108,6 +138,12 @@ class ClusterRecord(BaseModel):
     tables: tuple[TableRecord, ...] = Field(
         default=(), description="every process of remote tables"
     )
+    sequencer: SequencerRecord | None = Field(
+        default=None, description="what takes updates; none without updates"
+    )
+    generations: tuple[GenerationRecord, ...] = Field(
+        default=(), description="every generation that a shard process holds"
+    )
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
         default=(), description="all processes below the driver, for cleaning up after a crash"
@@ -116,14 +152,16 @@ class ClusterRecord(BaseModel):
 
     @property
     def coverage(self) -> float:
-        """Return the share of the documents whose shard is serving."""
-        serving = sum(one.documents for one in self.shards if one.state == "serving")
-        return serving / self.documents if self.documents else 1.0
+        """Return the share of the documents that a process serves."""
+        serving = {one.shard: one.documents for one in self.shards if one.state == "serving"}
+        return sum(serving.values()) / self.documents if self.documents else 1.0
 
     @property
     def is_whole(self) -> bool:
-        """Return whether the router, every shard and every process of tables are serving."""
+        """Return whether every process of the cluster is serving."""
         states = [one.state for one in self.shards] + [one.state for one in self.tables]
+        if self.sequencer is not None:
+            states.append(self.sequencer.state)
         return self.router.state == "serving" and all(one == "serving" for one in states)
 
 
@@ -162,6 +200,16 @@ class StateDir:
     def users_file(self) -> Path:
         """Return where the histories of the users are."""
         return self.root / "users.safetensors"
+
+    @property
+    def control_file(self) -> Path:
+        """Return the control store."""
+        return self.root / "control.sqlite"
+
+    @property
+    def updates_file(self) -> Path:
+        """Return the update log that is used where the settings name none."""
+        return self.root / "updates.sqlite"
 
     @property
     def record_file(self) -> Path:

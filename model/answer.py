@@ -41,6 +41,8 @@ def split_answers(
     spec: ServingSpec,
     eligible: Sequence[int | None],
     times: StageTimes,
+    *,
+    documents: int | None = None,
 ) -> list[Answer]:
     """Return one answer per request of a batch.
 
@@ -53,9 +55,12 @@ def split_answers(
         spec: the generation.
         eligible: items the filter of each request lets through, where it was counted.
         times: stage times of the batch.
+        documents: items there are by now; None: as many as were published.
     """
+    addressed = spec.documents if documents is None else documents
     answers = []
     found = (second.item_ids >= 0).sum(1).tolist()
+    heads = spec.item_schema.heads
     intersected = spec.item_schema.head_merge == "intersection"
     for at, (request, plan) in enumerate(zip(compiled, plans, strict=True)):
         size = min(request.k, found[at])
@@ -66,10 +71,14 @@ def split_answers(
         # may be smaller than what its heads kept.
         count, kept, most = eligible[at], int(second.kept[at]), plan.ann_k
         if whole:
-            most *= len(spec.item_schema.heads)
+            most *= len(heads)
         elif not intersected:
             kept = found[at]
-        uncut = kept < most or plan.ann_k >= (spec.documents if count is None else count)
+        # Items may have come since they were counted; over all clusters the scan counts again.
+        bound = addressed
+        if count is not None:
+            bound = max(count, int(first.eligible[at]) // len(heads))
+        uncut = kept < most or plan.ann_k >= bound
         # The decoder searches exactly: less than was asked of it is all that is eligible.
         all_found = int(second.semantic_kept[at]) < plan.semantic_k
         said = list(warnings[at])
@@ -97,7 +106,7 @@ def split_answers(
                 plan=plan,
                 exhausted=short and (all_found or (whole and uncut)),
                 counts=Counts(
-                    addressed=spec.documents,
+                    addressed=addressed,
                     probed=int(first.probed[at]),
                     eligible=eligible[at],
                     ann_kept=int(second.kept[at]),

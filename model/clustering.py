@@ -136,6 +136,27 @@ def assign_clusters(
     return Clustering(unit, _assigned(items, unit, len(unit), max_imbalance))
 
 
+def nearest_clusters(items: Tensor, centroids: Tensor) -> Tensor:
+    """Return the cluster ``(n,)`` int32 that each item is nearest to, ties to the smaller number.
+
+    What is compared is what ``spherical_kmeans`` compares, without the balance of its lists: an
+    item that comes later goes to its best centroid however long that list is. Centroids of zeros
+    are those of clusters that nothing was left for; nothing goes to them.
+
+    Args:
+        items: ``(n, D)`` float32, finite, in host memory; their lengths do not matter.
+        centroids: ``(C, D)`` float32 of unit length, or zeros.
+    """
+    codes = _codes(centroids)
+    unused = ~codes.any(1)
+    nearest = torch.zeros(len(items), dtype=torch.int32)
+    for window, part in _chunks(items, len(codes)):
+        scores = (part @ codes.T).masked_fill_(unused, -torch.inf)
+        # The first of equal ones, which torch does not promise.
+        nearest[window] = torch.from_numpy(scores.numpy().argmax(1))
+    return nearest
+
+
 def _check(items: Tensor, max_imbalance: float) -> None:
     if items.ndim != 2 or items.dtype != torch.float32:
         raise ValueError(f"items must be (n, D) float32, got {tuple(items.shape)} {items.dtype}")

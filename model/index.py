@@ -10,12 +10,15 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 PagedAttention", SOSP 2023, section 4 (the page table).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from silvershard.kernels import ScanResult, count_eligible, ivf_scan, popcount, refine
+from silvershard.model.id_map import IdMap
 
 LIVE_PLANE = 0
 
@@ -45,6 +48,18 @@ class IndexTensors(NamedTuple):
     """``(N, G, L)`` int16 semantic ids; None where the generation has none."""
 
 
+class SlotChange(NamedTuple):
+    """Slots of an index that no longer hold a live item, and others that now do."""
+
+    retired: Tensor
+    """``(r,)`` int64."""
+    taken: Tensor
+    """``(t,)`` int64."""
+    sources: Tensor
+    """``(t,)`` int64 the retired slot of the same item where its embedding stayed as it was, else
+    -1."""
+
+
 class ItemIndex(nn.Module):
     """Documents of one device: paged lists, planes, columns, fp16 cache, signals and codes."""
 
@@ -58,19 +73,17 @@ class ItemIndex(nn.Module):
     cache: Tensor
     signals: Tensor
     semantic_codes: Tensor | None
-    sorted_ids: Tensor
-    sorted_slots: Tensor
 
     def __init__(self, tensors: IndexTensors) -> None:
         super().__init__()
         for name, tensor in zip(IndexTensors._fields, tensors, strict=True):
             self.register_buffer(name, tensor)
-        flat = tensors.item_ids.flatten()
-        slots = torch.nonzero(flat >= 0).flatten()
-        ids, order = torch.sort(flat[slots])
-        # Item id -> slot by binary search: a dict would cost 100 bytes per item.
-        self.register_buffer("sorted_ids", ids)
-        self.register_buffer("sorted_slots", slots[order])
+        flat = tensors.item_ids.flatten().numpy(force=True)
+        slots = np.flatnonzero(flat >= 0)
+        # A dict would cost 100 bytes per item.
+        self.id_map = IdMap(flat[slots], slots)
+        self.watchers: list[Callable[[SlotChange], None]] = []
+        """Told of every change of a live index, once it is made."""
 
     @property
     def documents(self) -> int:
@@ -83,10 +96,10 @@ class ItemIndex(nn.Module):
         Args:
             item_ids: int64 of any shape; negative ids are held by no index.
         """
-        if not self.sorted_ids.numel():
-            return torch.full_like(item_ids, -1)
-        at = torch.searchsorted(self.sorted_ids, item_ids).clamp_(max=self.sorted_ids.numel() - 1)
-        return torch.where(self.sorted_ids[at] == item_ids, self.sorted_slots[at], -1)
+        if not item_ids.numel():
+            return torch.empty_like(item_ids)
+        slots = self.id_map.locate(item_ids.flatten().numpy(force=True)).slots
+        return torch.from_numpy(slots).view(item_ids.shape).to(item_ids.device)
 
     def count(self, scan: Tensor) -> Tensor:
         """Return how many live documents pass each scan program, ``(B,)`` int64."""

@@ -28,6 +28,10 @@ LIVE_PLANE = 0
 FIRST_EXACT_PLANE = 1
 TERM_SLOTS_MULTIPLE = 4
 MAX_HASHES = 16
+MAX_CATEGORIES = 127
+"""Category attributes of a generation; every term key carries the number of its attribute."""
+ATTRIBUTE_SHIFT = 56
+"""A term key is ``number of the attribute << ATTRIBUTE_SHIFT | hash of the value``."""
 # Rates are sums of alternating sign in float64: below this they are rounding noise.
 _LEAST_RATE = 1e-9
 
@@ -109,6 +113,11 @@ class PlaneDictionary(BaseModel):
         for name in (*self.exact_planes, *self.columns):
             if name not in self.dtypes:
                 raise ValueError(f"attribute {name!r} has planes or a column but no dtype")
+        if len(self.categories) > MAX_CATEGORIES:
+            raise ValueError(
+                f"a generation holds at most {MAX_CATEGORIES} category attributes, "
+                f"got {len(self.categories)}"
+            )
         return self
 
     @property
@@ -126,10 +135,18 @@ class PlaneDictionary(BaseModel):
         """V: one column per number attribute."""
         return len(self.columns)
 
+    @property
+    def categories(self) -> list[str]:
+        """The category attributes by their number, which is their rank by name.
+
+        A manifest does not keep the order of a schema, so that the number cannot depend on it.
+        """
+        return sorted(self.dtypes.keys() - self.columns.keys())
+
     def term_key(self, attribute: str, value: TermValue) -> int:
         """The key of a value of a category attribute, in ``[0, PAD_TERM)``; stable everywhere."""
         self._require(attribute, value)
-        return _term_key(self.seed, attribute, value)
+        return _term_key(self.seed, self.categories.index(attribute), attribute, value)
 
     def exact_plane(self, attribute: str, value: TermValue) -> int | None:
         """The plane that belongs to this value alone, or None."""
@@ -217,7 +234,8 @@ def choose_planes(
 
     Raises:
         ValueError: if an argument is out of range, if the target needs more than
-            ``max_bloom_planes``, or if two values share a term key (another seed cures that).
+            ``max_bloom_planes``, if there are more than ``MAX_CATEGORIES`` category attributes, or
+            if two values share a term key (another seed cures that).
     """
     if not _LEAST_RATE <= target_false_positive_rate < 1:
         raise ValueError(
@@ -233,13 +251,19 @@ def choose_planes(
             "max_exact_planes must be 0 or more and max_bloom_planes 1 or more, "
             f"got {max_exact_planes} and {max_bloom_planes}"
         )
+    if len(schema.categories) > MAX_CATEGORIES:
+        raise ValueError(
+            f"attributes must hold at most {MAX_CATEGORIES} categories, "
+            f"got {len(schema.categories)}"
+        )
     held = _held_values(schema, catalogue)
     counts = {
         (name, value): count
         for name, one in held.items()
         for value, count in zip(one.values, np.bincount(one.codes).tolist(), strict=True)
     }
-    _refuse_collisions(seed, counts)
+    numbers = {name: number for number, name in enumerate(sorted(held))}
+    _refuse_collisions(seed, numbers, counts)
     frequent = sorted(
         (pair for pair, count in counts.items() if count >= min_exact_share * len(catalogue)),
         key=lambda pair: (-counts[pair], pair[0], str(pair[1])),
@@ -287,6 +311,7 @@ def encode_items(dictionary: PlaneDictionary, schema: Schema, catalogue: Catalog
     exact = np.zeros((num_items, dictionary.num_exact_planes), dtype=np.bool_)
     rows_parts: list[NDArray[np.int64]] = []
     keys_parts: list[NDArray[np.int64]] = []
+    numbers = {name: number for number, name in enumerate(dictionary.categories)}
     for name, one in _held_values(schema, catalogue).items():
         plane_of = np.array(
             [dictionary.exact_plane(name, value) or LIVE_PLANE for value in one.values],
@@ -307,7 +332,7 @@ def encode_items(dictionary: PlaneDictionary, schema: Schema, catalogue: Catalog
             )
         key_of = np.array(
             [
-                PAD_TERM if own else dictionary.term_key(name, value)
+                PAD_TERM if own else _term_key(dictionary.seed, numbers[name], name, value)
                 for own, value in zip(plane_of.tolist(), one.values, strict=True)
             ],
             dtype=np.int64,
@@ -335,12 +360,12 @@ def encode_items(dictionary: PlaneDictionary, schema: Schema, catalogue: Catalog
     return ItemBits(torch.from_numpy(exact), torch.from_numpy(terms), torch.from_numpy(columns))
 
 
-def _term_key(seed: int, attribute: str, value: TermValue) -> int:
+def _term_key(seed: int, number: int, attribute: str, value: TermValue) -> int:
     tag = "s" if isinstance(value, str) else "i"
     text = f"{attribute}\0{tag}{value}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8, key=struct.pack("<q", seed)).digest()
-    key = int.from_bytes(digest, "little") & INT64_MAX
-    return key if key < PAD_TERM else PAD_TERM - 1
+    # The number is below 127, so that no key is PAD_TERM.
+    return number << ATTRIBUTE_SHIFT | int.from_bytes(digest, "little") >> 64 - ATTRIBUTE_SHIFT
 
 
 class _HeldValues(NamedTuple):
@@ -377,10 +402,12 @@ def _factorized(column: Ragged) -> tuple[list[TermValue], NDArray[np.int64]]:
     return list(place), codes
 
 
-def _refuse_collisions(seed: int, counts: dict[tuple[str, TermValue], int]) -> None:
+def _refuse_collisions(
+    seed: int, numbers: dict[str, int], counts: dict[tuple[str, TermValue], int]
+) -> None:
     owners: dict[int, tuple[str, TermValue]] = {}
     for pair in counts:
-        key = _term_key(seed, *pair)
+        key = _term_key(seed, numbers[pair[0]], *pair)
         other = owners.setdefault(key, pair)
         if other != pair:
             first, second = sorted(f"{name}:{value!r}" for name, value in (other, pair))

@@ -24,12 +24,12 @@ from silvershard.kernels.contract import check_not_nan
 from silvershard.model.answer import Answer, split_answers
 from silvershard.model.compiled_request import CompiledRequest, compile_request
 from silvershard.model.index import ItemIndex
+from silvershard.model.live_trie import LiveTrie
 from silvershard.model.merge import Merge, passes
 from silvershard.model.plan import Plan
 from silvershard.model.request import FeatureValues, Request
 from silvershard.model.semantic_search import Generated
 from silvershard.model.semantic_source import SemanticSource
-from silvershard.model.semantic_trie import CodeTrie
 from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
@@ -273,7 +273,7 @@ class Retriever(nn.Module):
         if self.semantic is None:
             raise ValueError("semantic_k must be 0 in a generation without semantic ids")
         return [
-            self.semantic.search(work, part, cast(CodeTrie, trie))
+            self.semantic.search(work, part, cast(LiveTrie, trie))
             for part, trie in zip(self.indexes, self.tries, strict=True)
         ]
 
@@ -417,7 +417,15 @@ class Retriever(nn.Module):
         second = self.close(work, candidates, cutoffs)
         times = {**watch.times, **first.times, **second.times}
         return split_answers(
-            compiled, plans, encoded.warnings, first, second, self.spec, counts, times
+            compiled,
+            plans,
+            encoded.warnings,
+            first,
+            second,
+            self.spec,
+            counts,
+            times,
+            documents=self.documents,
         )
 
 

@@ -7,14 +7,17 @@ Shapes: B requests, Us user state of the towers, E hidden units of the decoder, 
 dimension, L levels, V codes of a level, R candidates.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from silvershard.kernels import select_topk
 from silvershard.model.index import ItemIndex
+from silvershard.model.live_trie import LiveTrie
 from silvershard.model.semantic_config import SemanticSpec
 from silvershard.model.semantic_ids import SemanticDecoder, encode_items
 from silvershard.model.semantic_search import Generated, eligible_slots, generate
-from silvershard.model.semantic_trie import CodeTrie
 from silvershard.model.types import Work
 
 
@@ -55,8 +58,8 @@ class SemanticSource(nn.Module):
         """Return what ``with_context`` was given, ``(B, Us)`` float32."""
         return user_state[:, : -self.spec.decoder.hidden].contiguous()
 
-    def trie(self, part: ItemIndex) -> CodeTrie:
-        """Return the trie of the items of a part.
+    def trie(self, part: ItemIndex) -> LiveTrie:
+        """Return the trie of the items of a part, which follows the changes of the part.
 
         Raises:
             ValueError: if the part has no codes, or codes of other sizes.
@@ -66,9 +69,9 @@ class SemanticSource(nn.Module):
         if codes is None or codes.shape[2] != sizes.levels:
             found = "none" if codes is None else codes.shape[2]
             raise ValueError(f"every item must have {sizes.levels} semantic codes, got {found}")
-        return CodeTrie(codes, part.item_ids, sizes.width)
+        return LiveTrie(part, codes, sizes.width)
 
-    def search(self, work: Work, part: ItemIndex, trie: CodeTrie) -> Generated:
+    def search(self, work: Work, part: ItemIndex, trie: LiveTrie) -> Generated:
         """Return the exact best items of a part for each request.
 
         R is the largest ``semantic_k`` of the batch. A request with less gets some too many, which
@@ -85,7 +88,9 @@ class SemanticSource(nn.Module):
         eligible = eligible_slots(
             part, work.scan[asking], work.verify[asking], work.exclude[asking]
         )
-        found = generate(self.decoder, context, trie, eligible, width)
+        found = _best(
+            [generate(self.decoder, context, one, eligible, width) for one in trie.tries()], width
+        )
         if len(asking) == len(work.semantic_k):
             return found
         batch = len(work.semantic_k)
@@ -99,3 +104,21 @@ class SemanticSource(nn.Module):
         for all_rows, rows in zip(everyone, found, strict=True):
             all_rows[asking] = rows
         return everyone
+
+
+def _best(found: Sequence[Generated], width: int) -> Generated:
+    """Return the best of what was found in tries of different items; ``width`` results."""
+    if len(found) == 1:
+        return found[0]
+    scores = torch.cat([one.scores for one in found], 1)
+    item_ids = torch.cat([one.item_ids for one in found], 1)
+    slots = torch.cat([one.slots for one in found], 1)
+    best = select_topk(scores, item_ids, width)
+    missing = best.positions < 0
+    return Generated(
+        scores=best.scores,
+        item_ids=best.item_ids,
+        slots=slots.gather(1, best.positions.clamp(min=0)).masked_fill_(missing, -1),
+        expanded=torch.stack([one.expanded for one in found]).sum(0),
+        exact=torch.stack([one.exact for one in found]).all(0),
+    )

@@ -22,10 +22,9 @@ class CodeTrie(nn.Module):
     empty one first, so that the next longer prefixes of one are neighbours; items lie directly
     below the prefixes of L - 1 codes.
 
-    A delete needs nothing: the live bit of its slot is off. An insert changes the order. No array
-    is longer than L times the slots of the index, so a part can hold all of them at that size and
-    copy the trie of its new items into the same storage between two forward passes; building one
-    over a million items takes 0.3 s on one core.
+    A delete needs nothing while the live bit of its slot is off, and an item can change its slot.
+    Items that come, and codes that change, need another trie: ``live_trie`` holds them beside this
+    one. Building one over a million items takes 0.3 s on one core.
     """
 
     order: Tensor
@@ -38,13 +37,16 @@ class CodeTrie(nn.Module):
     stops: Tensor
     longer: Tensor
 
-    def __init__(self, codes: Tensor, item_ids: Tensor, width: int) -> None:
+    def __init__(
+        self, codes: Tensor, item_ids: Tensor, width: int, slots: Tensor | None = None
+    ) -> None:
         """Order the items of an index.
 
         Args:
             codes: ``(N, G, L)`` int16 in [0, V) where there is an item.
             item_ids: ``(N, G)`` int64, -1 in a dead slot; no id twice.
             width: V.
+            slots: ``(n,)`` int64 those of the items to hold; None: all of them.
 
         Raises:
             ValueError: if shapes, dtypes or ranges disagree.
@@ -61,8 +63,10 @@ class CodeTrie(nn.Module):
             )
         self.levels = levels
         self.width = width
-        present = item_ids.flatten() >= 0
-        slots = torch.nonzero(present).flatten()
+        if slots is None:
+            slots = torch.nonzero(item_ids.flatten() >= 0).flatten()
+        present = torch.zeros(item_ids.numel(), dtype=torch.bool, device=item_ids.device)
+        present[slots] = True
         item_codes = codes.flatten(0, 1)[slots]
         check_range("codes", item_codes, 0, width)
         key = torch.zeros_like(slots)
@@ -99,6 +103,32 @@ class CodeTrie(nn.Module):
         """Return the number of items."""
         return len(self.order)
 
+    def holds(self, slots: Tensor) -> Tensor:
+        """Return which slots hold an item of the trie, ``(x,)`` bool; of ``slots`` int64 >= 0."""
+        return (self.members[slots >> 6] >> (slots & 63) & 1).bool()
+
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """Note that items of the trie are in other slots now.
+
+        Args:
+            old: ``(x,)`` int64 slots that hold an item of the trie, distinct.
+            new: ``(x,)`` int64 slots that hold none, distinct.
+        """
+        position = self.place[old]
+        self.place[new] = position
+        self.order[position.long()] = new.int()
+        _flip(self.members, old, -1)
+        _flip(self.members, new, 1)
+
+    def drop(self, slots: Tensor) -> None:
+        """Forget the items of slots, so that others can have these.
+
+        Args:
+            slots: ``(x,)`` int64 slots that hold an item of the trie, distinct.
+        """
+        _flip(self.every, self.place[slots].long(), -1)
+        _flip(self.members, slots, -1)
+
     def in_code_order(self, eligible: Tensor) -> Tensor:
         """Return the bits of slots as bits of items in their order, ``(B, n // 64 + 1)`` int64.
 
@@ -117,7 +147,8 @@ class CodeTrie(nn.Module):
         if min(count, self.num_items - count) * _FEW > self.num_items:
             flags = words.new_zeros(size * 64, dtype=torch.bool)
             flags[: self.num_items] = unpack_bits(words).index_select(0, self.order)
-            return pack_bits(flags)
+            # Items that were dropped may lead to a slot that another one has now.
+            return pack_bits(flags) & self.every
         odd = words ^ self.members if many else words
         at = torch.nonzero(odd).flatten()
         bit = torch.nonzero(unpack_bits(odd[at]))[:, 0]
@@ -128,6 +159,11 @@ class CodeTrie(nn.Module):
         if not many:
             return moved
         return self.every ^ moved
+
+
+def _flip(words: Tensor, bits: Tensor, sign: int) -> None:
+    """Set distinct bits of words that are not set (``sign`` 1), or clear some that are (-1)."""
+    words.index_add_(0, bits >> 6, sign * (torch.ones_like(bits) << (bits & 63)))
 
 
 def _run_begins(values: Tensor) -> Tensor:

@@ -216,6 +216,28 @@ class TwoTower(nn.Module):
         if self.session_table is not None and self.encoder is None:
             self.session_table.weight(SESSION).copy_(self.user_tables.weight(HISTORY_TABLE))
 
+    @torch.no_grad()
+    def update_rows(self, table: str, rows: Tensor, values: Tensor) -> bool:
+        """Write rows of a table of the user tower in place; return whether it is in this model.
+
+        Args:
+            table: its name; the rows of a remote table are left to their source.
+            rows: ``(n,)`` int64, distinct, all of them in the table.
+            values: ``(n, D)`` float32.
+
+        Raises:
+            ValueError: if the values do not fit the precision of the table.
+        """
+        for part in (self.user_tables, self.session_table):
+            if part is None or table not in part.features:
+                continue
+            if isinstance(part, QuantizedTables | QuantizedSequences):
+                part.update_rows(table, rows, values)
+            else:
+                part.weight(table).index_copy_(0, rows, values)
+            return True
+        return False
+
     def vocabulary(self, feature: str) -> Vocabulary:
         """The known ids of an item feature."""
         found = self.vocabularies[f"of_{feature}"]

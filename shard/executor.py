@@ -3,7 +3,10 @@
 It does no I/O after loading and reads time only from the clock it is given, so that it can be
 simulated. One thread owns it.
 
-Shapes: B requests, H heads, R candidates per head, K results.
+Updates are committed between two calls. A query that is open meanwhile goes on with the items as
+they were when it was opened.
+
+Shapes: B requests, H heads, R candidates per head, K results, L partitions of the update log.
 """
 
 import time
@@ -18,35 +21,62 @@ from silvershard.model.retriever import PartCandidates, Retriever
 from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
-from silvershard.shard.errors import CandidatesExpired
+from silvershard.shard.coalesce import Rejection
+from silvershard.shard.errors import CandidatesExpired, UpdatesUnsupported
 from silvershard.shard.fields import FieldStore, FieldValue
+from silvershard.shard.live_index import LiveIndex
+from silvershard.shard.page_pool import PoolUsage
+from silvershard.shard.updater import Prepared, ShardUpdater
 
 
 class _OpenQuery(NamedTuple):
     work: Work
     candidates: list[PartCandidates]
     expires_at_s: float
+    epochs: tuple[int, ...]
+    """Of every live part when it was opened."""
+
+
+class LiveParts(NamedTuple):
+    """What makes a shard follow updates."""
+
+    parts: Sequence[LiveIndex]
+    """Of every device, in the order of the retriever's parts."""
+    updater: ShardUpdater
+    cut: tuple[int, ...]
+    """``(L,)`` positions of the log whose updates the snapshot holds; empty for none."""
 
 
 class ShardExecutor:
-    """One shard of one generation, with the candidates of the queries that are open on it."""
+    """One shard of one generation, with the candidates of the queries that are open on it.
+
+    Args:
+        retriever: its documents.
+        held: their stored columns; or the live parts of a shard that follows updates.
+        shard: its number.
+        num_shards: S.
+        clock: seconds.
+    """
 
     def __init__(
         self,
         retriever: Retriever,
-        fields: FieldStore,
+        held: FieldStore | LiveParts,
         *,
         shard: int,
         num_shards: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._retriever = retriever
-        self._fields = fields
+        self._held = held
         self._clock = clock
         self._open: dict[str, _OpenQuery] = {}
+        self._parts: Sequence[LiveIndex] = held.parts if isinstance(held, LiveParts) else ()
+        self._any_retired = False
         self.shard = shard
         self.num_shards = num_shards
         self.documents = retriever.documents
+        self.cut: tuple[int, ...] = held.cut if isinstance(held, LiveParts) else ()
 
     @property
     def spec(self) -> ServingSpec:
@@ -57,6 +87,85 @@ class ShardExecutor:
     def num_open(self) -> int:
         """Return how many queries have candidates open."""
         return len(self._open)
+
+    def is_open(self, key: str) -> bool:
+        """Return whether a query has candidates open."""
+        return key in self._open
+
+    @property
+    def updater(self) -> ShardUpdater:
+        """Return what prepares the updates of this shard.
+
+        Raises:
+            UpdatesUnsupported: if it was loaded to stay as it is.
+        """
+        return self._live.updater
+
+    @property
+    def _live(self) -> LiveParts:
+        if not isinstance(self._held, LiveParts):
+            raise UpdatesUnsupported("this shard was loaded without room for updates")
+        return self._held
+
+    def apply(self, prepared: Prepared, cut: tuple[int, ...]) -> list[Rejection]:
+        """Commit prepared updates; whoever opens a query from now on sees all of them.
+
+        Args:
+            prepared: by ``updater``.
+            cut: ``(L,)`` positions of the log up to which the updates of this shard are then in.
+
+        Returns:
+            The updates that were refused, for the same reason on every replica.
+
+        Raises:
+            UpdatesUnsupported: if the shard was loaded to stay as it is.
+            PoolExhausted: if there is no room. Some of the updates may be in; to apply the same
+                again is harmless, and helps once the queries have ended that hold retired slots.
+        """
+        live = self._live
+        self.expire()
+        rejected = list(prepared.rejected)
+        for wave in prepared.waves:
+            self._reclaim()
+            self._any_retired = True
+            for part, changes in zip(live.parts, wave, strict=True):
+                rejected += part.apply(changes).rejected
+        live.updater.write_rows(prepared.rows)
+        self._reclaim()
+        self.cut = cut
+        self.documents = sum(part.documents for part in live.parts)
+        return rejected
+
+    def _reclaim(self) -> None:
+        """Let the parts reuse the slots that no open query can reach."""
+        if not self._any_retired:
+            return
+        opened = [query.epochs for query in self._open.values()]
+        for at, part in enumerate(self._parts):
+            part.reclaim(min((epochs[at] for epochs in opened), default=part.epoch))
+        self._any_retired = any(
+            epochs[at] < part.epoch for epochs in opened for at, part in enumerate(self._parts)
+        )
+
+    def usage(self) -> PoolUsage:
+        """Return how full the pages of this shard are, over all of its parts.
+
+        The longest list is that of one part, and so is the mean.
+
+        Raises:
+            UpdatesUnsupported: if it was loaded to stay as it is.
+        """
+        each = [part.usage() for part in self._live.parts]
+        return PoolUsage(
+            pages=sum(one.pages for one in each),
+            free_pages=sum(one.free_pages for one in each),
+            live_slots=sum(one.live_slots for one in each),
+            retired_slots=sum(one.retired_slots for one in each),
+            dead_slots=sum(one.dead_slots for one in each),
+            longest_list=max(one.longest_list for one in each),
+            mean_list=sum(one.mean_list for one in each) / len(each),
+            overflowed=sum(one.overflowed for one in each),
+        )
 
     def encode(self, features: Sequence[Mapping[str, FeatureValues]]) -> Encoded:
         """Return query embeddings and user states of checked features."""
@@ -76,7 +185,8 @@ class ShardExecutor:
         """
         self.expire()
         first, candidates = self._retriever.open(work)
-        self._open[key] = _OpenQuery(work, candidates, expires_at_s)
+        epochs = tuple([part.epoch for part in self._parts])
+        self._open[key] = _OpenQuery(work, candidates, expires_at_s, epochs)
         return first
 
     def close(self, key: str, cutoffs: Cutoffs) -> RoundTwo:
@@ -100,7 +210,8 @@ class ShardExecutor:
 
     def release(self, key: str) -> None:
         """Give up the candidates of a query; unknown keys are ignored."""
-        self._open.pop(key, None)
+        if self._open.pop(key, None) is not None:
+            self._reclaim()
 
     def expire(self) -> int:
         """Give up the candidates whose time ran out; return how many queries that ended."""
@@ -108,11 +219,35 @@ class ShardExecutor:
         gone = [key for key, query in self._open.items() if query.expires_at_s <= now]
         for key in gone:
             del self._open[key]
+        if gone:
+            self._reclaim()
         return len(gone)
 
-    def fields(self, item_ids: Sequence[int], names: Sequence[str]) -> dict[str, list[FieldValue]]:
-        """Return stored columns of items that this shard holds."""
-        return self._fields.lookup(item_ids, names)
+    def fields(
+        self, item_ids: Sequence[int], names: Sequence[str], key: str | None = None
+    ) -> dict[str, list[FieldValue]]:
+        """Return stored columns of items that this shard holds.
+
+        Args:
+            item_ids: items that an answer of this shard named; one that is gone has no values.
+            names: of columns.
+            key: of the query that found them; while it is open, it gets them as it found them.
+        """
+        if isinstance(self._held, FieldStore):
+            return self._held.lookup(item_ids, names)
+        query = None if key is None else self._open.get(key)
+        epochs = [part.epoch for part in self._parts] if query is None else query.epochs
+        owners = self._held.updater.parts_of(item_ids)
+        ids = torch.tensor(item_ids, dtype=torch.int64)
+        found: dict[str, list[FieldValue]] = {name: [None] * len(item_ids) for name in names}
+        for at, (part, epoch) in enumerate(zip(self._parts, epochs, strict=True)):
+            mine = torch.from_numpy(owners == at) & (part.slots_at(ids, epoch) >= 0)
+            places = torch.nonzero(mine).flatten().tolist()
+            columns = part.lookup([item_ids[place] for place in places], names, epoch)
+            for name, values in columns.items():
+                for place, value in zip(places, values, strict=True):
+                    found[name][place] = value
+        return found
 
     def warm(self) -> None:
         """Run every stage once on an empty user, so that the first query pays no start-up cost."""

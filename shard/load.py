@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from silvershard.model.registry import build
 from silvershard.model.remote_tables import RowSource
 from silvershard.model.retriever import Centroids, Retriever
-from silvershard.model.schema import Field
 from silvershard.model.semantic_source import SemanticSource
+from silvershard.model.spec import ServingSpec
 from silvershard.shard.build import build_index
 from silvershard.shard.errors import SnapshotError
-from silvershard.shard.executor import ShardExecutor
+from silvershard.shard.executor import LiveParts, ShardExecutor
 from silvershard.shard.fields import FieldStore
-from silvershard.shard.partition import shard_partitions
+from silvershard.shard.live_index import LiveIndex
+from silvershard.shard.mutations import updatable_tables
+from silvershard.shard.partition import part_of, shard_partitions
 from silvershard.shard.snapshot import PartitionData, Snapshot, open_snapshot
 from silvershard.shard.table_placement import TableSettings, connect_tables, place_tables
+from silvershard.shard.updater import ShardUpdater
 
 _FIELD_TYPES = {"int": np.int64, "float": np.float64, "string": object}
 
@@ -98,28 +101,77 @@ def load_retriever(
         SnapshotError: if a file is missing or damaged.
         ValueError: if the shard or a device is out of range, or a table does not fit.
     """
+    snapshot, model, centroids, held = _load_shard(path, shard, num_shards, devices, tables)
+    parts = [build_index(local, snapshot.spec) for local in held]
+    retriever = Retriever(model, centroids, parts, snapshot.spec, load_semantic(snapshot)).eval()
+    return retriever, _field_store([one for local in held for one in local], snapshot.spec)
+
+
+def load_live(
+    path: Path,
+    *,
+    shard: int = 0,
+    num_shards: int = 1,
+    devices: Sequence[str] = ("cpu",),
+    tables: TableSettings | None = None,
+    headroom: float,
+) -> tuple[Retriever, LiveParts]:
+    """Load one shard of a snapshot so that it can follow updates; by default all of it.
+
+    Args:
+        path: directory of the generation.
+        shard: index of the shard.
+        num_shards: S, as for ``load_retriever``.
+        devices: the local devices that the shard's documents and tables are split over.
+        tables: what is decided about embedding tables.
+        headroom: free pages for updates as a share of those in use, more than 0.
+
+    Raises:
+        SnapshotError: if a file is missing or damaged.
+        ValueError: if a setting is out of range, or a table does not fit.
+    """
+    if not headroom > 0:
+        raise ValueError(f"headroom must be more than 0, got {headroom}")
+    snapshot, model, centroids, held = _load_shard(path, shard, num_shards, devices, tables)
+    spec, builder = snapshot.spec, snapshot.manifest.builder
+    live = []
+    for local in held:
+        index = build_index(local, spec, headroom=headroom)
+        live.append(LiveIndex(index, _field_store(local, spec), spec, centroids.vectors))
+    parts = [one.index for one in live]
+    retriever = Retriever(model, centroids, parts, spec, load_semantic(snapshot)).eval()
+    owned = shard_partitions(shard, num_shards, spec.num_partitions)
+    updater = ShardUpdater(retriever, owned, updatable_tables(builder.name, builder.config))
+    return retriever, LiveParts(live, updater, snapshot.manifest.cut)
+
+
+def _load_shard(
+    path: Path,
+    shard: int,
+    num_shards: int,
+    devices: Sequence[str],
+    tables: TableSettings | None,
+) -> tuple[Snapshot, nn.Module, Centroids, list[list[PartitionData]]]:
+    """Return a snapshot, its model, its centroids, and the partitions of every device."""
     if not devices:
         raise ValueError("devices must name at least one device, got none")
     for device in devices:
         if torch.device(device).type != "cpu":
             raise ValueError(f"devices must be cpu, got {device!r}")
     snapshot = open_snapshot(path)
-    spec = snapshot.spec
-    owned = shard_partitions(shard, num_shards, spec.num_partitions)
+    owned = shard_partitions(shard, num_shards, snapshot.spec.num_partitions)
     settings = tables or TableSettings()
     model, centroids = load_model(snapshot, settings.source)
     place_tables(model, devices, settings)
-    loaded = [(number, snapshot.load_partition(number)) for number in owned]
-    held = [(number, data) for number, data in loaded if data is not None]
-    parts = []
-    for at in range(len(devices)):
-        local = [data for number, data in held if number % len(devices) == at]
-        parts.append(build_index(local, spec))
-    retriever = Retriever(model, centroids, parts, spec, load_semantic(snapshot)).eval()
-    return retriever, _field_store([data for _, data in held], spec.item_schema.fields)
+    held: list[list[PartitionData]] = [[] for _ in devices]
+    for number in owned:
+        data = snapshot.load_partition(number)
+        if data is not None:
+            held[part_of(number, len(devices))].append(data)
+    return snapshot, model, centroids, held
 
 
-def _field_store(held: Sequence[PartitionData], fields: Sequence[Field]) -> FieldStore:
+def _field_store(held: Sequence[PartitionData], spec: ServingSpec) -> FieldStore:
     def column(name: str, dtype: str) -> NDArray[np.generic]:
         parts = [data.catalogue.fields[name] for data in held]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=_FIELD_TYPES[dtype])
@@ -127,7 +179,7 @@ def _field_store(held: Sequence[PartitionData], fields: Sequence[Field]) -> Fiel
     ids = [data.catalogue.item_ids for data in held]
     return FieldStore(
         np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64),
-        {field.name: column(field.name, field.dtype) for field in fields},
+        {field.name: column(field.name, field.dtype) for field in spec.item_schema.fields},
     )
 
 
@@ -138,17 +190,39 @@ def load_executor(
     *,
     devices: Sequence[str] = ("cpu",),
     tables: TableSettings | None = None,
+    headroom: float = 0.0,
     clock: Callable[[], float] = monotonic,
 ) -> ShardExecutor:
-    """Load one shard of a snapshot and run every stage once; arguments as for ``load_retriever``.
+    """Load one shard of a snapshot and run every stage once.
+
+    Args:
+        path: directory of the generation.
+        shard: index of the shard.
+        num_shards: S.
+        devices: as for ``load_retriever``.
+        tables: what is decided about embedding tables.
+        headroom: free pages for updates as a share of those in use; 0: the shard follows none.
+        clock: seconds.
 
     Raises:
         SnapshotError: if a file is missing or damaged.
-        ValueError: if the shard or a device is out of range.
+        ValueError: if the shard, a device or the headroom is out of range.
     """
-    retriever, fields = load_retriever(
-        path, shard=shard, num_shards=num_shards, devices=devices, tables=tables
-    )
-    executor = ShardExecutor(retriever, fields, shard=shard, num_shards=num_shards, clock=clock)
+    retriever: Retriever
+    held: FieldStore | LiveParts
+    if headroom:
+        retriever, held = load_live(
+            path,
+            shard=shard,
+            num_shards=num_shards,
+            devices=devices,
+            tables=tables,
+            headroom=headroom,
+        )
+    else:
+        retriever, held = load_retriever(
+            path, shard=shard, num_shards=num_shards, devices=devices, tables=tables
+        )
+    executor = ShardExecutor(retriever, held, shard=shard, num_shards=num_shards, clock=clock)
     executor.warm()
     return executor

@@ -3,7 +3,15 @@
 Shapes: n items, P partitions, S shards.
 """
 
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from silvershard.shard.assignment import shard_partitions as shard_partitions
+
+_Numbers = TypeVar("_Numbers", int, NDArray[np.int64])
 
 MIN_PARTITIONS = 64
 PARTITIONS_PER_SHARD = 8
@@ -56,14 +64,6 @@ def partition_of(item_ids: Tensor, num_partitions: int) -> Tensor:
     return hash_ids(item_ids) & (num_partitions - 1)
 
 
-def shard_partitions(shard: int, num_shards: int, num_partitions: int) -> range:
-    """Return the partitions that ``shard`` serves: consecutive, sizes differing by at most one.
-
-    Raises:
-        ValueError: if ``shard`` is out of range, or there are more shards than partitions.
-    """
-    if not 1 <= num_shards <= num_partitions:
-        raise ValueError(f"num_shards must be in 1..{num_partitions}, got {num_shards}")
-    if not 0 <= shard < num_shards:
-        raise ValueError(f"shard must be in 0..{num_shards - 1}, got {shard}")
-    return range(shard * num_partitions // num_shards, (shard + 1) * num_partitions // num_shards)
+def part_of(partitions: _Numbers, num_parts: int) -> _Numbers:
+    """Return which of the parts of its shard, one per local device, holds each partition."""
+    return partitions % num_parts

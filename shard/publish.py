@@ -27,11 +27,8 @@ from silvershard.shard.generations import list_generations
 from silvershard.shard.golden import Embedded, Golden, ItemTower, check_exact, check_generation
 from silvershard.shard.golden_requests import draw_requests
 from silvershard.shard.partition import choose_num_partitions, partition_of
-from silvershard.shard.snapshot import (
-    Builder,
-    PartitionData,
-    write_snapshot,
-)
+from silvershard.shard.snapshot import Builder, PartitionData
+from silvershard.shard.snapshot_writer import write_snapshot
 
 PHASES = (
     "embedding the items",
@@ -77,6 +74,8 @@ def publish_generation(
     semantic: SemanticSource | None = None,
     golden_requests: int = 24,
     golden_users: Sequence[Request] = (),
+    log_id: int = 0,
+    cut: tuple[int, ...] = (),
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Published:
     """Embed, cluster, encode and write a catalogue as the next generation.
@@ -104,6 +103,8 @@ def publish_generation(
         golden_requests: requests that are written with the answers of the model in memory and asked
             again of what was written; with 0 nothing is written or asked.
         golden_users: features and excluded ids of real users, to draw those requests from.
+        log_id: the update log that ``cut`` is of; 0 without.
+        cut: position in each partition of the log up to which its updates are in the catalogue.
         on_phase: hears the name of each of the ``PHASES`` when it begins.
 
     Raises:
@@ -216,6 +217,8 @@ def publish_generation(
         rows=remote_rows,
         semantic=None if semantic is None else semantic.state_dict(),
         golden=None if golden is None else golden.to_bytes(),
+        log_id=log_id,
+        cut=cut,
         check=check,
     )
     sizes = torch.bincount(assignment, minlength=num_clusters)

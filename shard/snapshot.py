@@ -18,11 +18,9 @@ complete. Nothing in it can run code.
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -38,12 +36,12 @@ from silvershard.model.catalogue import Catalogue
 from silvershard.model.planes import ItemBits
 from silvershard.model.schema import check_model
 from silvershard.model.spec import ServingSpec
-from silvershard.shard.columns import pack_catalogue, unpack_catalogue
+from silvershard.shard.columns import unpack_catalogue
 from silvershard.shard.errors import SnapshotError
-from silvershard.shard.generations import generation_dir
+from silvershard.shard.outline import partition_path
 from silvershard.shard.table_files import RECORDS, row_path
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
 SEMANTIC = "semantic.safetensors"
@@ -85,6 +83,14 @@ class Manifest(BaseModel):
     spec: ServingSpec = Field(description="the generation as its clients see it")
     builder: Builder = Field(description="how the model is constructed")
     files: dict[str, FileEntry] = Field(description="every other file by relative path")
+    log_id: int = Field(
+        default=0, ge=0, lt=1 << 64, description="update log that the cut is of; 0: none"
+    )
+    cut: tuple[int, ...] = Field(
+        default=(),
+        description="position in each partition of the update log up to which its updates are in "
+        "the items; empty: none are",
+    )
 
     @field_validator("files")
     @classmethod
@@ -96,7 +102,12 @@ class Manifest(BaseModel):
         return files
 
     @model_validator(mode="after")
-    def _check_model(self) -> Self:
+    def _check(self) -> Self:
+        if bool(self.cut) != bool(self.log_id) or min(self.cut, default=0) < 0:
+            raise ValueError(
+                "cut and log_id must both be given or neither, and positions not be negative, "
+                f"got {self.cut} and {self.log_id}"
+            )
         check_model(self.spec.item_schema, self.builder.config)
         return self
 
@@ -118,38 +129,16 @@ class PartitionData(NamedTuple):
     """``(n, L)`` int16; None where the generation has no semantic ids."""
 
 
-def _canonical(document: Mapping[str, Any]) -> bytes:
+def canonical(document: Mapping[str, Any]) -> bytes:
+    """Return a document as the one JSON text that is hashed and written."""
     text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return text.encode() + b"\n"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _partition_path(partition: int) -> str:
-    return f"partitions/p-{partition:05d}.safetensors"
-
-
-# Where TorchRec keeps pooled tables, and tables of sequences.
-_COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
-
-
-def _table_name(key: str) -> str | None:
-    """Return the table that a parameter holds, if it is the weight of an embedding table."""
-    parts = key.split(".")
-    if _COLLECTIONS.isdisjoint(parts) or parts[-1] != "weight":
-        return None
-    return ".".join(part for part in parts[:-1] if part not in _COLLECTIONS and part != "tables")
 
 
 def content_hash(spec: ServingSpec, builder: Builder, files: Mapping[str, FileEntry]) -> str:
@@ -175,118 +164,7 @@ def _content_hash(manifest: Mapping[str, Any]) -> str:
     spec = {name: one for name, one in manifest["spec"].items() if name != "generation"}
     files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     document = {"spec": spec, "builder": manifest["builder"], "files": files}
-    return hashlib.sha256(_canonical(document)).hexdigest()
-
-
-def write_snapshot(
-    repository: Path,
-    spec: ServingSpec,
-    builder: Builder,
-    state: Mapping[str, Tensor],
-    centroids: Tensor,
-    partitions: Mapping[int, PartitionData],
-    *,
-    code_version: str,
-    created_unix_s: int,
-    rows: Mapping[str, Tensor] | None = None,
-    semantic: Mapping[str, Tensor] | None = None,
-    golden: bytes | None = None,
-    check: Callable[[Path], None] = lambda path: None,
-) -> Path:
-    """Write one generation atomically and return its directory.
-
-    Args:
-        repository: directory of generations; made when missing.
-        spec: the generation; its number gives the name.
-        builder: how the model is constructed.
-        state: the model's parameters and buffers by name.
-        centroids: ``(C, D)`` float32.
-        partitions: the data of every partition that holds items.
-        code_version: silvershard version.
-        created_unix_s: wall-clock time.
-        rows: records ``(rows, W)`` uint8 of each remote table of the model.
-        semantic: the semantic source's parameters and buffers by name, where there is one.
-        golden: content of the file of golden requests; none without.
-        check: is given what was written before it gets its name, and raises if it is not sound.
-
-    Raises:
-        SnapshotError: if the generation exists already.
-    """
-    target = generation_dir(repository, spec.generation)
-    if target.exists():
-        raise SnapshotError(str(target), "exists already; generations are written once")
-    staging = repository / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "partitions").mkdir(parents=True)
-    (staging / "tables").mkdir()
-    if rows:
-        (staging / "rows").mkdir()
-    try:
-        files = _write_files(staging, state, centroids, partitions, rows or {}, semantic or {})
-        if golden is not None:
-            (staging / GOLDEN).write_bytes(golden)
-            files[GOLDEN] = FileEntry(sha256=_sha256(staging / GOLDEN), size=len(golden))
-        document = Manifest(
-            format=FORMAT,
-            code_version=code_version,
-            created_unix_s=created_unix_s,
-            content_hash=content_hash(spec, builder, files),
-            spec=spec,
-            builder=builder,
-            files=files,
-        ).model_dump(mode="json")
-        document["checksum"] = hashlib.sha256(_canonical(document)).hexdigest()
-        (staging / MANIFEST).write_bytes(_canonical(document))
-        check(staging)
-        for path in [*staging.rglob("*"), staging]:
-            _sync(path)
-        staging.rename(target)
-        _sync(repository)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return target
-
-
-def _write_files(
-    staging: Path,
-    state: Mapping[str, Tensor],
-    centroids: Tensor,
-    partitions: Mapping[int, PartitionData],
-    rows: Mapping[str, Tensor],
-    semantic: Mapping[str, Tensor],
-) -> dict[str, FileEntry]:
-    contents: dict[str, dict[str, Tensor]] = {DENSE: {"centroids": centroids}}
-    for key, tensor in state.items():
-        table = _table_name(key)
-        file = f"tables/{table}.safetensors" if table else DENSE
-        contents.setdefault(file, {})[f"model/{key}"] = tensor
-    for partition, data in partitions.items():
-        contents[_partition_path(partition)] = {
-            **pack_catalogue(data.catalogue),
-            "clusters": data.clusters,
-            "codes": data.codes,
-            "scales": data.scales,
-            "cache": data.cache,
-            "exact": torch.nonzero(data.bits.exact)[:, 1],
-            "exact_counts": data.bits.exact.sum(1),
-            "terms": data.bits.terms,
-            "columns": data.bits.columns,
-        }
-        if data.semantic_codes is not None:
-            contents[_partition_path(partition)]["semantic_codes"] = data.semantic_codes
-    if semantic:
-        contents[SEMANTIC] = dict(semantic)
-    for table, records in rows.items():
-        contents[row_path(table)] = {RECORDS: records}
-    files = {}
-    for name, tensors in contents.items():
-        path = staging / name
-        safetensors.torch.save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path
-        )
-        files[name] = FileEntry(sha256=_sha256(path), size=path.stat().st_size)
-    return files
+    return hashlib.sha256(canonical(document)).hexdigest()
 
 
 class Snapshot:
@@ -330,7 +208,7 @@ class Snapshot:
             raise SnapshotError(
                 str(self.path), f"{name} is damaged: {entry.size} bytes expected, got {size}"
             )
-        if _sha256(path) != entry.sha256:
+        if sha256_of(path) != entry.sha256:
             raise SnapshotError(str(self.path), f"{name} is damaged: its checksum differs")
         return path
 
@@ -386,6 +264,25 @@ class Snapshot:
             raise ValueError(f"semantic_codes must be in [0, {sizes.width})")
         return codes
 
+    def load_item_ids(self, partition: int) -> Tensor:
+        """Return the ids of the items of a partition, ``(n,)`` int64.
+
+        Raises:
+            SnapshotError: if the file is missing, damaged, or has no ids.
+        """
+        if not self.spec.partition_documents[partition]:
+            return torch.empty(0, dtype=torch.int64)
+        name = partition_path(partition)
+        path = self._verified(name)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                item_ids: Tensor = file.get_tensor("item_ids")
+        except (safetensors.SafetensorError, struct.error, OSError) as error:
+            raise SnapshotError(str(self.path), f"{name} cannot be read: {error}") from None
+        if item_ids.dtype != torch.int64 or item_ids.ndim != 1:
+            raise SnapshotError(str(self.path), f"{name} has no item ids")
+        return item_ids
+
     def load_partition(self, partition: int) -> PartitionData | None:
         """Return the items of a partition, or None where it is empty.
 
@@ -394,7 +291,7 @@ class Snapshot:
         """
         if not self.spec.partition_documents[partition]:
             return None
-        name = _partition_path(partition)
+        name = partition_path(partition)
         tensors = self._load(name)
         try:
             if tensors["codes"].numel() and int(tensors["codes"].min()) < -MAX_CODE:
@@ -418,6 +315,39 @@ class Snapshot:
             ) from None
 
 
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Return the manifest of a snapshot from the content of its file, every byte of it verified.
+
+    Args:
+        content: of ``manifest.json``.
+        where: what an error names.
+
+    Raises:
+        SnapshotError: if it is damaged or of another format.
+    """
+    try:
+        document = json.loads(content)
+        checksum = document.pop("checksum")
+        intact = hashlib.sha256(canonical(document)).hexdigest() == checksum
+        # The canonical form of the whole must give the same bytes, so no byte goes unchecked.
+        intact = intact and canonical({**document, "checksum": checksum}) == content
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise SnapshotError(where, f"{MANIFEST} is damaged: its checksum differs")
+    if document.get("format") != FORMAT:
+        raise SnapshotError(
+            where, f"format {document.get('format')} is not supported, expected {FORMAT}"
+        )
+    try:
+        manifest = Manifest.model_validate(document)
+    except pydantic.ValidationError as error:
+        raise SnapshotError(where, f"{MANIFEST} does not fit this version: {error}") from None
+    if _content_hash(document) != manifest.content_hash:
+        raise SnapshotError(where, f"{MANIFEST} is damaged: its content hash differs")
+    return manifest
+
+
 def open_snapshot(path: Path) -> Snapshot:
     """Open a published generation and verify its manifest, byte by byte.
 
@@ -433,24 +363,4 @@ def open_snapshot(path: Path) -> Snapshot:
         content = file.read_bytes()
     except OSError as error:
         raise SnapshotError(str(path), f"{MANIFEST} cannot be read: {error.strerror}") from None
-    try:
-        document = json.loads(content)
-        checksum = document.pop("checksum")
-        intact = hashlib.sha256(_canonical(document)).hexdigest() == checksum
-        # The canonical form of the whole must give the same bytes, so no byte goes unchecked.
-        intact = intact and _canonical({**document, "checksum": checksum}) == content
-    except (ValueError, KeyError, AttributeError, TypeError):
-        intact = False
-    if not intact:
-        raise SnapshotError(str(path), f"{MANIFEST} is damaged: its checksum differs")
-    if document.get("format") != FORMAT:
-        raise SnapshotError(
-            str(path), f"format {document.get('format')} is not supported, expected {FORMAT}"
-        )
-    try:
-        manifest = Manifest.model_validate(document)
-    except pydantic.ValidationError as error:
-        raise SnapshotError(str(path), f"{MANIFEST} does not fit this version: {error}") from None
-    if _content_hash(document) != manifest.content_hash:
-        raise SnapshotError(str(path), f"{MANIFEST} is damaged: its content hash differs")
-    return Snapshot(path, manifest)
+    return Snapshot(path, parse_manifest(content, str(path)))

@@ -1,5 +1,12 @@
+import contextlib
 import json
 import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +61,167 @@ def _poison_uninitialized_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+class RedisServer:
+    """A Redis server of a test, on a free loopback port, which may be killed and started again."""
+
+    def __init__(self, directory: Path, environment: dict[str, str], **settings: str) -> None:
+        self.directory = directory
+        self.environment = {**os.environ, **environment}
+        self.settings = {
+            **{"appendonly": "yes", "appendfsync": "always", "save": "", "bind": "127.0.0.1"},
+            **{name.replace("_", "-"): value for name, value in settings.items()},
+        }
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "RedisServer":
+        chosen = self.port
+        for _ in range(20):
+            self.port = chosen or _free_port()
+            options = {**self.settings, "port": str(self.port), "dir": str(self.directory)}
+            words = [word for name, value in options.items() for word in (f"--{name}", value)]
+            with (self.directory / "redis.out").open("ab") as out:
+                self.process = subprocess.Popen(
+                    ["redis-server", *words], stdout=out, stderr=out, env=self.environment
+                )
+            while self.process.poll() is None:
+                with contextlib.suppress(OSError), socket.create_connection(self.address, 1) as one:
+                    one.sendall(b"PING\r\n")
+                    # While it loads its file it answers with an error, a password also is one.
+                    if not one.recv(64).startswith(b"-LOADING"):
+                        return self
+                time.sleep(0.005)
+        raise AssertionError((self.directory / "redis.out").read_text())
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", self.port
+
+    def url(self, prefix: str = "silvershard", **options: str) -> str:
+        further = "".join(f"&{name}={value}" for name, value in options.items())
+        return f"redis://127.0.0.1:{self.port}/0?prefix={prefix}{further}"
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def make_redis(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., RedisServer]]:
+    """``make_redis(environment={}, **settings)`` starts a server; all end with the tests."""
+    servers: list[RedisServer] = []
+
+    def make(environment: dict[str, str] | None = None, **settings: str) -> RedisServer:
+        if shutil.which("redis-server") is None:
+            pytest.skip("NOT RUN: redis-server is missing, apt-get install redis-server")
+        directory = settings.pop("directory", None) or tmp_path_factory.mktemp("redis")
+        servers.append(RedisServer(Path(directory), environment or {}, **settings))
+        return servers[-1].start()
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+class Unsynced:
+    """Loses what processes wrote below ``folder`` and did not sync, as a power cut would.
+
+    It covers what runs in ``environment`` (see ``unsynced.c``).
+    """
+
+    _ENTRY = struct.Struct("<6Q")
+    _WRITE, _SYNC, _CREATE, _RENAME, _UNLINK = range(1, 6)
+
+    def __init__(self, library: Path, directory: Path) -> None:
+        self.folder = directory / "data"
+        self.folder.mkdir()
+        self._journal = directory / "journal"
+        self.environment = {
+            "LD_PRELOAD": str(library),
+            "UNSYNCED_FOLDER": str(self.folder),
+            "UNSYNCED_JOURNAL": str(self._journal),
+        }
+
+    def _entries(self) -> Iterator[tuple[int, int, int, int, int, list[str], bytes]]:
+        with self._journal.open("rb") as file:
+            while header := file.read(self._ENTRY.size):
+                at = file.tell() - self._ENTRY.size
+                kind, inode, offset, size, paths, data = self._ENTRY.unpack(header)
+                names = os.fsdecode(file.read(paths)).split("\0")
+                yield at, kind, inode, offset, size, names, file.read(data)
+
+    def lose(self, kept: Callable[[int], int] = lambda count: 0) -> int:
+        """Undo what is not synced, and return of how many changes; every process has ended.
+
+        Args:
+            kept: how many of the first unsynced changes of a file reached the disk all the same.
+        """
+        entries = list(self._entries())
+        covered: dict[int, int] = {}
+        for _, kind, inode, offset, *_ in entries:
+            if kind == self._SYNC:
+                covered[inode] = max(covered.get(inode, 0), offset)
+        lost = [
+            entry
+            for entry in entries
+            if entry[1] != self._SYNC and entry[0] >= covered.get(entry[2], 0)
+        ]
+        counts = Counter(entry[2] for entry in lost if entry[1] == self._WRITE)
+        left = {inode: kept(count) for inode, count in counts.items()}
+        saved = [*self._journal.parent.glob(f"{self._journal.name}.*")]
+        files = [path for path in (*self.folder.rglob("*"), *saved) if path.is_file()]
+        by_inode = {path.stat().st_ino: path for path in files}
+        undone = 0
+        for _, kind, inode, offset, size, _names, data in reversed(lost):
+            if kind == self._WRITE:
+                counts[inode] -= 1
+                if inode in by_inode and counts[inode] >= left[inode]:
+                    undone += 1
+                    with by_inode[inode].open("r+b") as file:
+                        file.seek(offset)
+                        file.write(data)
+                        file.truncate(size)
+        for _, kind, _, _, _, names, _ in reversed(lost):
+            if kind == self._CREATE:
+                Path(names[0]).unlink(missing_ok=True)
+            elif kind == self._RENAME:
+                os.rename(names[1], names[0])
+            if kind in (self._RENAME, self._UNLINK) and names[2]:
+                os.link(names[2], names[1] or names[0])
+            undone += kind != self._WRITE
+        for path in (*saved, self._journal):
+            path.unlink()
+        return undone
+
+
+@pytest.fixture(scope="session")
+def _unsynced_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("NOT RUN: a C compiler is missing, apt-get install gcc")
+    library = tmp_path_factory.mktemp("unsynced") / "unsynced.so"
+    source = Path(__file__).with_name("unsynced.c")
+    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture
+def unsynced(_unsynced_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Unsynced:
+    """A folder whose unsynced changes a test can lose."""
+    return Unsynced(_unsynced_library, tmp_path_factory.mktemp("unsynced"))
 
 
 GENRES = ("Action", "Comedy", "Drama", "Horror", "Sci-Fi")

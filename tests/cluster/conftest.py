@@ -16,7 +16,9 @@ import torch
 from silvershard.cluster import coordinator
 from silvershard.cluster.client import Client, Query
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+from silvershard.cluster.consistency import ANY, Consistency
 from silvershard.cluster.coordinator import Coordinator
+from silvershard.cluster.freshness import ANYTHING, Demand, Seen
 from silvershard.cluster.rounds import Served
 from silvershard.cluster.router import Router
 from silvershard.cluster.shard_link import LinkState
@@ -27,7 +29,7 @@ from silvershard.model.compiled_request import compile_request
 from silvershard.model.merge import Merge
 from silvershard.model.request import Request
 from silvershard.model.retriever import Retriever, assemble
-from silvershard.shard.errors import DeadlineExceeded
+from silvershard.shard.errors import CandidatesExpired, DeadlineExceeded
 from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.fields import FieldStore
 from silvershard.shard.load import load_retriever
@@ -84,6 +86,12 @@ class FakeLink:
         self.sizes: list[int] = []
         self.released: list[str] = []
         self.opened: list[str] = []
+        self.demands: list[Demand] = []
+        self.seen: Seen | None = None
+
+    @property
+    def _saw(self) -> Seen:
+        return self.seen or Seen(0, (), 0.0, self.executor.documents)
 
     async def _call(self, op: str, remaining_s: float, work: Callable[[], T]) -> T:
         self.calls.append(op)
@@ -104,36 +112,55 @@ class FakeLink:
             raise DeadlineExceeded(f"shard {self.shard} did not answer") from None
         return work()
 
-    async def encode(self, users: Any, remaining_s: float) -> Any:
+    async def encode(self, users: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
+        self.demands.append(demand)
         return await self._call("encode", remaining_s, lambda: self.executor.encode(users))
 
-    async def count(self, scan: Any, remaining_s: float) -> Any:
+    async def count(self, scan: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
+        self.demands.append(demand)
         return await self._call("count", remaining_s, lambda: self.executor.count(scan))
 
-    async def open(self, key: str, work: Any, remaining_s: float) -> Any:
+    async def open(self, key: str, work: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
         self.sizes.append(len(work.k))
         self.opened.append(key)
+        self.demands.append(demand)
         expires_at_s = asyncio.get_running_loop().time() + remaining_s
         return await self._call(
-            "open", remaining_s, lambda: self.executor.open(key, work, expires_at_s)
+            "open",
+            remaining_s,
+            lambda: (self.executor.open(key, work, expires_at_s), self._saw),
         )
 
     async def close(self, key: str, cutoffs: Any, remaining_s: float) -> Any:
         return await self._call("close", remaining_s, lambda: self.executor.close(key, cutoffs))
 
-    async def open_and_close(self, key: str, work: Any, cutoffs: Any, remaining_s: float) -> Any:
+    async def open_and_close(
+        self,
+        key: str,
+        work: Any,
+        cutoffs: Any,
+        remaining_s: float,
+        demand: Demand = ANYTHING,
+    ) -> Any:
         self.opened.append(key)
+        self.demands.append(demand)
         expires_at_s = asyncio.get_running_loop().time() + remaining_s
         return await self._call(
             "open_and_close",
             remaining_s,
-            lambda: self.executor.open_and_close(key, work, cutoffs, expires_at_s),
+            lambda: (
+                self.executor.open_and_close(key, work, cutoffs, expires_at_s),
+                self._saw,
+            ),
         )
 
-    async def fields(self, item_ids: Any, names: Any, remaining_s: float) -> Any:
-        return await self._call(
-            "fields", remaining_s, lambda: self.executor.fields(item_ids, names)
-        )
+    async def fields(self, key: str, item_ids: Any, names: Any, remaining_s: float) -> Any:
+        def look_up() -> Any:
+            if not self.executor.is_open(key):
+                raise CandidatesExpired(key)
+            return self.executor.fields(item_ids, names, key)
+
+        return await self._call("fields", remaining_s, look_up)
 
     def release(self, key: str) -> None:
         self.released.append(key)
@@ -169,10 +196,15 @@ class Bench:
         return Request(**{"features": {"history": history}, "k": 20, **more})
 
     def query(
-        self, request: Request, *, min_coverage: float = 0.0, deadline_s: float = 2.0
+        self,
+        request: Request,
+        *,
+        min_coverage: float = 0.0,
+        deadline_s: float = 2.0,
+        consistency: Consistency = ANY,
     ) -> coordinator.Query:
         now_s = self.loop.time()
-        return coordinator.Query(request, min_coverage, now_s + deadline_s, now_s)
+        return coordinator.Query(request, min_coverage, now_s + deadline_s, now_s, consistency)
 
     def ask_all(self, requests: list[Request], **objective: Any) -> list[Any]:
         queries = [self.query(request, **objective) for request in requests]

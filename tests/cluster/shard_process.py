@@ -11,13 +11,17 @@ from pathlib import Path
 
 import torch
 
+from silvershard.cluster.hosting import ready
+from silvershard.cluster.shard_loader import ShardLoader, reach_log
 from silvershard.cluster.shard_server import ShardServer
-from silvershard.shard.load import load_executor
 
 
-async def main(snapshot: str, shard: str, num_shards: str, hang_in: str) -> None:
+async def main(snapshot: str, shard: str, num_shards: str, hang_in: str, log_url: str = "") -> None:
     torch.set_num_threads(1)
-    executor = load_executor(Path(snapshot), int(shard), int(num_shards))
+    log = reach_log(log_url) if log_url else None
+    load = ShardLoader(int(shard), int(num_shards), log=log, headroom=0.5)
+    loaded = ready(load(Path(snapshot)))
+    executor = loaded.executor
     if hang_in:
 
         def hang(*_: object) -> None:
@@ -26,7 +30,7 @@ async def main(snapshot: str, shard: str, num_shards: str, hang_in: str) -> None
             time.sleep(3600)
 
         setattr(executor, hang_in, hang)
-    server = ShardServer(executor)
+    server = ShardServer(loaded, snapshot=snapshot, load=load)
     await server.start()
     entry = {
         "shard": executor.shard,

@@ -2,14 +2,23 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import numpy as np
 import pytest
 
 import silvershard.cluster
 from silvershard.cluster.client import Client, Query, QueryFields, RequestRefused, Result
+from silvershard.cluster.consistency import Consistency, UpdateToken, consistency_from
+from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.outcome import Coverage
+from silvershard.cluster.sequencer import Sequencer
+from silvershard.cluster.sequencer_server import SequencerServer
+from silvershard.cluster.update_log import UpdateLog, open_log
+from silvershard.cluster.update_service import UpdateService
+from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert
 from silvershard.model.request import FilterMode, Request, WeightedIds
 from silvershard.shard.errors import DeadlineExceeded, RemoteError
 
@@ -233,3 +242,124 @@ def test_closing_fails_what_is_in_flight_and_may_be_repeated(
     assert [error.code for error in errors] == ["CANCELLED"]
     with pytest.raises(ValueError, match="closed channel"):
         client.retrieve(k=1)
+
+
+class UpdateServer:
+    """A router's update service with its sequencer, on an event loop of another thread."""
+
+    def __init__(self, thread: Any, log: UpdateLog, path: Path) -> None:
+        self.log = log
+        self.address = ""
+        self._thread = thread
+        live = load_live_generation(path)
+        self.sequencer = thread.call(self._started(Sequencer(log, live)))
+
+    async def _started(self, sequencer: Sequencer) -> SequencerServer:
+        server = SequencerServer(sequencer)
+        await server.start()
+        self._service = UpdateService(lambda: server.address)
+        self._front = grpc.aio.server()
+        self._service.add_to(self._front)
+        self.address = f"127.0.0.1:{self._front.add_insecure_port('127.0.0.1:0')}"
+        await self._front.start()
+        return server
+
+    def close(self) -> None:
+        self._thread.call(self._front.stop(0))
+        self._thread.call(self._service.aclose())
+        self._thread.call(self.sequencer.stop(0))
+
+
+@pytest.fixture
+def updates(loop_thread: Any, tmp_path: Path, generation: Any) -> Iterator[UpdateServer]:
+    log = open_log(f"sqlite://{tmp_path}/log.db")
+    server = UpdateServer(loop_thread, log, generation.path)
+    yield server
+    server.close()
+    log.close()
+
+
+@pytest.fixture
+def writer(updates: UpdateServer) -> Iterator[Client]:
+    with Client(updates.address, model="films") as client:
+        yield client
+
+
+def test_updates_are_acked_with_tokens_and_rejected_one_by_one(
+    writer: Client, updates: UpdateServer
+) -> None:
+    result = writer.apply(
+        [
+            ItemUpsert(5, attributes={"year": 1990}, signals={"popularity": 0.5}, ttl_s=60),
+            ItemPatch(6),
+            ItemDelete(7, version=3, urgent=True),
+        ]
+    )
+    assert result.tokens == (UpdateToken(updates.log.log_id, 0, 2),)
+    (refusal,) = result.rejected
+    assert (refusal.index, refusal.code) == (1, "NOT_FOUND")
+    assert [one.item_id for one in updates.log.read(0, 0, 9)] == [5, 7]
+
+
+def test_one_item_is_written_changed_and_deleted(writer: Client, updates: UpdateServer) -> None:
+    assert writer.upsert(5, fields={"title": "Film"}, if_version=0)[0].position == 1
+    assert writer.patch(5, signals={"popularity": 1.0}, version=9)[0].position == 2
+    assert writer.delete(5, urgent=True, if_version=9)[0].position == 3
+    with pytest.raises(RequestRefused, match="no item 5 to patch") as raised:
+        writer.patch(5)
+    assert (raised.value.code, raised.value.reason) == ("NOT_FOUND", "UPDATE_REJECTED")
+    assert [one.version for one in updates.log.read(0, 0, 9)] == [1, 9, 10]
+
+
+def test_a_stream_of_batches_is_acked_in_order(writer: Client) -> None:
+    batches = [[ItemUpsert(at), ItemUpsert(at + 100)] for at in range(50)]
+    batches.insert(20, [ItemPatch(3, signals={"nothing": 1.0})])  # type: ignore[list-item]
+    found = list(writer.apply_stream(batches))
+    positions = [one.tokens[0].position for one in found if one.tokens]
+    assert positions == list(range(2, 102, 2))
+    assert [one.code for one in found[20].rejected] == ["INVALID_ARGUMENT"]
+
+
+def test_a_stream_that_is_left_early_ends(writer: Client) -> None:
+    given = iter([[ItemUpsert(1)], [ItemUpsert(2)]])
+    stream = writer.apply_stream(given)
+    assert next(stream).tokens
+    stream.close()
+    assert writer.apply([ItemUpsert(1)]).tokens
+
+
+def test_an_update_without_a_form_on_the_wire_breaks_its_stream_off(writer: Client) -> None:
+    stream = writer.apply_stream([[ItemUpsert(1)], [ItemUpsert(-1)], [ItemUpsert(2)]])
+    assert next(stream).tokens
+    with pytest.raises(ValueError, match="item_id: must be in"):
+        list(stream)
+
+
+def test_updates_that_cannot_be_sent_are_refused_here(writer: Client) -> None:
+    with pytest.raises(ValueError, match="send fewer requests or updates at once"):
+        writer.apply([ItemUpsert(1, fields={"title": "x" * 100})] * 100_000)
+    with pytest.raises(ValueError, match="ttl_s: must be in"):
+        writer.upsert(1, ttl_s=-1)
+
+
+def test_updates_for_nobody_are_refused(updates: UpdateServer) -> None:
+    with Client(updates.address, model="books") as client:
+        with pytest.raises(RequestRefused, match="no model 'books'"):
+            client.apply([ItemUpsert(1)])
+        (found,) = client.apply_stream([[ItemUpsert(1)]])
+        assert [one.code for one in found.rejected] == ["NOT_FOUND"]
+
+
+def test_a_stream_to_nobody_is_unavailable() -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(RequestRefused) as raised:
+            list(client.apply_stream([[ItemUpsert(1)]]))
+        assert raised.value.code == "UNAVAILABLE"
+
+
+def test_a_query_says_how_fresh_its_answer_must_be() -> None:
+    with Client("127.0.0.1:1") as client:
+        token = UpdateToken(9, 0, 5)
+        message = client._message(Query(after=(token,), max_staleness_s=0.5))
+        assert consistency_from(message.consistency) == Consistency((token,), 0.5)
+        assert not client._message(Query()).HasField("consistency")

@@ -22,13 +22,22 @@ from silvershard.shard.errors import (
     ConfigError,
     CoverageError,
     DeadlineExceeded,
+    Fenced,
     GenerationError,
+    LogDamaged,
+    LogTrimmed,
+    LogUnavailable,
+    MutationError,
     Overloaded,
+    PoolExhausted,
     RemoteError,
+    ReplicaStale,
+    RepositoryError,
     RetrievalError,
     ShardUnavailable,
     SnapshotError,
     StateError,
+    UpdatesUnsupported,
 )
 
 PARTIAL = Coverage(
@@ -58,6 +67,15 @@ EXAMPLES: list[tuple[Exception, str, str]] = [
     (StateError("in use"), "FAILED_PRECONDITION", "STATE_REFUSED"),
     (codec.Refusal("NOT_FOUND", "no model", "MODEL_NOT_FOUND"), "NOT_FOUND", "MODEL_NOT_FOUND"),
     (RemoteError("ABORTED", "no"), "ABORTED", "REFUSED"),
+    (MutationError("ttl", "must be above 0"), "INVALID_ARGUMENT", "INVALID_UPDATE"),
+    (LogUnavailable("sqlite:///l", "is full"), "UNAVAILABLE", "LOG_UNAVAILABLE"),
+    (LogDamaged("sqlite:///l", "is damaged"), "DATA_LOSS", "LOG_DAMAGED"),
+    (LogTrimmed("sqlite:///l", 0, 1, 2), "FAILED_PRECONDITION", "LOG_TRIMMED"),
+    (Fenced(0, 1, 2), "UNAVAILABLE", "FENCED"),
+    (ReplicaStale(1, "is behind"), "FAILED_PRECONDITION", "REPLICA_STALE"),
+    (RepositoryError("s3://bucket", "is away"), "UNAVAILABLE", "REPOSITORY_UNAVAILABLE"),
+    (PoolExhausted(3, 2, 1), "RESOURCE_EXHAUSTED", "POOL_EXHAUSTED"),
+    (UpdatesUnsupported("semantic ids"), "FAILED_PRECONDITION", "UPDATES_UNSUPPORTED"),
 ]
 
 
@@ -248,35 +266,6 @@ def test_an_unknown_filter_mode_is_refused() -> None:
     with pytest.raises(RequestError) as raised:
         codec.request_from(message)
     assert raised.value.field == "search.filter_mode"
-
-
-@pytest.mark.parametrize(
-    ("values", "dtype"),
-    [
-        ([1, None, -(2**62), 0], "int"),
-        ([0.1, None, -1e300], "float"),
-        (["a", "", None, "é"], "string"),
-        ([None] * 9, "int"),
-        ([None, None], "string"),
-        ([], "float"),
-        ([1] * 17, "int"),
-    ],
-)
-def test_a_column_crosses_with_its_missing_values(values: list[Any], dtype: Any) -> None:
-    data = codec.column_to(values, dtype).SerializeToString()
-    column = retrieval_pb2.Column.FromString(data)
-    assert codec.column_from(column) == values
-    assert (
-        column.WhichOneof("kind") == {"int": "ints", "float": "doubles", "string": "strings"}[dtype]
-    )
-    assert bool(column.null_bitmap) == (None in values)
-
-
-def test_a_bitmap_of_another_length_is_refused() -> None:
-    column = codec.column_to([1, 2, 3], "int")
-    column.null_bitmap = b"\1\0"
-    with pytest.raises(ValueError, match="must have 1 bytes, got 2"):
-        codec.column_from(column)
 
 
 def test_every_grpc_status_is_known_by_name() -> None:

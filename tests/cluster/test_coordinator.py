@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.codec import Refusal
+from silvershard.cluster.consistency import ANY, Consistency, Freshness, UpdateToken
 from silvershard.cluster.coordinator import Coordinator, CountCache, Query
+from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost
 from silvershard.cluster.rounds import Served
 from silvershard.cluster.shard_link import LinkState
@@ -14,6 +17,7 @@ from silvershard.model.request import Request, RequestError
 from silvershard.shard.errors import (
     DeadlineExceeded,
     GenerationError,
+    ReplicaStale,
     ShardUnavailable,
 )
 
@@ -275,3 +279,135 @@ def test_a_large_filter_is_compiled_off_the_event_loop(
 
     assert asyncio.run(compile_one()).filter_key
     assert (threads[0] is not threading.main_thread()) == elsewhere
+
+
+# ---- freshness
+
+TOKENS = Consistency((UpdateToken(9, 0, 5),))
+
+
+def see(bench: Any, *cuts: tuple[int, ...], staleness_s: float = 0.0) -> None:
+    for link, cut in zip(bench.all_links, cuts, strict=True):
+        link.seen = Seen(9, cut, staleness_s, link.executor.documents)
+
+
+def test_an_answer_tells_the_cut_and_the_staleness_of_its_slowest_shard(make_bench: Any) -> None:
+    bench = make_bench(3)
+    see(bench, (7, 1), (6, 3), (9, 2))
+    bench.links[1][0].seen = bench.links[1][0].seen._replace(staleness_s=0.5)
+    fate = bench.ask(bench.request())
+    assert fate.freshness == Freshness((UpdateToken(9, 0, 6), UpdateToken(9, 1, 1)), 0.5)
+    # The slowest of those that answered, and of no other.
+    bench.links[1][0].faults["open"] = [ShardUnavailable(1, "gone")]
+    fate = bench.ask(bench.request())
+    assert fate.freshness == Freshness((UpdateToken(9, 0, 7), UpdateToken(9, 1, 1)), 0.0)
+
+
+def test_a_generation_without_a_log_tells_none(make_bench: Any) -> None:
+    assert make_bench(2).ask(Request(k=3)).freshness is None
+
+
+def test_a_demand_reaches_every_stage_and_no_neighbour(make_bench: Any) -> None:
+    bench = make_bench(2)
+    see(bench, (5,), (5,))
+    queries = [
+        bench.query(bench.request(filter="year > 1960"), consistency=consistency)
+        for consistency in (ANY, TOKENS, ANY)
+    ]
+    fates = bench.loop.run_until_complete(bench.coordinator.answer(queries))
+    assert [len(fate.answer.item_ids) for fate in fates] == [20, 20, 20]
+    demanded = [
+        one for link in bench.all_links for one in link.demands if one.consistency == TOKENS
+    ]
+    # One encode, and count and open on either shard.
+    assert len(demanded) == 5
+    assert all(one.wait_s > 0 for one in demanded)
+    # Two batches: those that demand nothing share one.
+    assert sorted(bench.links[0][0].sizes) == [1, 2]
+
+
+def test_a_demand_never_uses_a_remembered_count(make_bench: Any) -> None:
+    bench = make_bench(2)
+    see(bench, (5,), (5,))
+    wanted = bench.request(filter="year > 1960")
+    for _ in range(2):
+        bench.ask(wanted)
+    assert bench.links[0][0].calls.count("count") == 1
+    for _ in range(2):
+        bench.ask(wanted, consistency=TOKENS)
+    assert bench.links[0][0].calls.count("count") == 3
+
+
+def test_another_replica_answers_for_one_that_is_behind(make_bench: Any, ask_whole: Any) -> None:
+    bench = make_bench(2, replicas=2)
+    bench.links[0][0].faults["open"] = [ReplicaStale(0, "behind")]
+    wanted = bench.request()
+    answer = ask_whole(wanted)
+    fate = bench.ask(wanted, min_coverage=1.0, consistency=TOKENS)
+    bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
+    assert not fate.coverage.degraded
+
+
+def test_a_shard_that_is_behind_is_missing_with_the_reason(make_bench: Any) -> None:
+    bench = make_bench(2)
+    bench.links[0][0].faults["open"] = [ReplicaStale(0, "behind")] * 2
+    fate = bench.ask(bench.request(), consistency=TOKENS)
+    assert fate.coverage.documents == bench.share([1])
+    assert fate.coverage.reasons == ("STALE_REPLICA_DROPPED",)
+    refused = bench.ask(bench.request(), consistency=TOKENS, min_coverage=1.0)
+    assert isinstance(refused, CoverageLost)
+
+
+def test_when_no_shard_is_fresh_the_reason_is_that(make_bench: Any) -> None:
+    bench = make_bench(2)
+    for link in bench.all_links:
+        link.faults["encode"] = [ReplicaStale(link.shard, "behind")]
+    refused = bench.ask(bench.request(), consistency=TOKENS)
+    assert isinstance(refused, CoverageLost)
+    assert refused.coverage.reasons == ("STALE_REPLICA_DROPPED",)
+
+
+@pytest.mark.parametrize("op", ["encode", "count", "open"])
+def test_tokens_of_another_log_refuse_their_requests_alone(make_bench: Any, op: str) -> None:
+    bench = make_bench(2)
+    foreign = Refusal("FAILED_PRECONDITION", "of another log", "FOREIGN_TOKEN")
+
+    def refuse(link: Any) -> Any:
+        return lambda: foreign if link.demands[-1].consistency == TOKENS else None
+
+    for link in bench.all_links:
+        link.faults[op] = [refuse(link)] * 4
+    queries = [
+        bench.query(bench.request(filter="year > 1960"), consistency=consistency)
+        for consistency in (TOKENS, ANY, TOKENS)
+    ]
+    first, second, third = bench.loop.run_until_complete(bench.coordinator.answer(queries))
+    assert first is foreign
+    assert third is foreign
+    assert isinstance(second, Served)
+
+
+def test_a_shard_that_lags_is_served_and_named(make_bench: Any) -> None:
+    bench = make_bench(2, lagging_s=10.0)
+    see(bench, (5,), (5,), staleness_s=10.0)
+    assert bench.ask(bench.request()).coverage.reasons == ()
+    see(bench, (5,), (5,), staleness_s=10.5)
+    fate = bench.ask(bench.request(), min_coverage=1.0)
+    assert fate.coverage.reasons == ("UPDATES_LAGGING",)
+    assert (fate.coverage.documents, fate.coverage.shards_full) == (1.0, 2)
+
+
+def test_coverage_weighs_documents_as_the_shards_count_them_now(make_bench: Any) -> None:
+    bench = make_bench(2)
+    published = list(bench.coordinator.documents)
+    for link, documents in zip(bench.all_links, (100, 900), strict=True):
+        link.seen = Seen(9, (5,), 0.0, documents)
+    bench.links[0][0].faults["open"] = [ShardUnavailable(0, "gone")]
+    fate = bench.ask(bench.request())
+    # The lost shard has not said yet how many it has.
+    assert fate.coverage.documents == 900 / (900 + published[0])
+    assert bench.ask(bench.request()).answer.counts.addressed == 1000
+    bench.links[1][0].faults["open"] = [ShardUnavailable(1, "gone")]
+    fate = bench.ask(bench.request())
+    assert fate.coverage.documents == 0.1
+    assert bench.coordinator.documents == [100, 900]

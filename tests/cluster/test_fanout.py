@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.consistency import ANY, Consistency, UpdateToken
 from silvershard.cluster.fanout import Fanout, Wait
+from silvershard.cluster.freshness import ANYTHING, Seen
 from silvershard.cluster.shard_link import LinkState
-from silvershard.shard.errors import DeadlineExceeded, ShardUnavailable
+from silvershard.shard.errors import DeadlineExceeded, ReplicaStale, ShardUnavailable
 
 HANG = "hang"
 WAIT = Wait(soft=0.5, hard=0.875)
@@ -18,6 +20,7 @@ class Replica:
     def __init__(self, shard: int, replica: int, *faults: Any) -> None:
         self.shard, self.replica = shard, replica
         self.state = LinkState.UP
+        self.seen: Seen | None = None
         self.faults = list(faults)
         self.asked = 0
 
@@ -207,3 +210,61 @@ def test_an_error_that_is_no_loss_is_not_swallowed(make: Make, ask: Any, virtual
     with pytest.raises(ZeroDivisionError):
         ask(make([Replica(0, 0, ZeroDivisionError())], [Replica(1, 0, HANG)]))
     assert asyncio.all_tasks(virtual) == set()
+
+
+TOKEN = UpdateToken(9, 0, 5)
+
+
+def seen(position: int, staleness_s: float = 0.0) -> Seen:
+    return Seen(9, (position,), staleness_s, 10)
+
+
+def test_a_replica_that_was_fresh_enough_is_preferred(make: Make) -> None:
+    replicas = [Replica(0, copy) for copy in range(3)]
+    fanout = make(replicas)
+    fanout.consistency = Consistency((TOKEN,))
+    # A replica that has not said anything may be as fresh as any.
+    assert fanout.choose(0).replica == 0
+    replicas[0].seen, replicas[1].seen, replicas[2].seen = seen(4), seen(5), seen(6)
+    assert fanout.choose(0).replica == 1
+    assert fanout.choose(0, first=replicas[0]).replica == 0
+    replicas[1].state = LinkState.SUSPECT
+    assert fanout.choose(0).replica == 2
+    fanout.consistency = ANY
+    assert fanout.choose(0).replica == 0
+    fanout.lagging_s = 3.0
+    replicas[0].seen = seen(4, 3.5)
+    assert fanout.choose(0).replica == 2
+
+
+def test_a_demand_leaves_time_for_another_replica(make: Make) -> None:
+    first, second = Replica(0, 0), Replica(0, 1)
+    fanout = make([first, second])
+    assert fanout.demand(first, 8.0) == ANYTHING  # type: ignore[arg-type]
+    fanout.consistency = Consistency((TOKEN,))
+    both = fanout.demand(first, 8.0)  # type: ignore[arg-type]
+    second.state = LinkState.DOWN
+    alone = fanout.demand(first, 8.0)  # type: ignore[arg-type]
+    assert both.consistency == alone.consistency == fanout.consistency
+    assert alone.wait_s == 2 * both.wait_s
+    # Below the soft limit of a round, at which it would be a timeout.
+    assert alone.wait_s < 8.0 * WAIT.soft
+
+
+def test_a_stale_replica_is_replaced_and_named_where_there_is_no_other(
+    make: Make, ask: Any
+) -> None:
+    behind = ReplicaStale(0, "behind")
+    assert ask(make([Replica(0, 0, behind), Replica(0, 1)])) == {0: (0, 1)}
+    fanout = make([Replica(0, 0, behind)], [Replica(1, 0)])
+    assert ask(fanout) == {1: (1, 0)}
+    assert fanout.lost[0].reasons == ("STALE_REPLICA_DROPPED",)
+    assert not fanout.timed_out
+
+
+def test_a_part_of_a_batch_counts_documents_for_itself(make: Make) -> None:
+    fanout = make([Replica(0, 0)], [Replica(1, 0)])
+    part = fanout.fork(0.5)
+    part.documents[0] = 90
+    assert fanout.documents == [10, 10]
+    assert part.coverage_of([0]) == 0.9

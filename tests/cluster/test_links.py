@@ -10,8 +10,11 @@ import torch
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.config import PingSection
-from silvershard.cluster.links import GrpcShardLink, Links
+from silvershard.cluster.consistency import Consistency, UpdateToken
+from silvershard.cluster.freshness import Demand, Seen
+from silvershard.cluster.links import Connections, GrpcShardLink, Links
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.shard_connection import ShardConnection
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
@@ -30,6 +33,7 @@ from silvershard.shard.errors import (
 PING = PingSection(every_ms=5, suspect_after=4, eject_after=8)
 # Pings that a busy machine answers late leave the state to what the test does.
 PATIENT = PingSection(every_ms=5, suspect_after=2000, eject_after=2000)
+EVERYTHING = Cutoffs(torch.full((2, 2), float("-inf")), torch.full((2, 2), 2**63 - 1))
 SCAN = torch.zeros(2, 0, 4, dtype=torch.int64)
 Reply = shard_pb2.ShardReply
 
@@ -41,6 +45,7 @@ class Scripted(shard_pb2_grpc.ShardServicer):
         self.reply: Callable[[shard_pb2.ShardCall], list[Reply]] = lambda call: []
         self.calls: list[shard_pb2.ShardCall] = []
         self.epoch = 7
+        self.generations = [1]
         self.answers_pings = True
         self.address = ""
         self.streams: list[Any] = []
@@ -56,7 +61,10 @@ class Scripted(shard_pb2_grpc.ShardServicer):
     async def Ping(self, _: object, context: Any) -> None:
         while (beat := await context.read()) is not grpc.aio.EOF:
             if self.answers_pings:
-                await context.write(shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch))
+                served = [shard_pb2.ServedGeneration(generation=one) for one in self.generations]
+                await context.write(
+                    shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch, served=served)
+                )
 
     @asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator[None]:
@@ -80,12 +88,12 @@ def entry(address: str, epoch: int = 7, shard: int = 0, replica: int = 0) -> Sha
 async def linked(
     one: ShardEntry, generation: int = 1, ping: PingSection = PING
 ) -> AsyncIterator[GrpcShardLink]:
-    link = GrpcShardLink(one, generation, ping)
-    link.start()
+    connection = ShardConnection(one, ping)
+    connection.start()
     try:
-        yield link
+        yield GrpcShardLink(connection, generation)
     finally:
-        await link.aclose()
+        await connection.aclose()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -135,18 +143,23 @@ def test_a_link_gives_what_the_executor_gives_bit_for_bit(
                 executor.encode = lambda _: expected._replace(fallback=(False, True))
                 assert (await link.encode(users, 5)).fallback == (False, True)
                 assert torch.equal(await link.count(work.scan, 5), local.count(work.scan))
-                first, expected_first = await link.open("a", work, 5), local.open("a", work, 1e9)
+                (first, seen), expected_first = (
+                    await link.open("a", work, 5),
+                    local.open("a", work, 1e9),
+                )
+                assert seen == Seen(0, (), 0.0, executor.documents)
                 for got, wanted in zip(first[:4], expected_first[:4], strict=True):
                     assert torch.equal(got, wanted)
                 cutoffs = Cutoffs(first.scores[:, :, 3], first.item_ids[:, :, 3])
                 second = await link.close("a", cutoffs, 5)
                 expected_second = local.close("a", cutoffs)
-                both = await link.open_and_close("b", work, cutoffs, 5)
+                both, seen = await link.open_and_close("b", work, cutoffs, 5)
+                assert seen == Seen(0, (), 0.0, executor.documents)
                 for round_ in (second, both):
                     for got, wanted in zip(round_[:6], expected_second[:6], strict=True):
                         assert torch.equal(got, wanted)
                 ids = second.item_ids[1][:2].tolist()
-                assert await link.fields(ids, ["title", "year"], 5) == local.fields(
+                assert await link.fields("a", ids, ["title", "year"], 5) == local.fields(
                     ids, ["title", "year"]
                 )
                 link.release("a")
@@ -250,7 +263,7 @@ def test_answers_for_another_batch_are_refused(run: Any, work: Work, whole: Any)
                 await link.close("a", one, 5)
             shard.reply = answering(fields=shard_pb2.FieldColumns())
             with pytest.raises(ShardUnavailable, match="must have 1 values, got 0"):
-                await link.fields([1], ["title"], 5)
+                await link.fields("a", [1], ["title"], 5)
 
     run(scene())
 
@@ -403,7 +416,7 @@ def test_bytes_that_are_no_reply_break_the_stream_and_not_the_link(
             async with linked(entry(address)) as link:
                 with pytest.raises(ShardUnavailable, match="malformed answer"):
                     await link.count(SCAN, 5)
-                await until(lambda: link._connected is True)
+                await until(lambda: link.connection._connected is True)
                 assert (await link.count(SCAN, 5)).tolist() == [1, 2]
                 await until(lambda: "pings of shard 0: malformed" in caplog.text)
                 await until(lambda: link.state is LinkState.EJECTED)
@@ -436,7 +449,7 @@ def test_closing_a_link_fails_what_is_in_flight(run: Any) -> None:
         async with shard.serving(), linked(entry(shard.address)) as link:
             task = asyncio.ensure_future(link.count(SCAN, 5))
             await until(lambda: bool(shard.calls))
-            await link.aclose()
+            await link.connection.aclose()
             with pytest.raises(ShardUnavailable, match="the link was closed"):
                 await task
 
@@ -450,7 +463,8 @@ def test_the_links_follow_the_map(run: Any) -> None:
     async def scene() -> None:
         first, second = Scripted(), Scripted()
         first.reply = second.reply = answering(tensors=counts(1, 2))
-        links = Links(PING)
+        connections = Connections(PING)
+        links = Links(connections, 1)
         async with first.serving(), second.serving():
             old = entry(first.address)
             links.update(shard_map(1, old, entry(first.address, shard=1, replica=1)))
@@ -460,12 +474,96 @@ def test_the_links_follow_the_map(run: Any) -> None:
             new = entry(second.address, epoch=9)
             added = entry(second.address, shard=1)
             links.update(shard_map(2, new, added, entry(first.address, shard=1, replica=1)))
-            assert [link.entry for link in links.replicas(0)] == [new]
-            assert [link.entry for link in links.replicas(1)] == [added, kept.entry]
+            assert [link.connection.entry for link in links.replicas(0)] == [new]
+            assert [link.connection.entry for link in links.replicas(1)] == [
+                added,
+                kept.connection.entry,
+            ]
             assert links.replicas(1)[1] is kept
             await until(lambda: replaced.state is LinkState.DOWN)
-            await links.aclose()
+            links.close()
             assert links.replicas(0) == []
+            await connections.aclose()
             assert kept.state is LinkState.DOWN
+
+    run(scene())
+
+
+def test_a_call_carries_what_it_demands(run: Any, work: Work) -> None:
+    shard = Scripted()
+    shard.reply = answering(tensors=counts(1, 2))
+    tokens = (UpdateToken(9, 0, 5), UpdateToken(9, 3, 7))
+
+    async def scene() -> None:
+        async with shard.serving(), linked(entry(shard.address)) as link:
+            await link.count(SCAN, 5)
+            await link.count(SCAN, 5, Demand(Consistency(tokens), 0.5))
+            await link.count(SCAN, 5, Demand(Consistency((), 0.0), 0.25))
+            for ask in (link.encode([{}, {}], 5, Demand(Consistency(tokens), 1.0)),):
+                with pytest.raises(ShardUnavailable, match="malformed"):
+                    await ask
+            for ask in (
+                link.open("a", work, 5, Demand(Consistency(tokens), 1.0)),
+                link.open_and_close("a", work, EVERYTHING, 5, Demand(Consistency(tokens), 1.0)),
+            ):
+                with pytest.raises(ShardUnavailable, match="malformed"):
+                    await ask
+        plain, after, fresh, *others = shard.calls
+        assert not plain.HasField("fresh")
+        assert (after.fresh.log_id, after.fresh.wait_us) == (9, 500_000)
+        assert [(one.partition, one.position) for one in after.fresh.after] == [(0, 5), (3, 7)]
+        assert not after.fresh.HasField("max_staleness_us")
+        assert fresh.fresh.HasField("max_staleness_us")
+        assert (fresh.fresh.max_staleness_us, fresh.fresh.wait_us) == (0, 250_000)
+        assert all(call.fresh.log_id == 9 for call in others)
+        assert len(others) == 3
+
+    run(scene())
+
+
+def test_a_replica_without_the_generation_is_suspect_until_it_has_it(run: Any) -> None:
+    shard = Scripted()
+
+    async def scene() -> None:
+        async with shard.serving(), linked(entry(shard.address), ping=PATIENT) as link:
+            two = GrpcShardLink(link.connection, 2)
+            await until(lambda: link.seen is not None)
+            assert (link.state, two.state) == (LinkState.UP, LinkState.SUSPECT)
+            assert two.seen is None
+            assert (link.reached, two.reached) == (True, False)
+            shard.generations = [1, 2]
+            await until(lambda: two.state is LinkState.UP)
+            assert two.reached
+
+    run(scene())
+
+
+def test_generations_share_the_connection_to_a_process(run: Any) -> None:
+    def shard_map(generation: int, *entries: ShardEntry) -> ShardMap:
+        return ShardMap(
+            version=1, generation=generation, snapshot="s", num_shards=1, entries=entries
+        )
+
+    async def scene() -> None:
+        shard = Scripted()
+        shard.generations = [1, 2]
+        async with shard.serving():
+            own = entry(shard.address)
+            connections = Connections(PATIENT)
+            old, new = Links(connections, 1), Links(connections, 2)
+            old.update(shard_map(1, own))
+            (before,) = old.replicas(0)
+            await until(lambda: before.reached)
+            # What the entry says of documents is no reason to connect again.
+            new.update(shard_map(2, own.model_copy(update={"documents": 99})))
+            (after,) = new.replicas(0)
+            assert after.connection is before.connection
+            assert (before.generation, after.generation) == (1, 2)
+            old.close()
+            assert after.reached
+            assert len(shard.streams) == 1
+            new.close()
+            await until(lambda: after.state is LinkState.DOWN)
+            await connections.aclose()
 
     run(scene())

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from silvershard.cluster import retrieval_pb2
-from silvershard.cluster.codec import column_from, coverage_from
+from silvershard.cluster.codec import coverage_from
+from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.outcome import Coverage, ShardOutcome
 from silvershard.cluster.response import response_of
 from silvershard.cluster.rounds import Served

@@ -356,7 +356,7 @@ def test_a_second_replica_takes_over_and_nothing_is_missing(
     bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
     assert not fate.coverage.degraded
     second = bench.links[1][1].calls
-    assert ("open_and_close" in second) == (op == "close")
+    assert ("open_and_close" in second) == (op in ("close", "fields"))
     bench.assert_nothing_is_open()
 
 
@@ -380,3 +380,40 @@ def test_the_other_replica_is_asked_while_one_is_suspect(make_bench: Any) -> Non
     bench.links[0][1].state = LinkState.DOWN
     assert isinstance(bench.ask(bench.request()), Served)
     assert bench.links[0][0].calls == ["encode", "open", "close"]
+
+
+def test_a_replica_that_takes_over_for_fields_answers_with_its_own_versions(
+    make_bench: Any,
+) -> None:
+    bench = make_bench(1, replicas=2)
+    first, second = bench.links[0]
+    first.faults["fields"] = [ShardUnavailable(0, "gone")] * 9
+    wanted = bench.request(return_fields=("title",))
+    changed: list[Any] = []
+    real = second.executor.open_and_close
+
+    def later(*arguments: Any) -> Any:
+        # By now the best item has gone up.
+        both = real(*arguments)
+        changed.append(both.item_ids[0, 0].item())
+        values = both.values.clone()
+        values[0, 0] += 1
+        return both._replace(values=values)
+
+    plain = bench.ask(bench.request())
+    second.executor.open_and_close = later
+    fate = bench.ask(wanted, min_coverage=1.0)
+    assert fate.answer.item_ids[0].item() == changed[0]
+    assert fate.answer.scores[0].item() == plain.answer.scores[0].item() + 1
+    assert len(fate.fields["title"]) == 20
+    assert second.calls[-2:] == ["open_and_close", "fields"]
+
+
+def test_fields_of_candidates_that_expired_come_from_rounds_run_again(make_bench: Any) -> None:
+    bench = make_bench(1)
+    (link,) = bench.links[0]
+    link.faults["fields"] = [CandidatesExpired("key")]
+    fate = bench.ask(bench.request(return_fields=("title",)))
+    assert len(fate.fields["title"]) == 20
+    assert link.calls[-3:] == ["fields", "open_and_close", "fields"]
+    bench.assert_nothing_is_open()

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.client import Client, RequestRefused
 from silvershard.cluster.config import ListenSection, PingSection, RouterConfig
+from silvershard.cluster.hosting import Loaded
 from silvershard.cluster.router import Router
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
@@ -342,6 +345,146 @@ def health_is_gone(address: str) -> bool:
     return health(address, "") in ("NOT_SERVING", "UNAVAILABLE")
 
 
+# ---- several generations of the same processes
+
+
+class Renamed:
+    """An executor that claims to be another generation."""
+
+    def __init__(self, executor: Any, generation: int) -> None:
+        self.executor = executor
+        self.spec = executor.spec.model_copy(update={"generation": generation})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executor, name)
+
+
+@pytest.fixture
+def two_generations(
+    make_server: Any, make_executors: Any, monkeypatch: pytest.MonkeyPatch, loop_thread: Any
+) -> list[ShardServer]:
+    """Servers that hold generations 1 and 2, of which a router reads both from one snapshot."""
+
+    def opened(path: Path) -> Any:
+        if path.name == "damaged":
+            raise SnapshotError(str(path), "manifest.json is missing")
+        snapshot = open_snapshot(path.parent if path.name == "two" else path)
+        manifest = snapshot.manifest
+        if path.name == "two":
+            spec = manifest.spec.model_copy(update={"generation": 2})
+            manifest = SimpleNamespace(spec=spec, content_hash="two")
+        return SimpleNamespace(manifest=manifest)
+
+    monkeypatch.setattr("silvershard.cluster.router.open_snapshot", opened)
+    servers = [make_server(executor) for executor in make_executors(2)]
+    for server, executor in zip(servers, make_executors(2), strict=True):
+        server.hosting.add(Loaded(Renamed(executor, 2)))  # type: ignore[arg-type]
+    return servers
+
+
+def test_another_generation_of_the_same_processes_takes_over_without_a_new_connection(
+    two_generations: Any, make_router: Any, write_map: Any, client_of: Any, generation: Any
+) -> None:
+    one, two = str(generation.path), str(generation.path / "two")
+    write_map(*two_generations)
+    router = make_router()
+    client = client_of(router.address)
+    client.wait_until_ready(10)
+    assert client.retrieve(k=3).generation == 1
+
+    def connections() -> set[int]:
+        return {id(held) for held, _ in router._connections._held.values()}
+
+    before = connections()
+    write_map(*two_generations, version=2, generation=2, snapshot=two, snapshots={1: one})
+    until(lambda: client.retrieve(k=3).generation == 2)
+    live = client.retrieve(k=3, min_coverage=1.0)
+    assert (live.content_hash, live.shard_map_version) == ("two", 2)
+    pinned = client.retrieve(k=3, generation=1)
+    assert (pinned.generation, pinned.coverage.documents) == (1, 1.0)
+    assert connections() == before
+    coordinator = router._held[2].coordinator
+    write_map(*two_generations, version=3, snapshots={2: two})
+    until(lambda: client.retrieve(k=3).generation == 1)
+    assert client.retrieve(k=3, generation=2).generation == 2
+    # The generation that was live stays as it was, with all that is in flight.
+    assert router._held[2].coordinator is coordinator
+    write_map(*two_generations, version=4)
+    until(lambda: 2 not in router._held)
+    with pytest.raises(RequestRefused, match="generation 2 is not served; 1 is") as raised:
+        client.retrieve(k=3, generation=2)
+    assert (raised.value.code, raised.value.reason) == ("ABORTED", "GENERATION_NOT_SERVED")
+    assert len(router._retired) >= 1
+    assert connections() == before
+
+
+def test_an_alias_is_answered_by_its_generation(
+    two_generations: Any, make_router: Any, write_map: Any, client_of: Any, generation: Any
+) -> None:
+    two = str(generation.path / "two")
+    write_map(*two_generations, snapshots={2: two}, aliases={"canary": 2})
+    router = make_router()
+    client_of(router.address).wait_until_ready(10)
+    with grpc.insecure_channel(router.address) as channel:
+        stub = retrieval_pb2_grpc.RetrievalStub(channel)
+
+        def ask(**fields: Any) -> Any:
+            return stub.Retrieve(retrieval_pb2.RetrieveRequest(k=1, **fields), timeout=10)
+
+        assert ask(alias="canary").version.generation == 2
+        assert ask(alias="live").version.generation == 1
+        assert ask(generation=2).version.generation == 2
+        batch = retrieval_pb2.RetrieveBatchRequest(
+            requests=[
+                retrieval_pb2.RetrieveRequest(k=1, alias=alias)
+                for alias in ("live", "canary", "live", "nobody")
+            ]
+        )
+        items = stub.RetrieveBatch(batch, timeout=10).items
+        assert [one.response.version.generation for one in items] == [1, 2, 1, 0]
+        assert "there is 'canary' and 'live'" in items[3].reason
+
+
+def test_a_generation_beside_the_live_one_that_cannot_be_read_is_not_offered(
+    two_generations: Any,
+    make_router: Any,
+    write_map: Any,
+    client_of: Any,
+    generation: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damaged = str(generation.path / "damaged")
+    write_map(*two_generations, snapshots={2: damaged}, aliases={"canary": 2})
+    router = make_router()
+    client = client_of(router.address)
+    client.wait_until_ready(10)
+    assert client.retrieve(k=3).generation == 1
+    assert "generation 2 is not offered" in caplog.text
+    assert router._offer is not None
+    assert router._offer.aliases == {}
+
+
+def test_updates_go_to_the_sequencer_that_the_map_names(
+    make_router: Any, make_server: Any, make_executors: Any, write_map: Any, client_of: Any
+) -> None:
+    servers = [make_server(executor) for executor in make_executors(2)]
+    write_map(*servers)
+    router = make_router()
+    client_of(router.address).wait_until_ready(10)
+    with grpc.insecure_channel(router.address) as channel:
+        stub = retrieval_pb2_grpc.UpdatesStub(channel)
+
+        def complaint() -> str:
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.Apply(retrieval_pb2.ApplyRequest(), timeout=10)
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            return str(raised.value.details())
+
+        assert complaint() == "no sequencer takes updates at present"
+        write_map(*servers, version=2, sequencer="127.0.0.1:1")
+        until(lambda: "the sequencer did not answer" in complaint())
+
+
 # ---- processes of their own
 
 
@@ -413,9 +556,10 @@ class Asking:
 
 def serves_map(router: Router, version: int) -> bool:
     """True once the router has taken over a map and reached the first shard in it."""
-    serving = router._serving
-    links = router._links.replicas(0)
-    return serving is not None and serving.map_version == version and links[0].reached
+    offer = router._offer
+    if offer is None or offer.generations[1].map_version != version:
+        return False
+    return router._held[1].links.replicas(0)[0].reached
 
 
 @pytest.mark.slow
@@ -485,7 +629,7 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     assert raised.value.code in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
     assert raised.value.coverage is not None
     assert raised.value.coverage.documents == executors[1].documents / 600
-    until(lambda: router._links.replicas(0)[0].state.value in ("ejected", "down"))
+    until(lambda: router._held[1].links.replicas(0)[0].state.value in ("ejected", "down"))
     for _ in range(5):
         started_s = time.monotonic()
         result = client.retrieve(k=3, min_coverage=0.0, timeout_s=10.0)

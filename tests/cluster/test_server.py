@@ -453,7 +453,11 @@ def test_reflection_lists_the_services(cluster: Any, client: Client) -> None:
         asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         (reply,) = list(stub.ServerReflectionInfo(asked))
         names = {one.name for one in reply.list_services_response.service}
-        assert {"silvershard.v1.Retrieval", "grpc.health.v1.Health"} <= names
+        assert {
+            "silvershard.v1.Retrieval",
+            "silvershard.v1.Updates",
+            "grpc.health.v1.Health",
+        } <= names
         symbol = "silvershard.v1.RetrieveRequest"
         asked = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)])
         (reply,) = list(stub.ServerReflectionInfo(asked))

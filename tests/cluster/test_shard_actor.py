@@ -7,8 +7,12 @@ import pytest
 
 from silvershard.cluster.client import Client
 from silvershard.cluster.config import ListenSection, RouterConfig
+from silvershard.cluster.mutation_codec import logged
 from silvershard.cluster.router import Router
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.update_log import NewRecord, open_log
+from silvershard.cluster.update_message import mutation_to
+from silvershard.cluster.updates import ItemUpsert
 from silvershard.model.request import Request
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -73,3 +77,42 @@ def test_actors_serve_their_shards_and_come_back_as_another_incarnation(
         loop_thread.call(router.stop())
         for actor in actors:
             ray.kill(actor)
+
+
+def test_an_actor_that_starts_again_serves_what_map_and_log_say_by_now(
+    ray: Any, generation: Any, tmp_path: Any
+) -> None:
+    from silvershard.cluster.shard_actor import ShardActor
+
+    log = open_log(f"sqlite://{tmp_path}/log.db")
+    epoch = log.acquire(0)
+
+    def append(item_id: int, version: int) -> None:
+        payload = logged(mutation_to(ItemUpsert(item_id)), version)
+        log.append(0, epoch, [NewRecord(item_id, version, False, False, 0, payload)], 0)
+
+    append(1 << 41, 1)
+    map_path = tmp_path / "map.json"
+    ShardMap(
+        version=1, generation=1, snapshot=str(generation.path), num_shards=1, entries=()
+    ).write_atomic(map_path)
+    actor = ShardActor.remote(
+        "/nowhere", 0, 1, replica=1, map_path=str(map_path), log_url=log.url, headroom=0.5
+    )
+    try:
+        described = ray.get(actor.describe.remote(), timeout=60)
+        assert (described["replica"], described["documents"]) == (1, 601)
+        assert described["generations"] == [1]
+        os.kill(described["pid"], signal.SIGKILL)
+        append(1 << 42, 2)
+        again = None
+        while again is None:
+            try:
+                again = ray.get(actor.describe.remote(), timeout=60)
+            except ray.exceptions.ActorUnavailableError:
+                time.sleep(0.01)
+        assert again["pid"] != described["pid"]
+        assert again["documents"] == 602
+    finally:
+        ray.kill(actor)
+        log.close()

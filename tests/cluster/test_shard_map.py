@@ -84,9 +84,42 @@ def test_a_damaged_map_is_refused_naming_the_place(
         ({"surprise": 1}, "Extra inputs"),
         ({"num_shards": 0}, "greater than or equal to 1"),
         ({"snapshot": ""}, "at least 1 character"),
+        ({"aliases": {"canary": 9}}, r"alias canary must name a generation of \[\d+\], got 9"),
+        (
+            {"snapshots": {"9": "/s/9"}, "aliases": {"live": 9}},
+            r"alias live must be generation \d+, got 9",
+        ),
+        ({"log_partitions": 0}, "greater than or equal to 1"),
     ],
 )
 def test_a_map_that_contradicts_itself_is_refused(change: dict[str, Any], complaint: str) -> None:
     fields = json.loads(make_map(entry(0)).model_dump_json())
     with pytest.raises(ValidationError, match=complaint):
         ShardMap.model_validate({**fields, **change})
+
+
+def test_a_map_of_the_first_version_is_read(tmp_path: Path) -> None:
+    fields = {"version": 4, "generation": 2, "snapshot": "/s/2", "num_shards": 1, "entries": []}
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(fields))
+    read = ShardMap.read(path)
+    assert read.hosted == {2: "/s/2"}
+    assert (read.sequencer, read.log_url, read.aliases) == ("", "", {})
+
+
+def test_a_map_names_every_generation_that_can_be_asked_for(tmp_path: Path) -> None:
+    written = make_map(
+        entry(0),
+        generation=2,
+        snapshot="/s/2",
+        snapshots={1: "/s/1", 2: "/elsewhere"},
+        aliases={"canary": 1, "live": 2},
+        sequencer="127.0.0.1:5",
+        log_url="sqlite:///log.db",
+        log_partitions=4,
+    )
+    # What is live is where the map says that it is.
+    assert written.hosted == {1: "/s/1", 2: "/s/2"}
+    path = tmp_path / "map.json"
+    written.write_atomic(path)
+    assert ShardMap.read(path) == written

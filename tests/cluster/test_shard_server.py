@@ -11,6 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_name
+from silvershard.cluster.follower import Lag, UpdateCounts
+from silvershard.cluster.hosting import Loaded
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.compiled_request import compile_request
@@ -18,6 +20,7 @@ from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, Work
 from silvershard.shard.errors import ConfigError, StateError
+from silvershard.shard.page_pool import PoolUsage
 
 EPOCH = 7
 
@@ -252,7 +255,10 @@ def test_a_shard_says_what_it_looked_up_in_remote_tables(run: Any, executor: Any
     async def scene() -> None:
         async with serving(executor) as caller:
             report = await caller.stub.Inspect(shard_pb2.InspectRequest())
-            assert (report.epoch, report.generation) == (EPOCH, executor.spec.generation)
+            (held,) = report.generations
+            assert (report.epoch, report.shard, held.generation) == (EPOCH, 0, 1)
+            assert held.state == shard_pb2.GENERATION_STATE_PREPARED
+            assert held.seen == shard_pb2.Seen(documents=executor.documents)
             assert list(report.tables) == []
         async with serving(executor, lookups=lambda: {"history": counts}) as caller:
             (found,) = (await caller.stub.Inspect(shard_pb2.InspectRequest())).tables
@@ -338,8 +344,11 @@ def test_health_and_pings_answer_while_the_model_works(run: Any, executor: Any) 
             pings = caller.stub.Ping()
             for sequence in (1, 2):
                 await pings.write(shard_pb2.Beat(sequence=sequence))
+                seen = shard_pb2.Seen(documents=executor.documents)
                 assert await pings.read() == shard_pb2.Beat(
-                    sequence=sequence, epoch=EPOCH, generation=1
+                    sequence=sequence,
+                    epoch=EPOCH,
+                    served=[shard_pb2.ServedGeneration(generation=1, seen=seen)],
                 )
             async with grpc.aio.insecure_channel(caller.server.address) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
@@ -383,3 +392,197 @@ def test_a_port_in_use_and_a_foreign_address_are_refused(run: Any, executor: Any
 def test_epochs_grow_with_every_incarnation(executor: Any) -> None:
     first = ShardServer(executor).epoch
     assert ShardServer(executor).epoch > first
+
+
+# ---- generations side by side, and freshness
+
+
+class Live:
+    """An executor that a test moves on, as if it followed a log."""
+
+    def __init__(self, executor: Any, generation: int) -> None:
+        self.executor = executor
+        self.spec = executor.spec.model_copy(update={"generation": generation})
+        self.cut: tuple[int, ...] = (4,)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executor, name)
+
+    def usage(self) -> PoolUsage:
+        return PoolUsage(10, 4, 5, 1, 20, 3, 1.5, 0)
+
+
+class Idle:
+    """A follower of nothing."""
+
+    log_id = 9
+    lag = Lag((4,), (6,), 0.0, 0.0)
+    counts = UpdateCounts()
+    staleness_s = 0.25
+    failure = trouble = ""
+
+    def start(self, progressed: Callable[[], None]) -> None:
+        self.progressed = progressed
+
+    def catch_up(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def loaded(executor: Any, generation: int) -> tuple[Live, Idle, Loaded]:
+    live, idle = Live(executor, generation), Idle()
+    return live, idle, Loaded(live, lambda _: idle)  # type: ignore[arg-type,return-value]
+
+
+def fresh(position: int, *, log_id: int = 9, wait_us: int = 5_000_000) -> shard_pb2.Freshness:
+    after = [shard_pb2.LogPosition(partition=0, position=position)]
+    return shard_pb2.Freshness(log_id=log_id, after=after, wait_us=wait_us)
+
+
+def test_a_reply_says_what_it_was_made_from(run: Any, executor: Any) -> None:
+    live, _, made = loaded(executor, 1)
+
+    async def scene() -> None:
+        async with serving(made) as caller:
+            reply = await caller.ask(count=scan_of())
+            assert reply.seen == shard_pb2.Seen(
+                log_id=9, cut=[4], staleness_us=250_000, documents=executor.documents
+            )
+            live.cut = (5,)
+            assert list((await caller.ask(count=scan_of())).seen.cut) == [5]
+
+    run(scene())
+
+
+def test_a_call_that_waits_for_updates_holds_up_nobody(run: Any, executor: Any) -> None:
+    live, idle, made = loaded(executor, 1)
+
+    async def scene() -> None:
+        async with serving(made) as caller:
+            waiting = await caller.send(count=scan_of(), fresh=fresh(6))
+            for _ in range(3):
+                assert (await caller.ask(count=scan_of())).call_id != waiting
+            live.cut = (6,)
+            await asyncio.to_thread(idle.progressed)
+            reply = await caller.receive()
+            assert (reply.call_id, list(reply.seen.cut)) == (waiting, [6])
+
+    run(scene())
+
+
+@pytest.mark.parametrize(
+    ("demand", "code", "reason"),
+    [
+        (fresh(6, wait_us=1000), "FAILED_PRECONDITION", "REPLICA_STALE"),
+        (fresh(1, log_id=8), "FAILED_PRECONDITION", "FOREIGN_TOKEN"),
+        (
+            shard_pb2.Freshness(max_staleness_us=1000, wait_us=1000),
+            *("FAILED_PRECONDITION", "REPLICA_STALE"),
+        ),
+    ],
+    ids=["behind", "foreign", "stale"],
+)
+def test_a_demand_that_is_not_met_is_refused(
+    run: Any, executor: Any, demand: Any, code: str, reason: str
+) -> None:
+    _, _, made = loaded(executor, 1)
+
+    async def scene() -> None:
+        async with serving(made) as caller:
+            reply = await caller.ask(count=scan_of(), fresh=demand)
+            assert (code_name(reply.code), reply.reason) == (code, reason)
+            assert not reply.message.startswith(code)
+            assert (await caller.ask(count=scan_of())).code == 0
+
+    run(scene())
+
+
+def test_generations_are_prepared_asked_and_retired_side_by_side(
+    run: Any, make_executors: Any, work: Work
+) -> None:
+    first, second = make_executors(2)[0], make_executors(2)[0]
+
+    def load(path: Any) -> Loaded:
+        return loaded(second, int(path.name))[2]
+
+    async def state(caller: Caller) -> dict[int, int]:
+        report = await caller.stub.Inspect(shard_pb2.InspectRequest())
+        return {one.generation: one.state for one in report.generations}
+
+    async def scene() -> None:
+        prepared = shard_pb2.GENERATION_STATE_PREPARED
+        async with serving(first, snapshot="/s/1", load=load) as caller:
+            assert (await caller.ask(generation=2, count=scan_of())).reason == "VERSION_MISMATCH"
+            for _ in range(2):
+                request = shard_pb2.PrepareRequest(generation=2, snapshot="/s/2")
+                report = await caller.stub.Prepare(request)
+                assert (report.generation, report.snapshot) == (2, "/s/2")
+            async with asyncio.timeout(5):
+                while await state(caller) != {1: prepared, 2: prepared}:
+                    await asyncio.sleep(0.001)
+            for generation, executor in ((1, first), (2, second)):
+                reply = await caller.ask(
+                    generation=generation, key=f"k{generation}", open=tensors.work_to_map(work)
+                )
+                assert (reply.generation, reply.code) == (generation, 0)
+                assert executor.num_open == 1
+            await caller.send(key="k2", release=shard_pb2.Release())
+            await until(lambda: (first.num_open, second.num_open) == (1, 0))
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await caller.stub.Prepare(
+                    shard_pb2.PrepareRequest(generation=1, snapshot="/elsewhere")
+                )
+            assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert (caller.server.generation, caller.server.executor.spec.generation) == (2, 2)
+            await caller.stub.Retire(shard_pb2.RetireRequest(generation=1))
+            assert await state(caller) == {2: prepared}
+            assert (await caller.ask(generation=1, count=scan_of())).generation == 2
+            assert (await caller.ask(generation=2, count=scan_of())).code == 0
+
+    run(scene())
+
+
+def test_a_shard_that_serves_nothing_is_not_healthy_and_says_why(run: Any, executor: Any) -> None:
+    _, idle, made = loaded(executor, 1)
+
+    async def scene() -> None:
+        async with serving(made) as caller:
+            idle.failure = "no room"
+            await asyncio.to_thread(idle.progressed)
+            reply = await caller.ask(count=scan_of())
+            assert (code_name(reply.code), reply.reason) == ("UNAVAILABLE", "SHARD_UNAVAILABLE")
+            assert "generation 1 left service: no room" in reply.message
+            async with grpc.aio.insecure_channel(caller.server.address) as channel:
+                request = health_pb2.HealthCheckRequest(service="shard/0")
+                stub = health_pb2_grpc.HealthStub(channel)
+                async with asyncio.timeout(5):
+                    while (await stub.Check(request)).status == 1:
+                        await asyncio.sleep(0.001)
+            with pytest.raises(StateError, match="no generation in service"):
+                _ = caller.server.generation
+            pings = caller.stub.Ping()
+            await pings.write(shard_pb2.Beat(sequence=1))
+            assert list((await pings.read()).served) == []
+            pings.cancel()
+
+    run(scene())
+
+
+def test_fields_are_those_of_the_query_that_found_the_items(
+    run: Any, executor: Any, work: Work
+) -> None:
+    asked: list[Any] = []
+    real = executor.fields
+    executor.fields = lambda *arguments: (asked.append(arguments[2]), real(*arguments))[1]
+
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            fields = shard_pb2.Fields(item_ids=[], names=["title"])
+            gone = await caller.ask(key="a", fields=fields)
+            assert gone.reason == "CANDIDATES_EXPIRED"
+            await caller.ask(key="a", open=tensors.work_to_map(work))
+            assert (await caller.ask(key="a", fields=fields)).code == 0
+            assert (await caller.ask(fields=fields)).code == 0
+            assert asked == ["a", None]
+
+    run(scene())

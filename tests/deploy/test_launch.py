@@ -18,6 +18,7 @@ from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.config import ListenSection
 from silvershard.deploy import golden, launch, operate
 from silvershard.deploy.config import Config, load
+from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
 from silvershard.deploy.state import ClusterRecord, StateDir
@@ -91,6 +92,18 @@ def test_the_newest_generation_is_chosen(tmp_path: Path) -> None:
         generation_dir(state.generations, number).mkdir(parents=True)
     assert launch.choose_generation(state, None) == (10, generation_dir(state.generations, 10))
     assert launch.choose_generation(state, 2) == (2, generation_dir(state.generations, 2))
+
+
+def test_what_was_live_last_is_chosen_before_the_newest(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    for number in (1, 2, 10):
+        generation_dir(state.generations, number).mkdir(parents=True)
+    store = ControlStore(state.control_file)
+    store.change(lambda now: now.pointed("live", 2))
+    assert launch.choose_generation(state, None)[0] == 2
+    assert launch.choose_generation(state, 0)[0] == 10
+    store.change(lambda now: now.pointed("live", 7))
+    assert launch.choose_generation(state, None)[0] == 10
 
 
 def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path) -> None:

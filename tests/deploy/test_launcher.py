@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -10,14 +11,19 @@ import pytest
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.table_map import TableEntry
+from silvershard.cluster.update_log import open_log
 from silvershard.deploy import launcher
 from silvershard.deploy.config import Config, load
+from silvershard.deploy.control_store import ControlStore, wanted
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.launcher import LocalCluster
 from silvershard.deploy.processes import is_alive
+from silvershard.deploy.sequencer_watch import SequencerEntry
+from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardDead
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
 from silvershard.deploy.table_tier import TableHost
+from silvershard.shard.generations import generation_dir
 from silvershard.shard.table_files import RowFile
 
 
@@ -48,9 +54,29 @@ class FakeRouter:
         self.stopped += 1
 
 
+class FakeHost:
+    """A shard process that holds whatever it is asked for."""
+
+    def __init__(self, address: str) -> None:
+        self.held = {3: Held("prepared", "", 9, (), (), 0.0, 0, 0, 0)}
+
+    def poll(self) -> None:
+        pass
+
+    def prepare(self, generation: int, snapshot: str) -> None:
+        self.held[generation] = self.held[3]
+
+    def retire(self, generation: int) -> None:
+        del self.held[generation]
+
+    def close(self) -> None:
+        pass
+
+
 class FakeShard:
-    def __init__(self, shard: int) -> None:
+    def __init__(self, shard: int, replica: int = 0) -> None:
         self.shard = shard
+        self.replica = replica
         self.count = 0
         self.said: Any = None
         self.ended = False
@@ -58,10 +84,10 @@ class FakeShard:
     def serve(self, epoch: int = 1) -> None:
         self.said = ShardEntry(
             shard=self.shard,
-            replica=0,
-            address=f"127.0.0.1:{9000 + self.shard}",
+            replica=self.replica,
+            address=f"127.0.0.1:{9000 + self.shard + 10 * self.replica}",
             epoch=epoch,
-            documents=10 + self.shard,
+            documents=99,
             pid=os.getpid(),
         )
 
@@ -80,19 +106,38 @@ class FakeShard:
         self.ended = True
 
 
+# Partitions 0 to 31 belong to the first of two shards.
+MANIFEST = {
+    "spec": {
+        "generation": 3,
+        "model": "films",
+        "partition_documents": [10, *[0] * 31, 11, *[0] * 31],
+    },
+    "content_hash": "a" * 64,
+    "files": {},
+}
+
+
 class Setup:
-    def __init__(self, root: Path, **options: Any) -> None:
+    def __init__(self, root: Path, settings: dict[str, Any] | None = None, **options: Any) -> None:
         self.state = StateDir(root)
         self.state.create()
+        snapshot = generation_dir(self.state.generations, 3)
+        snapshot.mkdir(parents=True)
+        (snapshot / "manifest.json").write_text(json.dumps(MANIFEST))
         self.shards = [FakeShard(0), FakeShard(1)]
+        self.copies = [FakeShard(0, 1), FakeShard(1, 1)]
         self.phases: list[str] = []
         self.asked: list[str] = []
+        self.sequencer = FakeShard(0)
         self.cluster = LocalCluster(
             self.state,
-            load(None, environ={}),
+            load(None, environ={}, options=settings or {"updates.enabled": False}),
             generation=3,
-            snapshot=root / "gen-000003",
-            start_shard=lambda shard: self.shards[shard],
+            snapshot=snapshot,
+            start_shard=lambda shard, replica: (self.shards, self.copies)[replica][shard],
+            start_sequencer=lambda: self.sequencer,
+            connect=FakeHost,
             canary=self.asked.append,
             report=self.phases.append,
             **options,
@@ -127,7 +172,10 @@ def test_the_first_map_is_whole(setup: Setup) -> None:
     setup.cluster.poll()
     assert (setup.map.version, setup.map.generation, setup.map.num_shards) == (1, 3, 2)
     assert served(setup.map) == [0, 1]
-    assert setup.map.snapshot == str(setup.state.root / "gen-000003")
+    assert setup.map.snapshot == str(setup.state.generations / "gen-000003")
+    assert (setup.map.sequencer, setup.map.log_url) == ("", "")
+    # What an entry serves is what its generation has, whatever the process loaded first.
+    assert [entry.documents for entry in setup.map.entries] == [10, 11]
 
 
 def test_a_lost_shard_leaves_the_map_and_returns_to_it(setup: Setup) -> None:
@@ -162,11 +210,11 @@ def test_nothing_is_written_while_nothing_changes(setup: Setup) -> None:
 def test_ready_means_all_shards_and_the_router(setup: Setup) -> None:
     setup.cluster.start_shards()
     setup.shards[0].serve()
-    with pytest.raises(TimedOut, match="1 of 2 shards serve, the router is serving"):
+    with pytest.raises(TimedOut, match="1 of 2 shards serve, 0 in the map, the router"):
         setup.cluster.wait_until_ready(0.0)
     setup.shards[1].serve()
     setup.router.phase = "starting"
-    with pytest.raises(TimedOut, match="2 of 2 shards serve, the router is starting"):
+    with pytest.raises(TimedOut, match="2 in the map, the router is starting"):
         setup.cluster.wait_until_ready(0.0)
     setup.router.phase = "serving"
     assert setup.asked == []
@@ -269,3 +317,104 @@ def test_watching_ends_when_told(setup: Setup) -> None:
     stop.set()
     setup.cluster.run(stop)
     assert setup.router.polled == 0
+
+
+def test_every_replica_of_every_shard_is_in_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    setup = Setup(tmp_path, {"updates.enabled": False, "sharding.replicas": 2})
+    setup.cluster.start_shards()
+    for shard in (*setup.shards, setup.copies[0]):
+        shard.serve()
+    with pytest.raises(TimedOut, match="3 of 4 shards serve"):
+        setup.cluster.wait_until_ready(0.0)
+    setup.copies[1].serve()
+    setup.cluster.wait_until_ready(0.0)
+    assert [(one.shard, one.replica) for one in setup.map.entries] == [
+        *((0, 0), (1, 0)),
+        *((0, 1), (1, 1)),
+    ]
+    record = setup.state.read_record()
+    assert record is not None
+    assert [one.replica for one in record.shards] == [0, 0, 1, 1]
+    assert (record.documents, record.coverage) == (21, 1.0)
+    setup.copies[1].count = 1
+    setup.cluster.poll()
+    record = setup.state.read_record()
+    assert record is not None
+    assert (record.coverage, record.is_whole) == (1.0, False)
+    setup.cluster.stop()
+    assert all(one.ended for one in (*setup.shards, *setup.copies))
+
+
+def test_the_log_is_made_and_the_map_names_it_and_the_sequencer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    setup = Setup(tmp_path, {"updates.partitions": 4})
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    with pytest.raises(TimedOut, match="the sequencer does not serve"):
+        setup.cluster.wait_until_ready(0.0)
+    assert setup.map.sequencer == ""
+    setup.sequencer.said = SequencerEntry(address="127.0.0.1:7", pid=os.getpid())
+    setup.cluster.wait_until_ready(0.0)
+    assert setup.map.sequencer == "127.0.0.1:7"
+    assert setup.map.log_url == f"sqlite:///{setup.state.updates_file}"
+    assert setup.map.log_partitions == 4
+    log = open_log(setup.map.log_url, None, create=False)
+    assert (log.num_partitions, log.pins()) == (4, {"gen-000003": (0, 0, 0, 0)})
+    log.close()
+    record = setup.state.read_record()
+    assert record is not None
+    assert record.sequencer is not None
+    assert record.sequencer.address == "127.0.0.1:7"
+    setup.sequencer.count = 1
+    setup.cluster.poll()
+    assert setup.map.sequencer == ""
+    record = setup.state.read_record()
+    assert record is not None
+    assert not record.is_whole
+    setup.cluster.stop()
+    assert setup.sequencer.ended
+
+
+def test_the_map_follows_a_swap_with_one_change(setup: Setup) -> None:
+    other = generation_dir(setup.state.generations, 4)
+    other.mkdir()
+    (other / "manifest.json").write_text(
+        json.dumps({**MANIFEST, "spec": {**MANIFEST["spec"], "generation": 4}})
+    )
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    setup.cluster.poll()
+    store = ControlStore(setup.state.control_file)
+    operation = wanted("activate", 4, "live")
+    store.change(lambda now: now.with_operation(operation))
+    maps = {setup.map.version: setup.map}
+    for _ in range(4):
+        setup.cluster.poll()
+        maps[setup.map.version] = setup.map
+    assert [(one.generation, one.snapshots) for one in maps.values()] == [
+        (3, {}),
+        (4, {3: str(setup.state.generations / "gen-000003")}),
+    ]
+    assert setup.map.snapshot == str(other)
+    record = setup.state.read_record()
+    assert record is not None
+    assert record.generation == 4
+    assert [(one.generation, one.role) for one in record.generations] == [
+        (3, "previous"),
+        (4, "live"),
+    ]
+
+
+def test_the_driver_of_a_cluster_needs_no_torch() -> None:
+    code = "import sys, silvershard.deploy.launcher\nprint('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("False", "")

@@ -4,12 +4,18 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster import shard_pb2
+from silvershard.cluster.update_log import NewRecord, open_log
 from silvershard.deploy import operate
-from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.config import load
+from silvershard.deploy.errors import CommandError, ExitCode, Refused
+from silvershard.deploy.log_pins import log_url
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import (
     ClusterRecord,
+    GenerationRecord,
     RouterRecord,
+    SequencerRecord,
     ShardRecord,
     StateDir,
     TableRecord,
@@ -194,3 +200,78 @@ def test_a_long_wait_says_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
     bar.phase("shards 1/2")
     bar.close()
     assert "starting: shards 1/2 00:0" in written.getvalue()
+
+
+def held(generation: int, cut: int, end: int) -> shard_pb2.ShardReport:
+    report = shard_pb2.ShardReport()
+    one = report.generations.add(generation=generation, ends=[end])
+    one.seen.cut.append(cut)
+    return report
+
+
+def test_replicas_sequencer_and_generations_are_shown(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_inspected", lambda address: held(3, 40, 57))
+    first = record().shards[0]
+    copies = [
+        first.model_copy(update={"shard": shard, "replica": replica, "documents": 5})
+        for replica in (0, 1)
+        for shard in (0, 1)
+    ]
+    copies[3] = copies[3].model_copy(update={"state": "restarting"})
+    sequencer = SequencerRecord(state="serving", pid=77, address="127.0.0.1:7")
+    generations = (
+        GenerationRecord(generation=2, role="previous", prepared=3, processes=4),
+        GenerationRecord(generation=3, role="live", prepared=3, processes=4, reason="loading"),
+    )
+    whole = record(shards=tuple(copies), sequencer=sequencer, generations=generations)
+    state.write_record(whole)
+    document, code = operate.status(state)
+    # Every document has a process that serves it, yet one process is missing.
+    assert (document["coverage"], code) == (1.0, ExitCode.DEGRADED)
+    assert [one["behind"] for one in document["shards"]] == [17, 17, 17, None]
+    shown = operate.render_cluster(document)
+    for text in ("1.1", "pid 77, serving", "previous", "3 of 4", " 17 "):
+        assert text in shown
+
+
+def test_a_sequencer_that_is_away_is_degraded(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "_inspected", lambda address: None)
+    monkeypatch.setattr(operate, "_health", lambda address, service: address != "127.0.0.1:7")
+    sequencer = SequencerRecord(state="serving", pid=77, address="127.0.0.1:7")
+    state.write_record(record(shards=record().shards[:1], sequencer=sequencer))
+    document, code = operate.status(state)
+    assert (document["sequencer"]["state"], code) == ("not answering", ExitCode.DEGRADED)
+    assert "its health check failed" in operate.render_cluster(document)
+
+
+def test_a_generation_that_is_being_prepared_is_no_harm_and_a_live_one_that_is_not_there_is(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    live = GenerationRecord(generation=3, role="live", prepared=1, processes=1)
+    staged = GenerationRecord(generation=4, role="staged", prepared=0, processes=1)
+    state.write_record(record(shards=record().shards[:1], generations=(live, staged)))
+    assert operate.status(state)[1] == ExitCode.OK
+    lost = live.model_copy(update={"prepared": 0, "reason": "the log was trimmed"})
+    state.write_record(record(shards=record().shards[:1], generations=(lost, staged)))
+    assert operate.status(state)[1] == ExitCode.DEGRADED
+
+
+def test_a_generation_of_another_log_is_refused_before_it_is_served(
+    state: StateDir, generation: Any
+) -> None:
+    config = load(None, environ={})
+    operate.verify_log(state, config, generation.path)
+    log = open_log(log_url(state, config))
+    operate.verify_log(state, config, generation.path)
+    epoch = log.acquire(0)
+    log.append(0, epoch, [NewRecord(1, 1, False, False, 0, b"x")], 1)
+    log.trim(0, 1)
+    log.close()
+    with pytest.raises(Refused, match="can be brought up to date no more"):
+        operate.verify_log(state, config, generation.path)

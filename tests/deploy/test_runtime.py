@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from silvershard.deploy.config import ShardingSection
+from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.runtime import prepare_ray, threads_per_shard
 
 
@@ -13,6 +13,7 @@ def test_shards_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = (1, 2, 3, 8, 9)
     assert [threads_per_shard(ShardingSection(shards=one)) for one in shards] == [8, 4, 2, 1, 1]
     assert threads_per_shard(ShardingSection(shards=2, threads=7)) == 7
+    assert threads_per_shard(ShardingSection(shards=2, replicas=2)) == 2
 
 
 def test_the_secret_of_ray_is_new_and_for_its_owner_only(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from silvershard.cluster.shard_map import ShardEntry
-from silvershard.deploy.config import RuntimeSection
+from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.shard_watch import ShardDead, ShardWatch
 
 
@@ -158,3 +158,9 @@ def test_a_shard_that_cannot_start_says_why(watch: ShardWatch, shard: FakeShard)
     watch.poll()
     assert watch.record.state == "failed"
     assert watch.record.reason == "snapshot x: tables/a is missing"
+
+
+def test_a_copy_of_a_shard_has_a_name_and_a_record_of_its_own() -> None:
+    watches = [ShardWatch(1, FakeShard(), RuntimeSection(), replica=replica) for replica in (0, 1)]
+    assert [one.name for one in watches] == ["shard 1", "shard 1 replica 1"]
+    assert [one.record.replica for one in watches] == [0, 1]

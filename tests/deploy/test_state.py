@@ -12,6 +12,7 @@ from silvershard.deploy.processes import identify, is_alive, myself
 from silvershard.deploy.state import (
     ClusterRecord,
     RouterRecord,
+    SequencerRecord,
     ShardRecord,
     StateDir,
     remove_ray_dir,
@@ -207,3 +208,25 @@ def test_a_record_of_another_boot_is_no_running_cluster(state: StateDir) -> None
     began_s = time.monotonic()
     assert state.clean_leftovers() == 0
     assert time.monotonic() - began_s < 1.0
+
+
+def test_a_cluster_is_whole_with_its_sequencer_and_every_replica() -> None:
+    assert record().is_whole
+    away = SequencerRecord(state="restarting")
+    assert not record(sequencer=away).is_whole
+    assert record(sequencer=away.model_copy(update={"state": "serving"})).is_whole
+    copy = ShardRecord(shard=1, replica=1, state="starting", documents=5)
+    lost = record(shards=(*record().shards, copy))
+    assert (lost.coverage, lost.is_whole) == (1.0, False)
+
+
+def test_what_outlives_a_cluster_is_kept_when_its_record_is_cleared(state: StateDir) -> None:
+    state.write_record(record())
+    state.shard_map_file.write_text("{}")
+    kept = (state.control_file, state.updates_file)
+    for path in kept:
+        path.write_text("x")
+    state.clear_record()
+    assert not state.record_file.exists()
+    assert not state.shard_map_file.exists()
+    assert all(path.exists() for path in kept)

@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from silvershard.model import clustering
-from silvershard.model.clustering import Clustering, assign_clusters, spherical_kmeans
+from silvershard.model.clustering import (
+    Clustering,
+    assign_clusters,
+    nearest_clusters,
+    spherical_kmeans,
+)
 
 
 def mixture(num_items: int, num_centres: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -323,3 +328,35 @@ def test_centroids_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ValueError, match="max_imbalance"):
         assign_clusters(items, torch.ones(3, 4), max_imbalance=0.5)
     assert assign_clusters(torch.zeros(0, 4), torch.ones(3, 4)).assignment.shape == (0,)
+
+
+@pytest.mark.parametrize("num_clusters", [3, 40, 300])
+def test_an_item_that_comes_later_goes_where_it_would_go_in_lists_without_a_limit(
+    num_clusters: int,
+) -> None:
+    items = spread(2000)
+    whole = assign_clusters(items, spread(num_clusters, seed=1), max_imbalance=num_clusters)
+    found = nearest_clusters(items, whole.centroids)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), whole.assignment)
+    alone = torch.cat([nearest_clusters(items[at : at + 1], whole.centroids) for at in range(50)])
+    assert torch.equal(alone, found[:50])
+    assert nearest_clusters(items[:0], whole.centroids).shape == (0,)
+
+
+def test_of_equally_near_clusters_the_smallest_takes_the_item() -> None:
+    items = spread(500)
+    centroids = assign_clusters(items, spread(20, seed=1)).centroids
+    twice = torch.cat([centroids, centroids, centroids])
+    assert torch.equal(nearest_clusters(items, twice), nearest_clusters(items, centroids))
+    # The 400 of them are more than what one row is searched for at a time.
+    many = centroids.repeat(20, 1)
+    assert torch.equal(nearest_clusters(items, many), nearest_clusters(items, centroids))
+
+
+def test_nothing_goes_to_a_cluster_that_nothing_was_left_for() -> None:
+    centroids = torch.zeros(3, 16)
+    centroids[1] = torch.eye(16)[0]
+    away = -torch.eye(16)[:2]
+    assert nearest_clusters(away, centroids).tolist() == [1, 1]
+    assert nearest_clusters(away, torch.zeros(3, 16)).tolist() == [0, 0]

@@ -12,6 +12,8 @@ from silvershard.model import planes
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
 from silvershard.model.dtypes import INT64_MAX, INT64_MIN
 from silvershard.model.planes import (
+    ATTRIBUTE_SHIFT,
+    MAX_CATEGORIES,
     PlaneDictionary,
     choose_planes,
     encode_items,
@@ -242,7 +244,7 @@ def test_a_setting_out_of_range_is_named(setting: str, value: float) -> None:
 def test_keys_are_stable_and_separate_attributes_types_and_seeds() -> None:
     dictionary = choose_planes(SCHEMA, catalogue_of([["5"]], [[5]]), seed=17)
     key = dictionary.term_key("genre", "Comedy")
-    assert key == 4295524439528392602
+    assert key == 124865783398799687
     assert 0 <= key < PAD_TERM
     assert dictionary.term_key("genre", "5") != dictionary.term_key("code", 5)
     twin = Schema(
@@ -259,6 +261,44 @@ def test_keys_are_stable_and_separate_attributes_types_and_seeds() -> None:
     assert reseeded.term_key("genre", "Comedy") != key
 
 
+def test_a_key_carries_the_number_of_its_attribute_whatever_the_order_of_a_manifest() -> None:
+    dictionary = choose_planes(SCHEMA, catalogue_of([["5"]], [[5]]))
+    assert dictionary.categories == ["code", "genre"]
+    assert dictionary.term_key("code", 5) >> ATTRIBUTE_SHIFT == 0
+    assert dictionary.term_key("genre", "5") >> ATTRIBUTE_SHIFT == 1
+    document = json.loads(json.dumps(dictionary.model_dump(mode="json"), sort_keys=True))
+    document["dtypes"] = dict(reversed(document["dtypes"].items()))
+    again = PlaneDictionary.model_validate(document)
+    assert again.term_key("genre", "5") == dictionary.term_key("genre", "5")
+
+
+def test_a_generation_holds_as_many_categories_as_their_numbers_have_room_for() -> None:
+    def chosen(count: int) -> PlaneDictionary:
+        names = [f"tag_{at:03d}" for at in range(count)]
+        schema = Schema(
+            attributes=tuple(Attribute(name=one, kind="category", dtype="int") for one in names)
+        )
+        catalogue = Catalogue(
+            item_ids=np.array([3], dtype=np.int64),
+            categories={one: Ragged.from_rows([[1]]) for one in names},
+            numbers={},
+            signals=np.zeros((1, 0), dtype=np.float32),
+            fields={},
+            features={},
+        )
+        return choose_planes(schema, catalogue, max_exact_planes=0)
+
+    last = chosen(MAX_CATEGORIES)
+    assert last.term_key("tag_126", 1) >> ATTRIBUTE_SHIFT == 126
+    assert PAD_TERM >> ATTRIBUTE_SHIFT == 127
+    with pytest.raises(ValueError, match="attributes must hold at most 127 categories, got 128"):
+        chosen(MAX_CATEGORIES + 1)
+    document = last.model_dump()
+    document["dtypes"]["one_more"] = "int"
+    with pytest.raises(ValueError, match="at most 127 category attributes, got 128"):
+        PlaneDictionary.model_validate(document)
+
+
 @pytest.mark.parametrize(
     ("attribute", "value"), [("genre", 5), ("code", "5"), ("year", 1990), ("nothing", "x")]
 )
@@ -271,7 +311,7 @@ def test_a_term_of_the_wrong_kind_or_type_is_refused(attribute: str, value: Any)
 
 
 def test_colliding_keys_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planes, "_term_key", lambda seed, name, value: len(str(value)))
+    monkeypatch.setattr(planes, "_term_key", lambda seed, number, name, value: len(str(value)))
     with pytest.raises(ValueError, match="genre:'ab' and genre:'cd' share the term key 2"):
         choose_planes(SCHEMA, catalogue_of([["ab"], ["cd"], ["efg"]]))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from silvershard.kernels import fixed_dot
 from silvershard.model.catalogue import Ragged
+from silvershard.model.placement import Precision
 from silvershard.model.ranker_session import unpack_session
 from silvershard.model.registry import build
 from silvershard.model.two_tower import TwoTower, recency_weights
@@ -358,6 +359,26 @@ def test_item_features_of_other_lengths_are_refused(model: TwoTower) -> None:
         model.embed_items(
             {"film": Ragged.from_rows([[1], [2]]), "year": Ragged.from_rows([[1990]])}
         )
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_rows_of_user_tables_and_sessions_are_written_in_place(
+    attentive: TwoTower, precision: Precision
+) -> None:
+    tower = TwoTower(attentive.config).requires_grad_(requires_grad=False).eval()
+    tower.load_state_dict(attentive.state_dict())
+    if precision != "float32":
+        tower = tower.quantized(precision)
+    rows, values = torch.tensor([4, 2, 1, 3]), torch.linspace(-1, 1, 96).view(4, 24)
+    films = [{"history": known([0, 2, 5])}]
+    for table in ("history", "history_genres", "session"):
+        before = tower.encode(films).user_state
+        assert tower.update_rows(table, rows, values)
+        assert not torch.equal(tower.encode(films).user_state, before)
+    items = tower.embed_items(film_features())
+    for other in ("film", "popularity_band", "unheard of"):
+        assert not tower.update_rows(other, rows, values)
+    assert torch.equal(tower.embed_items(film_features()), items)
 
 
 def test_config_and_tensors_rebuild_the_model(model: TwoTower) -> None:

@@ -98,3 +98,34 @@ def test_no_partition_gives_an_empty_index(snapshot: Snapshot) -> None:
     assert empty.slots_of(torch.tensor([0, 5, -1])).tolist() == [-1, -1, -1]
     assert empty.page_table.shape == (16, 1)
     assert int(empty.count(torch.zeros(1, 0, 4, dtype=torch.int64))) == 0
+
+
+def test_headroom_adds_free_pages_and_places_for_them_and_moves_nothing(
+    index: ItemIndex, partitions: list[PartitionData], snapshot: Snapshot
+) -> None:
+    roomy = build_index(partitions, snapshot.spec, headroom=0.5)
+    used, width = index.codes.shape[0], index.page_table.shape[1]
+    assert roomy.codes.shape[0] == used + -(-used // 2) + 16
+    assert torch.equal(roomy.page_table[:, :width], index.page_table)
+    assert bool((roomy.page_table[:, width:] == -1).all())
+    assert roomy.page_table.shape[1] % 8 == 0
+    assert roomy.page_table.shape[1] >= min(4 * width, roomy.codes.shape[0])
+    for name in ("codes", "scales", "item_ids", "terms", "cache", "signals"):
+        assert torch.equal(roomy.get_buffer(name)[:used], index.get_buffer(name)), name
+    for name in ("planes", "columns"):
+        assert torch.equal(roomy.get_buffer(name)[:, :used], index.get_buffer(name)), name
+    assert bool((roomy.item_ids[used:] == -1).all())
+    assert roomy.documents == 600
+
+
+def test_every_page_finds_a_place_however_few_the_clusters_and_items(snapshot: Snapshot) -> None:
+    for headroom in (0.01, 4.0, 40.0):
+        empty = build_index([], snapshot.spec, headroom=headroom)
+        assert empty.codes.shape[0] == 16
+        assert empty.page_table.numel() >= 16
+
+
+@pytest.mark.parametrize("headroom", [-0.1, float("inf"), float("nan")])
+def test_headroom_out_of_range_is_refused(snapshot: Snapshot, headroom: float) -> None:
+    with pytest.raises(ValueError, match="headroom must be at least 0 and finite"):
+        build_index([], snapshot.spec, headroom=headroom)

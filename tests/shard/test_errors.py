@@ -9,24 +9,42 @@ from silvershard.shard.errors import (
     ConfigError,
     CoverageError,
     DeadlineExceeded,
+    Fenced,
     GenerationError,
+    LogDamaged,
+    LogTrimmed,
+    LogUnavailable,
+    MutationError,
     Overloaded,
+    PoolExhausted,
     RemoteError,
+    ReplicaStale,
+    RepositoryError,
     RetrievalError,
     ShardUnavailable,
     SnapshotError,
     StateError,
+    UpdatesUnsupported,
 )
 
 EXAMPLES = [
     SnapshotError("gen-000001", "dense.safetensors is missing"),
+    RepositoryError("s3://bucket/films", "access denied"),
+    MutationError("attributes.year", "must be an int, got str"),
+    UpdatesUnsupported("the index was built without room for updates"),
+    PoolExhausted(2000, 100, 64),
     GenerationError(3, 2),
+    ReplicaStale(1, "position 7 of log partition 0 was not applied within 0.250 s"),
     CandidatesExpired("q-1"),
     ShardUnavailable(4, "connection lost"),
     DeadlineExceeded("the deadline passed"),
     CoverageError(0.5, 0.9),
     Overloaded("the queue is full", 0.25),
     ConfigError("query.min_coverage: must be at most 1, got 2"),
+    LogUnavailable("sqlite:///log", "disk full"),
+    LogDamaged("sqlite:///log", "the record at position 3 is damaged"),
+    LogTrimmed("sqlite:///log", 0, 3, 7),
+    Fenced(0, 1, 2),
     StateError("port 8001 is in use"),
     RemoteError("UNAVAILABLE", "draining"),
 ]
@@ -57,6 +75,7 @@ def test_every_error_can_be_caught_at_the_root(error: RetrievalError) -> None:
 
 def test_errors_are_the_built_in_kind_where_one_fits() -> None:
     assert issubclass(SnapshotError, ValueError)
+    assert issubclass(MutationError, ValueError)
     assert issubclass(ConfigError, ValueError)
     assert issubclass(DeadlineExceeded, TimeoutError)
 

@@ -1,3 +1,6 @@
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import pytest
 import torch
 
@@ -5,9 +8,10 @@ from silvershard.model.compiled_request import compile_request
 from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, Work
-from silvershard.shard.errors import CandidatesExpired
+from silvershard.shard.errors import CandidatesExpired, PoolExhausted, UpdatesUnsupported
 from silvershard.shard.executor import ShardExecutor
-from silvershard.shard.load import load_retriever
+from silvershard.shard.load import load_executor, load_retriever
+from silvershard.shard.mutations import Delete, ItemValues, Mutation, Patch, RowChange, Upsert
 
 
 class Clock:
@@ -130,3 +134,155 @@ def test_fields_are_those_of_the_shards_own_items(generation, executor: ShardExe
 def test_warming_leaves_nothing_open(executor: ShardExecutor) -> None:
     executor.warm()
     assert executor.num_open == 0
+
+
+@pytest.fixture
+def load_live(generation, clock: Clock) -> Callable[..., ShardExecutor]:
+    def load(*, devices: Sequence[str] = ("cpu",), headroom: float = 0.5) -> ShardExecutor:
+        return load_executor(generation.path, 0, 1, devices=devices, headroom=headroom, clock=clock)
+
+    return load
+
+
+def commit(executor: ShardExecutor, *mutations: Mutation, cut: int = 1) -> list[tuple[int, str]]:
+    return executor.apply(executor.updater.prepare(mutations), (cut,))
+
+
+def titled(item_id: int, version: int, title: str) -> Patch:
+    return Patch(item_id, version, ItemValues(fields={"title": title}))
+
+
+def test_a_shard_that_was_loaded_to_stay_takes_no_updates(
+    executor: ShardExecutor, load_live: Callable[..., ShardExecutor]
+) -> None:
+    prepared = load_live().updater.prepare([Delete(1, 1)])
+    for use in (
+        lambda: executor.updater,
+        lambda: executor.apply(prepared, (1,)),
+        executor.usage,
+    ):
+        with pytest.raises(UpdatesUnsupported, match="without room for updates"):
+            use()
+    assert executor.cut == ()
+
+
+def test_a_commit_moves_the_cut_and_counts_the_documents(
+    generation, load_live: Callable[..., ShardExecutor]
+) -> None:
+    executor = load_live()
+    first, second = generation.catalogue.item_ids[:2].tolist()
+    assert executor.cut == ()
+    assert commit(executor, Delete(first, 1), Delete(second, 2), Upsert(5, 3, ItemValues())) == []
+    assert executor.cut == (1,)
+    assert executor.documents == 599
+    refused = commit(executor, titled(first, 4, "gone"), Upsert(6, 5, ItemValues()), cut=9)
+    assert [item_id for item_id, _ in refused] == [first]
+    assert executor.cut == (9,)
+    assert executor.documents == 600
+    # Nothing of this shard is in it, and still it counts.
+    assert commit(executor, cut=12) == []
+    assert executor.cut == (12,)
+
+
+def test_slots_are_reused_as_soon_as_no_query_reads_them(
+    generation, load_live: Callable[..., ShardExecutor], work: Work, clock: Clock
+) -> None:
+    executor = load_live(devices=("cpu", "cpu"))
+    ids = generation.catalogue.item_ids[:30].tolist()
+
+    def change(version: int) -> int:
+        commit(executor, *(titled(one, version, f"v{version}") for one in ids))
+        return executor.usage().retired_slots
+
+    assert change(1) == 0
+    executor.open("early", work, 101.0)
+    assert change(2) == 30
+    executor.open("late", work, 105.0)
+    assert change(3) == 60
+    executor.release("early")
+    assert executor.usage().retired_slots == 30
+    executor.open("early", work, 103.0)
+    assert change(4) == 60
+    clock.now_s = 103.0
+    assert executor.expire() == 1
+    assert executor.usage().retired_slots == 60
+    executor.release("late")
+    assert executor.usage().retired_slots == 0
+    assert change(5) == 0
+    executor.open("abandoned", work, 104.0)
+    assert change(6) == 30
+    clock.now_s = 104.0
+    assert executor.expire() == 1
+    assert executor.usage().retired_slots == 0
+
+
+def test_an_open_query_reads_the_fields_that_its_items_had(
+    generation, load_live: Callable[..., ShardExecutor], work: Work
+) -> None:
+    executor = load_live(devices=("cpu", "cpu", "cpu"))
+    kept, gone, changed = generation.catalogue.item_ids[:3].tolist()
+    commit(executor, titled(changed, 1, "first"))
+    executor.open("q", work, 200.0)
+    commit(executor, titled(changed, 2, "second"), Delete(gone, 3), Upsert(5, 4, ItemValues()))
+    ids = [changed, gone, kept, 5]
+    assert executor.fields(ids, ["title"]) == {"title": ["second", None, "Film 0", ""]}
+    assert executor.fields(ids, ["title"], "q") == {"title": ["first", "Film 1", "Film 0", None]}
+    assert executor.fields([], ["title"], "q") == {"title": []}
+    assert executor.is_open("q")
+    executor.release("q")
+    assert not executor.is_open("q")
+    assert executor.fields(ids, ["title"], "q") == executor.fields(ids, ["title"])
+
+
+def test_round_two_reads_what_round_one_found(
+    generation, load_live: Callable[..., ShardExecutor], work: Work
+) -> None:
+    executor = load_live()
+    executor.open("q", work, 200.0)
+    before = executor.close("q", everything(work))
+    gone = [Delete(one, 1) for one in generation.catalogue.item_ids.tolist()]
+    commit(executor, *gone, *(Upsert(one, 2, ItemValues()) for one in range(400)))
+    assert executor.documents == 400
+    again = executor.close("q", everything(work))
+    for one, other in zip(before[:-1], again[:-1], strict=True):
+        assert torch.equal(one, other)
+    executor.open("q", work, 200.0)
+    assert not torch.equal(executor.close("q", everything(work)).item_ids, before.item_ids)
+
+
+def test_a_full_pool_takes_the_same_updates_again_when_queries_have_ended(
+    generation, load_live: Callable[..., ShardExecutor], work: Work
+) -> None:
+    executor = load_live(headroom=0.01)
+    room = executor.usage().dead_slots
+    executor.open("q", work, 200.0)
+    ids = generation.catalogue.item_ids.tolist()
+    patches = [titled(one, 1, "new") for one in ids]
+    new = [Upsert(one, 2, ItemValues()) for one in range(room - 300)]
+    prepared = executor.updater.prepare([*patches, *new])
+    with pytest.raises(PoolExhausted):
+        executor.apply(prepared, (1,))
+    executor.apply(executor.updater.prepare(patches), (0,))
+    with pytest.raises(PoolExhausted) as caught:
+        executor.apply(prepared, (1,))
+    assert caught.value.retired >= 600
+    assert executor.cut == (0,)
+    executor.release("q")
+    assert executor.apply(prepared, (1,)) == []
+    assert executor.cut == (1,)
+    assert executor.documents == 600 + len(new)
+    assert executor.fields([ids[0]], ["title"]) == {"title": ["new"]}
+
+
+def test_rows_of_a_table_are_read_by_the_next_user(
+    generation, load_live: Callable[..., ShardExecutor]
+) -> None:
+    executor = load_live()
+    users = [{"history": generation.catalogue.item_ids[::2][:9].tolist()}]
+    before = executor.encode(users).embedding
+    prepared = executor.updater.prepare(
+        [RowChange("history", 1, tuple(range(1, 301)), np.ones((300, 16), dtype=np.float32))]
+    )
+    assert torch.equal(executor.encode(users).embedding, before)
+    executor.apply(prepared, (1,))
+    assert not torch.equal(executor.encode(users).embedding, before)

@@ -16,7 +16,6 @@ from silvershard.model.brute_force import BruteForce
 from silvershard.model.request import FilterMode, Request, WeightedIds
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard import publish as publishing
-from silvershard.shard import snapshot as snapshots
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.generations import list_generations
 from silvershard.shard.golden import (
@@ -30,7 +29,14 @@ from silvershard.shard.golden import (
 )
 from silvershard.shard.load import load_retriever
 from silvershard.shard.publish import publish_generation
-from silvershard.shard.snapshot import GOLDEN, MANIFEST, FileEntry, content_hash, open_snapshot
+from silvershard.shard.snapshot import (
+    GOLDEN,
+    MANIFEST,
+    FileEntry,
+    canonical,
+    content_hash,
+    open_snapshot,
+)
 
 Change = Callable[[dict[str, Tensor]], None]
 
@@ -59,8 +65,8 @@ def sealed(path: Path, name: str) -> None:
         }
     )
     document = changed.model_dump(mode="json")
-    document["checksum"] = hashlib.sha256(snapshots._canonical(document)).hexdigest()
-    (path / MANIFEST).write_bytes(snapshots._canonical(document))
+    document["checksum"] = hashlib.sha256(canonical(document)).hexdigest()
+    (path / MANIFEST).write_bytes(canonical(document))
 
 
 def tamper(path: Path, name: str, change: Change) -> None:

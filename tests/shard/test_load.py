@@ -7,8 +7,8 @@ import torch
 
 from silvershard.model.request import Request
 from silvershard.shard.errors import SnapshotError
-from silvershard.shard.load import load_executor, load_model, load_retriever
-from silvershard.shard.snapshot import open_snapshot
+from silvershard.shard.load import load_executor, load_live, load_model, load_retriever
+from silvershard.shard.snapshot import Snapshot, open_snapshot
 
 
 def test_the_loaded_model_has_the_published_weights(generation) -> None:
@@ -97,3 +97,37 @@ def test_loading_twice_gives_the_same_answers(generation) -> None:
 def test_snapshot_files_are_plain_safetensors(generation) -> None:
     for path in generation.path.rglob("*.safetensors"):
         assert safetensors.torch.load_file(path)
+
+
+def test_a_live_shard_answers_as_one_that_stays(generation, request_maker) -> None:
+    requests = request_maker(generation, 30, seed=4)
+    whole = load_retriever(generation.path)[0]
+    retriever, live = load_live(generation.path, devices=("cpu", "cpu"), headroom=0.2)
+    assert [part.documents for part in live.parts] == [part.documents for part in retriever.parts]
+    assert live.cut == ()
+    for one, other in zip(whole(requests), retriever(requests), strict=True):
+        assert torch.equal(one.item_ids, other.item_ids)
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_the_parts_of_a_live_shard_are_those_that_answer(generation) -> None:
+    executor = load_executor(generation.path, 0, 1, headroom=0.2)
+    assert executor.usage().live_slots == 600
+    assert executor.usage().free_pages > 16
+    held = generation.catalogue.item_ids[:2].tolist()
+    assert executor.fields(held, ["title"]) == {"title": ["Film 0", "Film 1"]}
+
+
+def test_a_live_shard_without_room_is_refused(generation) -> None:
+    for headroom in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="headroom must be more than 0"):
+            load_live(generation.path, headroom=headroom)
+
+
+def test_a_live_shard_begins_at_the_cut_of_its_snapshot(generation, monkeypatch) -> None:
+    snapshot = open_snapshot(generation.path)
+    manifest = snapshot.manifest.model_copy(update={"log_id": 7, "cut": (3, 9)})
+    monkeypatch.setattr(
+        "silvershard.shard.load.open_snapshot", lambda path: Snapshot(path, manifest)
+    )
+    assert load_executor(generation.path, 0, 1, headroom=0.2).cut == (3, 9)

@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from silvershard.shard.partition import (
     choose_num_partitions,
     hash_ids,
+    part_of,
     partition_of,
     shard_partitions,
 )
@@ -67,3 +69,10 @@ def test_a_shard_out_of_range_is_refused(shard: int, num_shards: int) -> None:
 def test_planned_shards_must_be_positive() -> None:
     with pytest.raises(ValueError, match="planned_shards"):
         choose_num_partitions(0)
+
+
+def test_every_part_of_a_shard_holds_partitions_of_its_own() -> None:
+    partitions = np.arange(64)
+    parts = part_of(partitions, 3)
+    assert set(parts.tolist()) == {0, 1, 2}
+    assert [part_of(one, 3) for one in partitions.tolist()] == parts.tolist()

@@ -17,8 +17,8 @@ from silvershard.shard.snapshot import (
     Builder,
     content_hash,
     open_snapshot,
-    write_snapshot,
 )
+from silvershard.shard.snapshot_writer import write_snapshot
 
 
 @pytest.fixture

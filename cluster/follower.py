@@ -1,0 +1,343 @@
+"""What keeps a shard up to date: it reads the update log, prepares batches and has them committed.
+
+It runs on a thread of its own; the model is held only while a prepared batch is committed.
+
+Shapes: L log partitions.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from silvershard.cluster.freshness import Cut
+from silvershard.cluster.update_log import LogRecord, UpdateLog
+from silvershard.shard.errors import (
+    LogDamaged,
+    LogUnavailable,
+    MutationError,
+    PoolExhausted,
+    RetrievalError,
+)
+from silvershard.shard.mutations import Mutation
+
+MAX_BATCH = 2048
+"""Most records of a batch, where nothing else is decided."""
+
+# A batch of this much work keeps what is urgent waiting no longer.
+_BATCH_S = 0.05
+_SMALLEST_BATCH = 64
+
+# Longer than any query is open.
+_ROOM_S = 15.0
+_ROOM_RETRY_S = 0.05
+
+# Longest sleep of an idle follower, and so its staleness.
+_IDLE_S = 0.01
+
+_FIRST_DELAY_S = 0.05
+_LONGEST_DELAY_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
+
+Rejected = Sequence[tuple[int, str]]
+"""Items whose updates were refused, and why."""
+
+
+class Updater(Protocol[P_co]):
+    """What turns updates into a batch that is quickly committed."""
+
+    def prepare(self, mutations: Sequence[Mutation]) -> P_co:
+        """Return what the mutations mean for this shard."""
+        ...
+
+
+class Lag(NamedTuple):
+    """How far a follower has come."""
+
+    cut: Cut
+    ends: Cut
+    """``(L,)`` last position of every log partition, as last seen."""
+    current_s: float
+    """Reading of the clock at which the cut was the end of the log; -inf: never yet."""
+    oldest_unix_s: float
+    """When the last record before the oldest one that is not applied was logged; inf: all are."""
+
+
+@dataclass
+class UpdateCounts:
+    """What a follower has done so far."""
+
+    batches: int = 0
+    records: int = 0
+    """Read and handed on, whichever shard they belong to."""
+    urgent: int = 0
+    """Records that were applied ahead of their turn."""
+    rejected: int = 0
+    longest_commit_s: float = 0.0
+
+
+class Follower(Generic[P]):
+    """Follows all partitions of a log for one shard of one generation.
+
+    A record that is refused for what it says is logged and passed over, alike on every replica. Any
+    other failure ends the following: nothing is ever skipped.
+    """
+
+    def __init__(
+        self,
+        log: UpdateLog,
+        updater: Updater[P],
+        commit: Callable[[P, Cut], Rejected],
+        decode: Callable[[bytes], Mutation],
+        *,
+        cut: Cut = (),
+        max_batch: int = MAX_BATCH,
+        name: str = "shard",
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Make a follower that does not run yet.
+
+        Args:
+            log: the log; may be shared.
+            updater: prepares batches; only this follower calls it.
+            commit: applies a prepared batch and moves the cut of the shard; returns once it did.
+            decode: reads the payload of a record.
+            cut: ``(L,)`` what is applied already; empty for nothing.
+            max_batch: most records of a batch.
+            name: what the log calls the shard.
+            clock: measures times.
+            unix_clock: tells how old a record is.
+        """
+        self.counts = UpdateCounts()
+        self.failure = ""
+        """Why it follows no more."""
+        self.trouble = ""
+        """Why the log cannot be read at present."""
+        self._log = log
+        self._updater = updater
+        self._commit = commit
+        self._decode = decode
+        self._max_batch = max_batch
+        self._batch = max_batch
+        self._name = name
+        self._clock = clock
+        self._unix_clock = unix_clock
+        self._began_s = clock()
+        start = cut or (0,) * log.num_partitions
+        self._lag = Lag(start, start, float("-inf"), float("inf"))
+        self._urgent = list(start)
+        """``(L,)`` up to where urgent records are applied."""
+        self._logged_s = [float("inf")] * len(start)
+        """``(L,)`` when the last record that was read was logged."""
+        self._turn = 0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._progressed: Callable[[], None] = lambda: None
+
+    @property
+    def log_id(self) -> int:
+        """Return the number of the log."""
+        return self._log.log_id
+
+    @property
+    def lag(self) -> Lag:
+        """Return how far it has come; any thread may ask."""
+        return self._lag
+
+    @property
+    def staleness_s(self) -> float:
+        """Return for how long an update may have been in the log without being applied here.
+
+        That is the time since the cut was the end of the log, or the age of the oldest record that
+        is not applied, whichever is larger.
+        """
+        lag = self._lag
+        since_s = self._clock() - max(lag.current_s, self._began_s)
+        return max(since_s, self._unix_clock() - lag.oldest_unix_s, 0.0)
+
+    def start(self, progressed: Callable[[], None] = lambda: None) -> None:
+        """Follow on a thread of its own until ``stop``.
+
+        Args:
+            progressed: is told on that thread of every look at the log, and of a failure.
+        """
+        self._progressed = progressed
+        self._thread = threading.Thread(target=self._follow, name=f"follow-{self._name}")
+        self._thread.daemon = True
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the following; what is being committed is finished within ``timeout_s``."""
+        self._ended.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def catch_up(self) -> None:
+        """Apply all that was logged so far, on this thread, while the shard serves nobody yet.
+
+        Waits for a log that cannot be reached. Returns early after ``stop``.
+
+        Raises:
+            RetrievalError: if it cannot be applied.
+        """
+        delay_s = _FIRST_DELAY_S
+        while self._lag.current_s == float("-inf") and not self._ended.is_set():
+            try:
+                self.step()
+            except LogUnavailable as error:
+                self._suffer(error)
+                self._ended.wait(delay_s)
+                delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+
+    def step(self) -> bool:
+        """Read the log once and apply what is there; return True if more is left.
+
+        Raises:
+            LogUnavailable: if the log cannot be reached.
+            RetrievalError: if it cannot be followed any further.
+        """
+        asked_s = self._clock()
+        ends = tuple(self._log.end(one) for one in range(self._log.num_partitions))
+        for partition, (end, done) in enumerate(zip(ends, self._lag.cut, strict=True)):
+            if end < done:
+                raise LogDamaged(
+                    self._log.url,
+                    f"partition {partition} ends at {end}, but {done} was applied already",
+                )
+        behind = sum(ends) - sum(self._lag.cut)
+        if behind > self._batch:
+            self._apply_urgent()
+        records, cut = self._next_records(ends)
+        if records:
+            self._apply(records, cut)
+            self._fit_batch(len(records), self._clock() - asked_s)
+        # What is left of a partition was logged after what was read last.
+        left = [at for at, end in enumerate(ends) if end > cut[at]]
+        more = bool(left)
+        oldest = min((self._logged_s[at] for at in left), default=float("inf"))
+        current_s = self._lag.current_s if more else asked_s
+        # Records may have come since the ends were read.
+        known = tuple(max(pair) for pair in zip(ends, cut, strict=True))
+        self._lag = Lag(cut, known, current_s, oldest)
+        if self.trouble:
+            _log.info("%s follows the update log again", self._name)
+            self.trouble = ""
+        return more
+
+    def _next_records(self, ends: Cut) -> tuple[list[LogRecord], Cut]:
+        """Return the records of the next batch, and the cut that it leads to."""
+        cut = list(self._lag.cut)
+        found: list[LogRecord] = []
+        # Another partition begins every time, so that a busy one holds up no other.
+        self._turn += 1
+        for step in range(len(cut)):
+            partition = (self._turn + step) % len(cut)
+            room = self._batch - len(found)
+            if room <= 0 or ends[partition] <= cut[partition]:
+                continue
+            records = self._log.read(partition, cut[partition], room)
+            if records:
+                found += records
+                cut[partition] = records[-1].position
+                self._logged_s[partition] = records[-1].logged_unix_ms / 1e3
+        return found, tuple(cut)
+
+    def _apply_urgent(self) -> None:
+        """Apply the urgent records beyond the cut; their versions make it harmless to do so again.
+
+        The cut stays where it is.
+        """
+        for partition, done in enumerate(self._lag.cut):
+            after = max(done, self._urgent[partition])
+            records = self._log.read_urgent(partition, after, self._batch)
+            if records:
+                self._apply(records, self._lag.cut)
+                self._urgent[partition] = records[-1].position
+                self.counts.urgent += len(records)
+
+    def _apply(self, records: Sequence[LogRecord], cut: Cut) -> None:
+        mutations: list[Mutation] = []
+        for record in records:
+            try:
+                mutations.append(self._decode(record.payload))
+            except MutationError as error:
+                self._reject([(record.item_id, str(error))])
+        prepared = self._updater.prepare(mutations)
+        rejected, spent_s = self._committed(prepared, cut)
+        self._reject(rejected)
+        self.counts.batches += 1
+        self.counts.records += len(records)
+        self.counts.longest_commit_s = max(self.counts.longest_commit_s, spent_s)
+
+    def _committed(self, prepared: P, cut: Cut) -> tuple[Rejected, float]:
+        """Commit a batch; return what was refused, and how long the model was asked for."""
+        began_s = self._clock()
+        while True:
+            started_s = self._clock()
+            try:
+                rejected = self._commit(prepared, cut)
+            except PoolExhausted as error:
+                # Queries that are open hold slots of items that have changed since.
+                if started_s - began_s >= _ROOM_S or self._ended.is_set():
+                    raise
+                self.trouble = str(error)
+                self._ended.wait(_ROOM_RETRY_S)
+            else:
+                return rejected, self._clock() - started_s
+
+    def _reject(self, rejected: Rejected) -> None:
+        for item_id, reason in rejected:
+            _log.warning("%s refuses an update of item %d: %s", self._name, item_id, reason)
+        self.counts.rejected += len(rejected)
+
+    def _fit_batch(self, size: int, spent_s: float) -> None:
+        """Make batches as large as can be applied in the time of one."""
+        if 2 * size < self._batch:
+            return
+        fitting = math.ceil(size * _BATCH_S / max(spent_s, 1e-6))
+        self._batch = max(min(fitting, 2 * self._batch, self._max_batch), _SMALLEST_BATCH)
+        self._batch = min(self._batch, self._max_batch)
+
+    def _follow(self) -> None:
+        delay_s = _FIRST_DELAY_S
+        while not self._ended.is_set():
+            try:
+                more = self.step()
+                delay_s = _FIRST_DELAY_S
+                self._progressed()
+                if not more and not self._ended.is_set():
+                    partition = self._turn % len(self._lag.cut)
+                    self._log.wait(partition, self._lag.cut[partition], _IDLE_S)
+            except LogUnavailable as error:
+                self._suffer(error)
+                self._ended.wait(delay_s)
+                delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+            except Exception as error:  # noqa: BLE001  # a thread's border; logged
+                if not self._ended.is_set():
+                    self._fail(error)
+                return
+
+    def _suffer(self, error: LogUnavailable) -> None:
+        if self.trouble != str(error):
+            _log.warning("%s cannot follow for now: %s", self._name, error)
+        self.trouble = str(error)
+
+    def _fail(self, error: Exception) -> None:
+        known = isinstance(error, RetrievalError)
+        reason = str(error) if known else f"internal error: {type(error).__name__}: {error}"
+        _log.error(
+            "%s follows the update log no more: %s",
+            self._name,
+            reason,
+            exc_info=None if known else error,
+        )
+        self.failure = reason
+        self._progressed()

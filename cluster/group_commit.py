@@ -1,0 +1,120 @@
+"""Calls of one log partition that come at the same time share one append to the log.
+
+Nothing waits for others to come: what arrives while an append runs goes into the next one.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from silvershard.cluster.sequencer import Outcome, Write
+from silvershard.shard.errors import DeadlineExceeded
+
+MAX_GROUP = 1024
+"""Most writes of one append, so that what is urgent waits for some 20 ms of work at most."""
+
+Commit = Callable[[Sequence[Sequence[Write]]], list[Outcome]]
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    writes: Sequence[Write]
+    deadline_s: float
+    outcome: asyncio.Future[Outcome]
+
+
+class GroupCommit:
+    """The queue in front of one log partition, and the thread that writes it."""
+
+    def __init__(
+        self, commit: Commit, *, clock: Callable[[], float], name: str = "log-partition"
+    ) -> None:
+        """Make a queue; ``run`` serves it.
+
+        Args:
+            commit: decides and logs the writes of several calls; runs on a thread of its own.
+            clock: of the deadlines.
+            name: of the thread.
+        """
+        self._commit = commit
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._urgent: deque[_Job] = deque()
+        self._others: deque[_Job] = deque()
+        self._arrived = asyncio.Event()
+
+    def submit(
+        self, writes: Sequence[Write], deadline_s: float, *, urgent: bool
+    ) -> asyncio.Future[Outcome]:
+        """Queue the writes of a call and return what will become of them.
+
+        The future raises what ``commit`` raised, or ``DeadlineExceeded`` if nothing of the call was
+        logged in time. A call whose future is cancelled before its turn is dropped.
+
+        Args:
+            writes: in their order; at most ``MAX_GROUP``.
+            deadline_s: when nobody waits any more.
+            urgent: whether it goes ahead of those that are not.
+        """
+        job = _Job(writes, deadline_s, asyncio.get_running_loop().create_future())
+        (self._urgent if urgent else self._others).append(job)
+        self._arrived.set()
+        return job.outcome
+
+    def call(self, work: Callable[[], int]) -> asyncio.Future[int]:
+        """Run other work on the thread of the log partition, between two appends."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def run(self) -> None:
+        """Serve the queue until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while group := self._take():
+                calls = [job.writes for job in group]
+                try:
+                    outcomes = await loop.run_in_executor(self._thread, self._commit, calls)
+                except asyncio.CancelledError:
+                    raise
+                except Exception as error:  # noqa: BLE001  # every waiting call states it
+                    for job in group:
+                        _settle(job.outcome, error)
+                else:
+                    for job, outcome in zip(group, outcomes, strict=True):
+                        _settle(job.outcome, outcome)
+
+    def close(self, error: Exception) -> None:
+        """Fail what waits, and end the thread after what it is at."""
+        for queue in (self._urgent, self._others):
+            while queue:
+                _settle(queue.popleft().outcome, error)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self) -> list[_Job]:
+        """Return the calls of the next append, urgent ones first."""
+        group: list[_Job] = []
+        size = 0
+        for queue in (self._urgent, self._others):
+            while queue and (not group or size + len(queue[0].writes) <= MAX_GROUP):
+                job = queue.popleft()
+                if job.outcome.done():
+                    continue
+                if self._clock() >= job.deadline_s:
+                    late = DeadlineExceeded("the time of the call ran out; nothing of it is logged")
+                    _settle(job.outcome, late)
+                    continue
+                group.append(job)
+                size += len(job.writes)
+        return group
+
+
+def _settle(future: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

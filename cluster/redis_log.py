@@ -1,0 +1,453 @@
+"""The update log in Redis Streams, for many hosts. Redis 6.2 or newer.
+
+Every change is one script, hence one unit of the append-only file. With ``appendfsync always`` the
+server answers nobody before that file is synced, so readers see durable records only.
+
+An append carries a token that the server keeps: one whose answer was lost is sent again as it is,
+and finds itself stored.
+"""
+
+import contextlib
+import itertools
+import random
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from silvershard.cluster.redis_scripts import ACQUIRE, APPEND, CREATE, LOOK, PIN, TRIM
+from silvershard.cluster.update_log import (
+    Head,
+    LogRecord,
+    NewRecord,
+    check_dense,
+    check_partition,
+    check_read,
+    check_records,
+    checked_cut,
+    checksum,
+    new_log_id,
+    newest_heads,
+    newest_rows,
+)
+from silvershard.shard.errors import ConfigError, Fenced, LogDamaged, LogTrimmed, LogUnavailable
+
+T = TypeVar("T")
+
+FORMAT = 1
+DURABLE = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
+_FIRST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 0.5
+_BLOCK_S = 0.5
+_TRIMMED_AT_ONCE = 10_000
+# Fewer than a script of Redis can hand to one command.
+_WORDS_AT_ONCE = 4_000
+_RECORD = struct.Struct("<qqq?I")
+_HEAD = struct.Struct("<q?qq")
+
+
+class _Refused(redis.RedisError):
+    """A server whose settings could lose what it acknowledges."""
+
+
+class RedisLog:
+    """An update log in a Redis server; see ``UpdateLog``."""
+
+    def __init__(
+        self, url: str, num_partitions: int | None, *, create: bool, timeout_s: float
+    ) -> None:
+        """Open the log of ``url``, made where there is none and ``create`` is True.
+
+        A call gives up when ``timeout_s`` have passed and the attempt under way, which takes as
+        long at most, has ended.
+
+        Raises:
+            ConfigError: if the server could lose what it acknowledged, or the log has another L.
+            LogUnavailable: if the server cannot be reached, or there is no log.
+            LogDamaged: if something else is stored under its keys.
+        """
+        server, self._prefix, self._trusted = _split(url)
+        self.url = _shown(server, self._prefix)
+        self.log_id = 0
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._calls = 0
+        self._calls_lock = threading.Lock()
+        try:
+            self._client = redis.Redis.from_url(
+                server,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                redis_connect_func=self._connected,
+            )
+        except ValueError as error:
+            raise ConfigError(f"the url of a Redis log cannot be used: {error}") from None
+        try:
+            self.log_id, self.num_partitions = self._open(num_partitions, create=create)
+        except LogUnavailable as error:
+            self._client.close()
+            if isinstance(error.__cause__, _Refused):
+                raise ConfigError(str(error)) from None
+            raise
+        except BaseException:
+            self._client.close()
+            raise
+        self._append_locks = [threading.Lock() for _ in range(self.num_partitions)]
+        self._ends = [0] * self.num_partitions
+
+    def _open(self, num_partitions: int | None, *, create: bool) -> tuple[int, int]:
+        wanted = num_partitions or 1
+        script = self._client.register_script(CREATE)
+        found = self._call(
+            lambda: script(
+                keys=[self._log, *(self._key(one, "state") for one in range(wanted))],
+                args=[FORMAT, new_log_id(), wanted] if create else [],
+            )
+        )
+        if not found:
+            raise LogUnavailable(self.url, "there is no log under this prefix")
+        if None in found or int(found[0]) != FORMAT:
+            raise LogDamaged(self.url, f"{self._log} must be a log of format {FORMAT}")
+        held = int(found[2])
+        if num_partitions not in (None, held):
+            raise ConfigError(
+                f"update log {self.url} has {held} partitions for ever, got num_partitions "
+                f"{num_partitions}"
+            )
+        return int(found[1]), held
+
+    def _connected(self, connection: Any) -> None:
+        """Refuse every connection, also a later one, to a server that is not durable."""
+        connection.on_connect()
+        needed = DURABLE
+        try:
+            if _setting(connection, "maxmemory") != "0":
+                needed = {**DURABLE, "maxmemory-policy": "noeviction"}
+            found = {name: _setting(connection, name) for name in needed}
+        except redis.ResponseError as error:
+            if self._trusted:
+                return
+            raise _Refused(
+                f"the settings of the server cannot be read ({error}): allow CONFIG GET, or, where "
+                "appendonly is known to be yes and appendfsync always, put trust_durability=1 into "
+                "the url"
+            ) from None
+        for name, value in needed.items():
+            if found[name] != value:
+                raise _Refused(
+                    f"{name} of the server must be {value}, got {found[name]}: run redis-cli "
+                    f"CONFIG SET {name} {value} and redis-cli CONFIG REWRITE"
+                )
+
+    @property
+    def _log(self) -> str:
+        return f"{self._prefix}:log"
+
+    def _key(self, partition: int, what: str) -> str:
+        return f"{self._prefix}:{partition}:{what}"
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Keep connections until the last call has ended that was under way at ``close``."""
+        with self._calls_lock:
+            if self._closed:
+                raise LogUnavailable(self.url, "is closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._calls_lock:
+                self._calls -= 1
+                last = self._closed and self._calls == 0
+            if last:
+                self._client.close()
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Do ``work``, again after a pause while the server cannot be reached."""
+        with self._under_way():
+            return self._tried(work)
+
+    def _tried(self, work: Callable[[], T]) -> T:
+        give_up_s = time.monotonic() + self._timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return work()
+            except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
+                raise LogUnavailable(self.url, f"access was refused: {error}") from None
+            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+                # Nobody comes back together with all the others that lost the same server.
+                pause_s = min(pause_s * random.uniform(1.5, 2.5), _LONGEST_PAUSE_S)
+                if time.monotonic() + pause_s >= give_up_s:
+                    raise LogUnavailable(self.url, f"cannot be reached: {error}") from None
+                time.sleep(pause_s)
+            except _Refused as error:
+                raise LogUnavailable(self.url, str(error)) from error
+            except redis.RedisError as error:
+                # What follows says where in a script.
+                reason = str(error).partition(". script: ")[0]
+                raise LogUnavailable(self.url, reason) from None
+
+    def _change(self, source: str, keys: Sequence[str], *values: Any) -> list[Any]:
+        """Run a script of ``redis_scripts`` and return its answer, the word decoded."""
+        script = self._client.register_script(source)
+        attempts = itertools.count(1)
+
+        def run() -> tuple[int, list[Any]]:
+            attempt = next(attempts)
+            return attempt, script(keys=[self._log, *keys], args=[self.log_id, *values])
+
+        attempt, (word, *rest) = self._call(run)
+        if word == b"other":
+            raise self._not_this_log()
+        if word == b"fenced" and attempt > 1:
+            raise LogUnavailable(
+                self.url,
+                "another writer took over while an answer was awaited: it is unknown whether the "
+                "records are stored",
+            )
+        return [word.decode(), *rest]
+
+    def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Return the answers to commands that see one state of this log."""
+        values = (word for command in commands for word in (len(command), *command))
+        return self._change(LOOK, [], *values)[1:]
+
+    def _not_this_log(self) -> LogDamaged:
+        return LogDamaged(
+            self.url,
+            f"the server no longer holds the log {self.log_id} that was opened: it was emptied, or "
+            "another one took its place",
+        )
+
+    def acquire(self, partition: int) -> int:
+        """See ``UpdateLog.acquire``."""
+        check_partition(partition, self.num_partitions)
+        return int(self._change(ACQUIRE, [self._key(partition, "state")])[1])
+
+    def append(
+        self, partition: int, epoch: int, records: Sequence[NewRecord], logged_unix_ms: int
+    ) -> int:
+        """See ``UpdateLog.append``."""
+        check_partition(partition, self.num_partitions)
+        kinds = ("state", "records", "urgent", "heads", "expiry", "tables")
+        keys = [self._key(partition, kind) for kind in kinds]
+        token = secrets.token_bytes(12)
+        with self._append_locks[partition]:
+            while True:
+                last = self._ends[partition]
+                values = _appended(records, last + 1, logged_unix_ms)
+                word, found = self._change(APPEND, keys, token, epoch, last, *values)
+                if word == "done":
+                    self._ends[partition] = found + len(records) - 1
+                    return int(found)
+                if word == "fenced":
+                    raise Fenced(partition, epoch, found)
+                self._ends[partition] = found
+
+    def read(self, partition: int, after: int, limit: int) -> list[LogRecord]:
+        """See ``UpdateLog.read``."""
+        end, records = self._records(partition, "records", after, limit)
+        check_dense(self.url, partition, after, end, limit, records)
+        return records
+
+    def read_urgent(self, partition: int, after: int, limit: int) -> list[LogRecord]:
+        """See ``UpdateLog.read_urgent``."""
+        return self._records(partition, "urgent", after, limit)[1]
+
+    def _records(
+        self, partition: int, stream: str, after: int, limit: int
+    ) -> tuple[int, list[LogRecord]]:
+        check_partition(partition, self.num_partitions)
+        bounds = (f"{after + 1}-0", "+", "COUNT", limit)
+        (start, end), entries = self._look(
+            ("HMGET", self._key(partition, "state"), "start", "end"),
+            ("XRANGE", self._key(partition, stream), *bounds),
+        )
+        check_read(self.url, partition, after, int(start))
+        try:
+            records, checksums = _decoded(entries)
+        except (ValueError, struct.error):
+            raise LogDamaged(
+                self.url, f"an entry of {self._key(partition, stream)} is no record"
+            ) from None
+        check_records(self.url, partition, records, checksums)
+        return int(end), records
+
+    def wait(self, partition: int, after: int, timeout_s: float) -> bool:
+        """See ``UpdateLog.wait``."""
+        give_up_s = time.monotonic() + timeout_s
+        streams: dict[Any, Any] = {self._key(partition, "records"): f"{after}-0"}
+        while self.end(partition) <= after:
+            left_s = give_up_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            # Blocks in slices, so that a closed log is left and a lost server noticed.
+            block_ms = max(int(min(left_s, _BLOCK_S, self._timeout_s / 2) * 1000), 1)
+            self._call(partial(self._client.xread, streams, count=1, block=block_ms))
+        return True
+
+    def end(self, partition: int) -> int:
+        """See ``UpdateLog.end``."""
+        return self._number(partition, "end")
+
+    def start(self, partition: int) -> int:
+        """See ``UpdateLog.start``."""
+        return self._number(partition, "start")
+
+    def _number(self, partition: int, field: str) -> int:
+        check_partition(partition, self.num_partitions)
+        (value,) = self._look(("HGET", self._key(partition, "state"), field))
+        return int(value)
+
+    def heads(self, partition: int, item_ids: Sequence[int]) -> dict[int, Head]:
+        """See ``UpdateLog.heads``."""
+        check_partition(partition, self.num_partitions)
+        key = self._key(partition, "heads")
+        found = self._look(
+            *(
+                ("HMGET", key, *item_ids[at : at + _WORDS_AT_ONCE])
+                for at in range(0, len(item_ids), _WORDS_AT_ONCE)
+            )
+        )
+        return {
+            item_id: self._head(partition, item_id, packed)
+            for item_id, packed in zip(item_ids, itertools.chain.from_iterable(found), strict=True)
+            if packed is not None
+        }
+
+    def _head(self, partition: int, item_id: int, packed: bytes) -> Head:
+        try:
+            return Head(*_HEAD.unpack(packed))
+        except struct.error:
+            raise LogDamaged(
+                self.url, f"the head of item {item_id} in partition {partition} is damaged"
+            ) from None
+
+    def expired(self, partition: int, now_ms: int, limit: int) -> list[tuple[int, Head]]:
+        """See ``UpdateLog.expired``."""
+        check_partition(partition, self.num_partitions)
+        key = self._key(partition, "expiry")
+        (found,) = self._look(("ZRANGE", key, 1, now_ms, "BYSCORE", "LIMIT", 0, limit))
+        heads = self.heads(partition, [int(item_id) for item_id in found])
+        # An item may have changed between the two looks.
+        over = [
+            (item_id, head)
+            for item_id, head in heads.items()
+            if 0 < head.expires_unix_ms <= now_ms and not head.deleted
+        ]
+        return sorted(over, key=lambda one: (one[1].expires_unix_ms, one[0]))
+
+    def row_version(self, partition: int, table: str) -> int:
+        """See ``UpdateLog.row_version``."""
+        check_partition(partition, self.num_partitions)
+        (version,) = self._look(("HGET", self._key(partition, "tables"), table))
+        return int(version or 0)
+
+    def pin(self, name: str, cut: Sequence[int]) -> None:
+        """See ``UpdateLog.pin``."""
+        positions = checked_cut(cut, self.num_partitions)
+        partitions = range(self.num_partitions)
+        keys = [self._key(one, kind) for kind in ("state", "pins") for one in partitions]
+        word, *where = self._change(PIN, keys, name, *positions)
+        if word == "trimmed":
+            raise LogTrimmed(self.url, where[0], positions[where[0]], where[1])
+
+    def unpin(self, name: str) -> None:
+        """See ``UpdateLog.unpin``."""
+        keys = [self._key(one, "pins") for one in range(self.num_partitions)]
+        self._look(*(("HDEL", key, name) for key in keys))
+
+    def pins(self) -> dict[str, tuple[int, ...]]:
+        """See ``UpdateLog.pins``."""
+        partitions = range(self.num_partitions)
+        found = self._look(*(("HGETALL", self._key(one, "pins")) for one in partitions))
+        pinned = [dict(zip(flat[::2], flat[1::2], strict=True)) for flat in found]
+        return {
+            name.decode(): tuple(int(one[name]) for one in pinned) for name in sorted(pinned[0])
+        }
+
+    def trim(self, partition: int, upto: int) -> int:
+        """See ``UpdateLog.trim``; in several steps, so that appends pass between them."""
+        check_partition(partition, self.num_partitions)
+        keys = [self._key(partition, kind) for kind in ("state", "records", "urgent", "pins")]
+        while True:
+            word, start = self._change(TRIM, keys, upto, _TRIMMED_AT_ONCE)
+            if word == "done":
+                return int(start)
+
+    def close(self) -> None:
+        """See ``UpdateLog.close``."""
+        with self._calls_lock:
+            self._closed = True
+            idle = self._calls == 0
+        if idle:
+            self._client.close()
+
+
+def _split(url: str) -> tuple[str, str, bool]:
+    """Return the url without our own options, the prefix, and whether durability is trusted."""
+    parts = urlsplit(url)
+    options = parse_qs(parts.query, keep_blank_values=True)
+    prefix = options.pop("prefix", ["silvershard"])[-1]
+    trusted = options.pop("trust_durability", ["0"])[-1]
+    if trusted not in ("0", "1") or not prefix:
+        raise ConfigError(
+            "the url of a Redis log takes trust_durability 0 or 1 and a prefix that is not empty, "
+            f"got {trusted!r} and {prefix!r}"
+        )
+    query = urlencode(options, doseq=True)
+    return parts._replace(query=query).geturl(), prefix, trusted == "1"
+
+
+def _shown(server: str, prefix: str) -> str:
+    parts = urlsplit(server)
+    place = f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+    return f"{parts.scheme}://{place}{parts.path}?prefix={prefix}"
+
+
+def _setting(connection: Any, name: str) -> str:
+    connection.send_command("CONFIG", "GET", name)
+    found = connection.read_response()
+    if len(found) != 2:
+        raise redis.ResponseError(f"there is no setting {name}")
+    return str(found[1].decode())
+
+
+def _appended(records: Sequence[NewRecord], first: int, logged_unix_ms: int) -> Iterator[Any]:
+    """Yield what APPEND takes after the end of the partition."""
+    heads, tables = newest_heads(first, records), newest_rows(records)
+    yield from (len(records), len(heads), len(tables))
+    for position, record in enumerate(records, first):
+        yield int(record.urgent)
+        yield _packed(record, position, logged_unix_ms)
+    for item_id, head in heads.items():
+        yield from (item_id, _HEAD.pack(*head), head.expires_unix_ms)
+    yield from itertools.chain.from_iterable(tables.items())
+
+
+def _packed(record: NewRecord, position: int, logged_unix_ms: int) -> bytes:
+    item_id, version, urgent = record.item_id, record.version, record.urgent
+    crc = checksum(LogRecord(position, item_id, version, logged_unix_ms, urgent, record.payload))
+    return _RECORD.pack(item_id, version, logged_unix_ms, urgent, crc) + record.payload
+
+
+def _decoded(entries: Sequence[Any]) -> tuple[list[LogRecord], list[int]]:
+    records, checksums = [], []
+    for entry_id, (_, packed) in entries:
+        item_id, version, logged_ms, urgent, crc = _RECORD.unpack_from(packed)
+        position = int(entry_id.partition(b"-")[0])
+        payload = packed[_RECORD.size :]
+        records.append(LogRecord(position, item_id, version, logged_ms, urgent, payload))
+        checksums.append(crc)
+    return records, checksums

@@ -1,0 +1,173 @@
+"""A connection of a router to one process of a shard: signs of life, fencing by epoch.
+
+All generations that the process serves share it.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from silvershard.cluster import shard_pb2, shard_pb2_grpc
+from silvershard.cluster.codec import Refusal, code_name
+from silvershard.cluster.config import PingSection
+from silvershard.cluster.freshness import FOREIGN_TOKEN, Seen
+from silvershard.cluster.hosting import seen_from
+from silvershard.cluster.listen import LINK_OPTIONS
+from silvershard.cluster.shard_link import LinkState
+from silvershard.cluster.shard_map import ShardEntry
+from silvershard.cluster.stream_link import RECONNECT_S, Connection, StreamLink
+from silvershard.shard.errors import (
+    CandidatesExpired,
+    DeadlineExceeded,
+    GenerationError,
+    Overloaded,
+    ReplicaStale,
+    ShardUnavailable,
+)
+
+_log = logging.getLogger(__name__)
+
+_Reply = asyncio.Future[shard_pb2.ShardReply]
+
+
+class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
+    """One incarnation of one replica of one shard, as a router reaches it."""
+
+    def __init__(self, entry: ShardEntry, ping: PingSection) -> None:
+        """Make a connection that does not connect yet; ``start`` does."""
+        super().__init__(entry.address, f"shard {entry.shard}", ping)
+        self.entry = entry
+        self.served: dict[int, Seen] | None = None
+        """The generations that it serves, by its last word; None: it has not said yet."""
+
+    @property
+    def state(self) -> LinkState:
+        """Return what is believed of the replica; one that was not tried yet counts as up."""
+        if self._connected is False:
+            return LinkState.DOWN
+        if self.hung:
+            return LinkState.EJECTED
+        return LinkState.SUSPECT if self._misses >= self._ping.suspect_after else LinkState.UP
+
+    def send(self, call: shard_pb2.ShardCall, generation: int) -> None:
+        """Send a call that has no reply; never waits, never fails."""
+        if self._connection is not None:
+            self._connection.outgoing.put_nowait(self._addressed(call, generation, 0.0))
+
+    async def call(
+        self, call: shard_pb2.ShardCall, generation: int, remaining_s: float
+    ) -> shard_pb2.ShardReply:
+        """Return the reply to a call.
+
+        Raises:
+            CandidatesExpired: if the candidates that it needs are open no more.
+            DeadlineExceeded: if no answer came in ``remaining_s``.
+            GenerationError: if the shard does not serve the generation.
+            Overloaded: if the queue of the shard is full.
+            ReplicaStale: if the shard has not applied what the call demands.
+            Refusal: if what the call demands is of another log.
+            ShardUnavailable: if there is no connection, or the answer cannot be used.
+        """
+        shard, connection = self.entry.shard, self._connection
+        if connection is None:
+            raise ShardUnavailable(shard, f"no connection to {self.entry.address}")
+        call_id = self._addressed(call, generation, remaining_s).call_id
+        future: _Reply = asyncio.get_running_loop().create_future()
+        self._post(connection, call, future)
+        try:
+            async with asyncio.timeout(remaining_s):
+                reply = await future
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"shard {shard} did not answer within {remaining_s:.3f} s"
+            ) from None
+        finally:
+            connection.pending.pop(call_id, None)
+        self._check(reply, call.key, generation)
+        return reply
+
+    def _addressed(
+        self, call: shard_pb2.ShardCall, generation: int, remaining_s: float
+    ) -> shard_pb2.ShardCall:
+        call.call_id = next(self._ids)
+        call.generation = generation
+        call.epoch = self.entry.epoch
+        call.remaining_us = max(0, int(remaining_s * 1e6))
+        return call
+
+    def _check(self, reply: shard_pb2.ShardReply, key: str, generation: int) -> None:
+        """Raise what a reply reports, or what makes it unusable."""
+        shard = self.entry.shard
+        if reply.epoch != self.entry.epoch:
+            raise ShardUnavailable(
+                shard, f"answered as epoch {reply.epoch}, {self.entry.epoch} was asked"
+            )
+        if reply.generation != generation:
+            raise GenerationError(generation, reply.generation)
+        if not reply.code:
+            return
+        code = code_name(reply.code)
+        if reply.reason == "CANDIDATES_EXPIRED":
+            raise CandidatesExpired(key)
+        if reply.reason == "REPLICA_STALE":
+            raise ReplicaStale(shard, reply.message)
+        if reply.reason == FOREIGN_TOKEN:
+            raise Refusal(code, reply.message, reply.reason)
+        if code == "DEADLINE_EXCEEDED":
+            raise DeadlineExceeded(f"shard {shard}: {reply.message}")
+        if code == "RESOURCE_EXHAUSTED":
+            raise Overloaded(f"shard {shard}: {reply.message}", RECONNECT_S)
+        raise ShardUnavailable(shard, f"{code}: {reply.message}")
+
+    def _open(self, channel: grpc.aio.Channel) -> Any:
+        return shard_pb2_grpc.ShardStub(channel).Execute()
+
+    def _receive(
+        self, connection: Connection[shard_pb2.ShardCall, _Reply], reply: shard_pb2.ShardReply
+    ) -> None:
+        self._heard = True
+        future = connection.pending.get(reply.call_id)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def _fail(self, waiting: _Reply, message: str) -> None:
+        if not waiting.done():
+            waiting.set_exception(ShardUnavailable(self.entry.shard, message))
+
+    async def _watch(self) -> None:
+        """Ping on a channel of its own, so that a large answer never delays a sign of life."""
+        every_s = self._ping.every_ms / 1e3
+        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
+            reader = asyncio.create_task(self._listen(channel))
+            try:
+                while True:
+                    await asyncio.sleep(every_s)
+                    self._count_look()
+            finally:
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    async def _listen(self, channel: grpc.aio.Channel) -> None:
+        stub, shard = shard_pb2_grpc.ShardStub(channel), self.entry.shard
+        while True:
+            try:
+                async for beat in stub.Ping(self._beats()):
+                    # Another incarnation on the same address is not a sign of life of this one.
+                    if beat.epoch == self.entry.epoch:
+                        self._heard = True
+                        self.served = {one.generation: seen_from(one.seen) for one in beat.served}
+            except grpc.aio.AioRpcError as error:
+                _log.debug("pings of shard %d ended: %s", shard, error.code().name)
+            except Exception as error:  # noqa: BLE001  # bytes that are no beat; logged
+                _log.error("pings of shard %d: malformed answer: %s", shard, error)
+            await asyncio.sleep(self._ping.every_ms / 1e3)
+
+    async def _beats(self) -> AsyncIterator[shard_pb2.Beat]:
+        for sequence in itertools.count(1):
+            yield shard_pb2.Beat(sequence=sequence)
+            await asyncio.sleep(self._ping.every_ms / 1e3)

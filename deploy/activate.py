@@ -1,0 +1,287 @@
+"""Making another generation live: ``activate`` and ``rollback``, as commands see them.
+
+A command plans, checks and writes what it wants into the control store; the driver of the cluster
+does it. The command waits for that and says how far it is.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from silvershard.deploy.checks import run_checks
+from silvershard.deploy.config import Config
+from silvershard.deploy.control_store import (
+    CANARY,
+    LIVE,
+    Alias,
+    Control,
+    ControlStore,
+    Operation,
+    wanted,
+)
+from silvershard.deploy.errors import CommandError, Refused, TimedOut
+from silvershard.deploy.launch import choose_generation
+from silvershard.deploy.log_pins import check_log, existing_log, pin_generations
+from silvershard.deploy.memory_plan import (
+    MemoryPlan,
+    free_memory,
+    held_by,
+    loaded_bytes,
+    plan_memory,
+    render,
+)
+from silvershard.deploy.processes import is_alive
+from silvershard.deploy.state import ClusterRecord, StateDir
+from silvershard.shard.generations import generation_dir
+from silvershard.shard.outline import Outline, read_outline
+
+_POLL_S = 0.05
+
+Report = Callable[[str], None]
+
+
+def activate(
+    state: StateDir,
+    config: Config,
+    generation: int,
+    *,
+    alias: Alias = LIVE,
+    load: bool = True,
+    allow_schema: bool = False,
+    dry_run: bool = False,
+    timeout_s: float,
+    report: Report,
+) -> dict[str, Any]:
+    """Let an alias name a generation in a running cluster; return what was done.
+
+    Args:
+        state: of the cluster.
+        config: its settings.
+        generation: its number, or 0 for none, which only an alias beside the live one can name.
+        alias: what shall name it.
+        load: load it whole to check it, before anything of the cluster is touched.
+        allow_schema: let through what requests or updates for the live one would not fit.
+        dry_run: plan and check, and change nothing.
+        timeout_s: longest wait, after the checks.
+        report: hears the plan, the checks and how far it is, a line at a time.
+
+    Raises:
+        Refused: if there is no room for it, or it does not pass its checks; nothing was loaded into
+            the cluster then.
+        CommandError: if no cluster runs, there is no such generation, or it could not be done.
+        TimedOut: if it is not done in time; it goes on.
+    """
+    record = running(state)
+    store = ControlStore(state.control_file)
+    control = store.read()
+    if generation == 0:
+        if alias == LIVE:
+            raise CommandError("the live generation must be one that is published, got none")
+        return _carried_out(state, store, "activate", 0, alias, "", dry_run, timeout_s, report)
+    number, path = choose_generation(state, generation)
+    outline = read_outline(path)
+    live = read_outline(generation_dir(state.generations, record.generation))
+    _check_log(state, config, outline)
+    plan = memory_plan(config, record, control, live, outline)
+    for line in render(plan):
+        report(line)
+    if plan.mode == "refused":
+        raise Refused(f"generation {number} is not loaded: {plan.reason}")
+    if plan.mode == "wave" and alias != LIVE:
+        raise Refused(f"generation {number} cannot be held beside the live one: {plan.reason}")
+    is_held = any(one.generation == number for one in record.generations)
+    load = load and not is_held
+    if load and not plan.checks_fit:
+        raise Refused(
+            f"generation {number} cannot be loaded to be checked, there is no room for it: check "
+            "it with `silvershard verify` elsewhere, then activate it with --checks files"
+        )
+    for check in run_checks(
+        path,
+        live.path,
+        max_recall_loss=config.swap.max_recall_loss,
+        load=load,
+        allow_schema=allow_schema,
+    ):
+        report(f"{check.name}: {'' if check.passed else 'FAILED: '}{check.text}")
+        if not check.passed:
+            raise Refused(
+                f"generation {number} does not pass its check of {check.name}: {check.text}"
+            )
+    content = outline.content_hash
+    return _carried_out(
+        state, store, "activate", number, alias, content, dry_run, timeout_s, report
+    ) | {"mode": plan.mode}
+
+
+def rollback(
+    state: StateDir, *, dry_run: bool = False, timeout_s: float, report: Report
+) -> dict[str, Any]:
+    """Make the generation live again that was live before; return what was done.
+
+    It takes seconds where that one is still in memory, and a load where it is not.
+
+    Raises:
+        CommandError: if no cluster runs, nothing was live before, or it could not be done.
+        TimedOut: if it is not done in time; it goes on.
+    """
+    running(state)
+    store = ControlStore(state.control_file)
+    previous = store.read().previous
+    if not previous:
+        raise CommandError(
+            f"nothing was live before on {state.root}: there is nothing to return to"
+        )
+    if not generation_dir(state.generations, previous).is_dir():
+        raise CommandError(
+            f"generation {previous}, which was live before, is not published in {state.root} any "
+            "more: activate another one"
+        )
+    return _carried_out(state, store, "rollback", previous, LIVE, "", dry_run, timeout_s, report)
+
+
+def running(state: StateDir) -> ClusterRecord:
+    """Return the record of the cluster that runs on a state directory.
+
+    Raises:
+        CommandError: if none runs, or it is still starting.
+    """
+    record = state.read_record() if state.root.is_dir() else None
+    if record is None or not is_alive(record.driver):
+        raise CommandError(f"no cluster runs on {state.root}: start one with `silvershard up`")
+    if record.map_version == 0:
+        raise CommandError(f"the cluster on {state.root} is still starting: wait for it")
+    return record
+
+
+def memory_plan(
+    config: Config, record: ClusterRecord, control: Control, live: Outline, new: Outline
+) -> MemoryPlan:
+    """Return how a generation can be brought into a running cluster now."""
+    sharding = config.sharding.model_copy(
+        update={
+            "shards": max(one.shard for one in record.shards) + 1,
+            "replicas": max(one.replica for one in record.shards) + 1,
+        }
+    )
+    # The cluster may have been started with options that this command was not given.
+    config = config.model_copy(update={"sharding": sharding})
+    number = new.generation
+    held = held_by(one.pid for one in record.shards if one.pid)
+    generations = {one.generation for one in record.generations}
+    free = free_memory()
+    parked = generation_dir(live.path.parent, control.previous)
+    if control.previous in generations - {number, control.live} and number not in generations:
+        # It is given up before the new one is loaded.
+        room = min(loaded_bytes(config, read_outline(parked)), held)
+        free, held = free + room, held - room
+    return plan_memory(
+        config,
+        None if number in generations else live,
+        new,
+        held_bytes=held,
+        free_bytes=free,
+    )
+
+
+def _check_log(state: StateDir, config: Config, outline: Outline) -> None:
+    """Return if a generation can be brought up to date, and let the log keep what that needs."""
+    log = existing_log(state, config)
+    if log is None:
+        return
+    try:
+        check_log(log, outline)
+        pin_generations(log, state.generations)
+    finally:
+        log.close()
+
+
+def _carried_out(
+    state: StateDir,
+    store: ControlStore,
+    kind: Any,
+    generation: int,
+    alias: Alias,
+    content_hash: str,
+    dry_run: bool,
+    timeout_s: float,
+    report: Report,
+) -> dict[str, Any]:
+    """Write what is wanted and wait until it is done."""
+    began_s = time.monotonic()
+    operation = wanted(kind, generation, alias, content_hash)
+    before = store.read()
+    document = {"kind": kind, "alias": alias, "generation": generation, "before": before.live}
+    if alias == CANARY:
+        document["before"] = before.canary
+    if dry_run:
+        return {**document, "done": False, "seconds": 0.0}
+
+    def make(now: Control) -> Control:
+        going = now.current
+        if going is not None:
+            raise Refused(
+                f"{going.kind} of generation {going.generation} is going on since "
+                f"{time.time() - going.began_unix_s:.0f} s: wait until it has ended"
+            )
+        return now.with_operation(operation)
+
+    store.change(make)
+    with _cancelled_if_interrupted(store, operation.operation_id):
+        ended = _wait(state, store, operation, began_s + timeout_s, report)
+    if ended.state != "done":
+        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
+    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
+
+
+def _wait(
+    state: StateDir, store: ControlStore, operation: Operation, until_s: float, report: Report
+) -> Operation:
+    said = ""
+    while True:
+        found = store.read().operation(operation.operation_id)
+        if found is None or found.has_ended:
+            return found or operation.ended("abandoned", "it was forgotten")
+        if found.progress and found.progress != said:
+            said = found.progress
+            report(said)
+        record = state.read_record()
+        if record is None or not is_alive(record.driver):
+            raise CommandError(
+                "the cluster ended before it was done; its live generation is as was"
+            )
+        if time.monotonic() > until_s:
+            raise TimedOut(
+                f"generation {operation.generation} is not {operation.alias} yet"
+                f"{f', {said}' if said else ''}: it goes on, see `silvershard status`"
+            )
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _cancelled_if_interrupted(store: ControlStore, operation_id: str) -> Iterator[None]:
+    """End an operation whose command a person ends; one that times out goes on."""
+
+    def make(now: Control) -> Control:
+        going = now.current
+        if going is None or going.operation_id != operation_id:
+            return now
+        return now.with_operation(going.ended("cancelled", "its command was interrupted"))
+
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        store.change(make)
+        raise
+
+
+def render_done(document: Mapping[str, Any]) -> str:
+    """Return what was done for people."""
+    what = f"generation {document['generation']}" if document["generation"] else "nothing"
+    before = f"generation {document['before']}" if document["before"] else "nothing"
+    if not document["done"]:
+        return f"would make {what} {document['alias']}, now it is {before}"
+    return f"{what} is {document['alias']} after {document['seconds']} s, before it was {before}"

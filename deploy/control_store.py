@@ -1,0 +1,214 @@
+"""The control store: which generation a cluster shall serve, and what is being done about it.
+
+It is one document in a SQLite file of the state directory. Whoever changes it has read it before: a
+change is taken only if nobody else changed it meanwhile. Commands write what they want, the driver
+of the cluster makes it so and writes how far it is. What is there is durable.
+"""
+
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from silvershard.shard.errors import StateError
+
+LIVE: Final = "live"
+CANARY: Final = "canary"
+
+Alias = Literal["live", "canary"]
+OperationState = Literal["waiting", "running", "done", "failed", "cancelled", "abandoned"]
+
+_KEPT = 20
+"""Operations that are remembered."""
+_BUSY_S = 5.0
+
+
+class Operation(BaseModel):
+    """Something a person wanted, and what became of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    operation_id: str = Field(description="unique name")
+    kind: Literal["activate", "rollback"] = Field(description="the command")
+    generation: int = Field(ge=0, description="what the alias shall name; 0: nothing")
+    alias: Alias = Field(default="live", description="which alias")
+    content_hash: str = Field(default="", description="of the generation that was checked")
+    state: OperationState = Field(default="waiting", description="how far it is")
+    progress: str = Field(default="", description="what is being waited for")
+    reason: str = Field(default="", description="why it was not done")
+    began_unix_s: float = Field(description="when it was wanted")
+    ended_unix_s: float = Field(default=0.0, description="when it ended; 0 before")
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether nothing more will happen."""
+        return self.state not in ("waiting", "running")
+
+    def ended(self, state: OperationState, reason: str = "") -> Self:
+        """Return the operation as it is when it has ended now."""
+        changes = {"state": state, "reason": reason, "ended_unix_s": time.time()}
+        return self.model_copy(update=changes)
+
+
+class Control(BaseModel):
+    """The document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = Field(default=0, ge=0, description="grows by one with every change")
+    live: int = Field(default=0, ge=0, description="generation that is served; 0: none yet")
+    previous: int = Field(default=0, ge=0, description="served before it; 0: none")
+    canary: int = Field(default=0, ge=0, description="served to those who ask for it; 0: none")
+    operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
+
+    @property
+    def current(self) -> Operation | None:
+        """Return the operation that is going on, if there is one."""
+        last = self.operations[-1] if self.operations else None
+        return last if last is not None and not last.has_ended else None
+
+    @property
+    def kept(self) -> set[int]:
+        """Return the generations that must not be removed."""
+        going = self.current
+        named = {self.live, self.previous, self.canary, going.generation if going else 0}
+        return named - {0}
+
+    def operation(self, operation_id: str) -> Operation | None:
+        """Return an operation that is remembered."""
+        found = [one for one in self.operations if one.operation_id == operation_id]
+        return found[0] if found else None
+
+    def with_operation(self, operation: Operation) -> Self:
+        """Return the document with an operation added, or put in the place of its older state."""
+        others = [one for one in self.operations if one.operation_id != operation.operation_id]
+        return self.model_copy(update={"operations": (*others, operation)[-_KEPT:]})
+
+    def pointed(self, alias: Alias, generation: int) -> Self:
+        """Return the document with an alias that names another generation."""
+        if alias == CANARY:
+            return self.model_copy(update={"canary": generation})
+        if generation == self.live:
+            return self
+        changes = {"live": generation, "previous": self.live}
+        # What becomes live is no canary any more.
+        if self.canary == generation:
+            changes["canary"] = 0
+        return self.model_copy(update=changes)
+
+
+class Conflict(StateError):
+    """A change of a document that somebody else changed meanwhile."""
+
+
+class ControlStore:
+    """The document in its file; any number of processes may use it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Control:
+        """Return the document; an empty one before the first change.
+
+        Raises:
+            StateError: if the file is damaged or cannot be read.
+        """
+        if not self.path.is_file():
+            return Control()
+        with self._opened() as database:
+            row = database.execute("SELECT document FROM control").fetchone()
+        try:
+            return Control.model_validate_json(row[0]) if row else Control()
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"]) or "content"
+            raise StateError(f"control store {self.path}: {where}: {problem['msg']}") from None
+
+    def write(self, control: Control) -> Control:
+        """Replace the document that ``control`` was made from; return the new one.
+
+        Raises:
+            Conflict: if the document is of another version by now.
+            StateError: if the file is damaged or cannot be written.
+        """
+        changed = control.model_copy(update={"version": control.version + 1})
+        text = changed.model_dump_json()
+        with self._opened() as database:
+            if control.version == 0:
+                done = database.execute(
+                    "INSERT INTO control (one, version, document) VALUES (1, 1, ?) "
+                    "ON CONFLICT DO NOTHING",
+                    (text,),
+                )
+            else:
+                done = database.execute(
+                    "UPDATE control SET version = ?, document = ? WHERE version = ?",
+                    (changed.version, text, control.version),
+                )
+            if done.rowcount != 1:
+                raise Conflict(
+                    f"control store {self.path}: somebody else changed it after version "
+                    f"{control.version}"
+                )
+        return changed
+
+    def change(self, make: Callable[[Control], Control]) -> Control:
+        """Replace the document by what ``make`` makes of it, whoever else changes it meanwhile.
+
+        Args:
+            make: is called again after a conflict; if it raises, nothing is changed.
+
+        Raises:
+            StateError: if the file is damaged or cannot be written.
+        """
+        while True:
+            control = self.read()
+            made = make(control)
+            if made == control:
+                return control
+            try:
+                return self.write(made)
+            except Conflict:
+                continue
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        """Give a connection, each statement of which is durable when it has ended."""
+        try:
+            # SQLite would let others read what it makes.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            with closing(
+                sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)
+            ) as database:
+                database.execute("PRAGMA synchronous = FULL")
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS control (one INTEGER PRIMARY KEY CHECK (one = 1), "
+                    "version INTEGER NOT NULL, document TEXT NOT NULL) STRICT"
+                )
+                yield database
+        except (sqlite3.Error, OSError) as error:
+            raise StateError(f"control store {self.path}: {error}") from None
+
+
+def wanted(
+    kind: Literal["activate", "rollback"],
+    generation: int,
+    alias: Alias,
+    content_hash: str = "",
+) -> Operation:
+    """Return a new operation."""
+    return Operation(
+        operation_id=secrets.token_hex(8),
+        kind=kind,
+        generation=generation,
+        alias=alias,
+        content_hash=content_hash,
+        began_unix_s=time.time(),
+    )

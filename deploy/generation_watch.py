@@ -1,0 +1,442 @@
+"""Which generations the shard processes hold, and which one is live: what the store says, made so.
+
+A swap loads a generation in every process, waits until all of them have it prepared, and then makes
+one change of the control store, which the map follows. Until that change everything is as it was;
+whoever ends before has changed nothing. Nothing here waits, and time is read from one clock.
+
+Shapes: R replicas.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from silvershard.cluster.shard_map import ShardEntry
+from silvershard.deploy.config import Config
+from silvershard.deploy.control_store import CANARY, LIVE, Control, ControlStore, Operation
+from silvershard.deploy.memory_plan import Mode, free_memory, held_by, plan_memory
+from silvershard.deploy.shard_host import Connect, Held, Host, ShardHost
+from silvershard.deploy.shard_watch import ShardWatch
+from silvershard.deploy.state import GenerationRecord, GenerationRole, StateDir
+from silvershard.shard.assignment import shard_partitions
+from silvershard.shard.errors import RetrievalError
+from silvershard.shard.generations import generation_dir
+from silvershard.shard.outline import Outline, read_outline
+
+Key = tuple[int, int]
+"""Shard and replica."""
+
+
+class _Swap(NamedTuple):
+    """A swap that is going on."""
+
+    operation: Operation
+    mode: Mode
+    give_up_s: float
+    load_s: float
+    """When the processes that are taken out of service may begin to load."""
+    commit_s: float | None = None
+    """When routers have met the processes that were out of service; None: they are still out."""
+
+
+_MEET_S = 1.0
+"""Time for routers to connect to processes before they depend on them."""
+
+
+class _Superseded(Exception):
+    """The operation was cancelled meanwhile."""
+
+
+class GenerationWatch:
+    """Makes the processes hold what they shall, and decides which of them are in service."""
+
+    def __init__(
+        self,
+        state: StateDir,
+        config: Config,
+        generation: int,
+        *,
+        connect: Connect = ShardHost,
+        free_bytes: Callable[[], int] = free_memory,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make a generation the live one, as a cluster that starts does.
+
+        What an earlier cluster had begun and not ended is abandoned.
+
+        Args:
+            state: where generations and store are.
+            config: settings.
+            generation: what the processes load when they start.
+            connect: opens the way to a shard process.
+            free_bytes: returns the memory that the machine has left.
+            clock: for pauses and limits.
+        """
+        self._state = state
+        self._config = config
+        self._connect = connect
+        self._free_bytes = free_bytes
+        self._clock = clock
+        self._store = ControlStore(state.control_file)
+        self._hosts: dict[Key, tuple[ShardEntry, Host]] = {}
+        self._swap: _Swap | None = None
+        self._parked = False
+        """Whether the previous generation stays in memory."""
+        self._drained_s = 0.0
+        """When nobody can be waiting for an answer of the previous generation any more."""
+        self._is_late = range(0)
+        """Replicas that change after the map did."""
+        self._outlines: dict[int, Outline] = {}
+        self._said = ""
+
+        def begin(now: Control) -> Control:
+            going = now.current
+            if going is not None:
+                reason = "the cluster ended before it was done"
+                now = now.with_operation(going.ended("abandoned", reason))
+            return now.pointed(LIVE, generation)
+
+        self._control = self._store.change(begin)
+
+    @property
+    def live(self) -> int:
+        """Return the generation that the map shall name."""
+        return self._control.live
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        """Return the generations beside the live one that requests can name by an alias."""
+        canary = self._control.canary
+        return {CANARY: canary} if canary == self.live or canary in self.snapshots else {}
+
+    @property
+    def snapshots(self) -> dict[int, str]:
+        """Return the directories of what is served beside the live generation."""
+        beside = {self._control.canary, self._control.previous} - {0, self.live}
+        if self._swap is not None and self._swap.commit_s is not None:
+            beside.add(self._swap.operation.generation)
+        return {one: str(self.path(one)) for one in sorted(beside) if self._is_served(one)}
+
+    @property
+    def records(self) -> tuple[GenerationRecord, ...]:
+        """Return every generation that a process holds, as status shows it."""
+        numbers = {one for _, host in self._hosts.values() for one in host.held or {}}
+        return tuple(self._record(number) for number in sorted(numbers))
+
+    def _record(self, generation: int) -> GenerationRecord:
+        held = [
+            (host.held or {})[generation]
+            for _, host in self._hosts.values()
+            if generation in (host.held or {})
+        ]
+        roles: dict[int, GenerationRole] = {
+            self._control.previous: "previous",
+            self._control.canary: "canary",
+            self._control.live: "live",
+        }
+        return GenerationRecord(
+            generation=generation,
+            role=roles.get(generation, "staged"),
+            prepared=sum(one.state == "prepared" for one in held),
+            processes=len(self._hosts),
+            reason=next((one.reason for one in held if one.state == "failed"), ""),
+        )
+
+    def path(self, generation: int) -> Path:
+        """Return the directory of a generation."""
+        return generation_dir(self._state.generations, generation)
+
+    def poll(self, watches: Sequence[ShardWatch]) -> None:
+        """Look at everything once and take the next step."""
+        self._follow(watches)
+        for _, host in self._hosts.values():
+            host.poll()
+        try:
+            self._take(self._store.read())
+            if self._swap is not None:
+                self._advance(self._swap, watches)
+        except RetrievalError as error:
+            self._say(f"the control store cannot be used, all stays as it is: {error}")
+        for (_, replica), (_, host) in self._hosts.items():
+            if host.held is not None:
+                self._reconcile(host, host.held, self._wanted(replica))
+
+    def in_service(self, watches: Sequence[ShardWatch]) -> tuple[ShardEntry, ...]:
+        """Return the entries of the processes that answer for the live generation.
+
+        Those that are about to answer for the next one instead are named a moment before, so that
+        routers are connected to them by then.
+        """
+        entries = []
+        for watch in watches:
+            known = self._hosts.get((watch.shard, watch.replica))
+            if known is None or watch.entry is None:
+                continue
+            if self._is_in_service(watch.replica, known[1]):
+                documents = {"documents": self.documents(watch.shard)}
+                entries.append(watch.entry.model_copy(update=documents))
+        return tuple(entries)
+
+    def close(self) -> None:
+        """Leave the processes alone."""
+        for _, host in self._hosts.values():
+            host.close()
+        self._hosts = {}
+
+    def _follow(self, watches: Sequence[ShardWatch]) -> None:
+        """Keep one host for every process that has said where it is."""
+        entries = {(one.shard, one.replica): one.entry for one in watches if one.entry is not None}
+        for key in [key for key, (entry, _) in self._hosts.items() if entries.get(key) != entry]:
+            self._hosts.pop(key)[1].close()
+        for key, entry in entries.items():
+            if key not in self._hosts:
+                self._hosts[key] = entry, self._connect(entry.address)
+
+    def _take(self, control: Control) -> None:
+        self._control = control
+        going = control.current
+        if self._swap is not None and (
+            going is None or going.operation_id != self._swap.operation.operation_id
+        ):
+            self._swap = None
+        if going is not None and going.state == "waiting":
+            self._begin(going)
+
+    def _begin(self, operation: Operation) -> None:
+        """Start a swap, or refuse it."""
+        generation = operation.generation
+        if generation == 0:
+            self._commit(operation)
+            return
+        if not self._may_begin(generation):
+            return
+        try:
+            outline = self._outline(generation)
+            found = outline.content_hash
+            if operation.content_hash and operation.content_hash != found:
+                self._end(operation, "it is not the content that was checked any more")
+                return
+            mode = self._plan(outline, operation)
+        except RetrievalError as error:
+            self._end(operation, str(error))
+            return
+        if mode is None:
+            return
+        now_s = self._clock()
+        # Requests that are in flight on processes which the map no longer names must end first.
+        load_s = now_s + self._drain_s(is_wave=True) if mode == "wave" else now_s
+        running = operation.model_copy(update={"state": "running", "progress": "loading"})
+        self._control = self._store.change(lambda now: _replaced(now, running))
+        self._swap = _Swap(running, mode, now_s + self._config.swap.timeout_s, load_s)
+
+    def _may_begin(self, generation: int) -> bool:
+        """Return whether the way is free; what is in it is on its way out then."""
+        held = [host.held or {} for _, host in self._hosts.values()]
+        if any(generation in one and one[generation].state == "failed" for one in held):
+            # The last try is let go of first, so that it is not taken for this one.
+            return False
+        if self._holds_everywhere(generation):
+            return True
+        # At most two generations are held beside a canary.
+        self._parked = False
+        previous = self._control.previous
+        return previous in (0, generation) or not any(previous in one for one in held)
+
+    def _holds_everywhere(self, generation: int) -> bool:
+        hosts = [host for _, host in self._hosts.values()]
+        return bool(hosts) and all(generation in (host.held or {}) for host in hosts)
+
+    def _plan(self, outline: Outline, operation: Operation) -> Mode | None:
+        """Return how to bring a generation in; None if the operation has ended over it."""
+        if self._holds_everywhere(operation.generation):
+            return "beside"
+        plan = plan_memory(
+            self._config,
+            self._outline(self.live),
+            outline,
+            held_bytes=held_by(entry.pid for entry, _ in self._hosts.values()),
+            free_bytes=self._free_bytes(),
+        )
+        if plan.mode == "refused" or (plan.mode == "wave" and operation.alias != LIVE):
+            self._end(operation, plan.reason)
+            return None
+        return plan.mode
+
+    def _advance(self, swap: _Swap, watches: Sequence[ShardWatch]) -> None:
+        """Commit a swap when every process that counts has the generation prepared."""
+        generation = swap.operation.generation
+        is_wave = swap.mode == "wave" and self.live != generation
+        counted = [
+            one
+            for one in watches
+            if one.state != "failed" and (not is_wave or one.replica in self._first_wave)
+        ]
+        hosts = [self._hosts.get((one.shard, one.replica)) for one in counted]
+        held = [(known[1].held or {}).get(generation) for known in hosts if known is not None]
+        broken = [one.reason for one in held if one is not None and one.state == "failed"]
+        prepared = sum(one is not None and one.state == "prepared" for one in held)
+        shards = {one.shard for one in counted}
+        if broken:
+            self._end(swap.operation, f"a shard process cannot hold it: {broken[0]}")
+        elif prepared == len(counted) and shards == set(range(self._config.sharding.shards)):
+            if is_wave and swap.commit_s is None:
+                self._swap = swap._replace(commit_s=self._clock() + _MEET_S)
+            elif swap.commit_s is None or self._clock() >= swap.commit_s:
+                self._commit(swap.operation)
+        elif self._clock() > swap.give_up_s:
+            self._end(
+                swap.operation,
+                f"{prepared} of {len(counted)} processes had it prepared after "
+                f"{self._config.swap.timeout_s:g} s, swap.timeout_s",
+            )
+        else:
+            states = sorted({one.state for one in held if one is not None} - {"prepared"})
+            doing = f"; {', '.join(states)}" if states else ""
+            progress = f"prepared {prepared} of {len(counted)}{doing}"
+            self._report(swap, progress)
+
+    def _report(self, swap: _Swap, progress: str) -> None:
+        if swap.operation.progress == progress:
+            return
+        running = swap.operation.model_copy(update={"progress": progress})
+        self._control = self._store.change(lambda now: _replaced(now, running))
+        self._swap = swap._replace(operation=running)
+
+    def _commit(self, operation: Operation) -> None:
+        """Make the one change that a swap is."""
+        is_wave = self._swap is not None and self._swap.mode == "wave"
+
+        def make(now: Control) -> Control:
+            _check_current(now, operation)
+            pointed = now.pointed(operation.alias, operation.generation)
+            return pointed.with_operation(operation.ended("done"))
+
+        before = self.live
+        try:
+            self._control = self._store.change(make)
+        except _Superseded:
+            return
+        finally:
+            self._swap = None
+        if self.live != before:
+            first = self._first_wave
+            replicas = self._config.sharding.replicas
+            self._parked = self._config.swap.keep_previous and not is_wave
+            self._is_late = range(len(first), replicas) if is_wave else range(0)
+            self._drained_s = self._clock() + self._drain_s(is_wave=is_wave)
+
+    def _end(self, operation: Operation, reason: str) -> None:
+        def make(now: Control) -> Control:
+            _check_current(now, operation)
+            return now.with_operation(operation.ended("failed", reason))
+
+        self._swap = None
+        try:
+            self._control = self._store.change(make)
+        except _Superseded:
+            return
+
+    def _drain_s(self, *, is_wave: bool) -> float:
+        """Return how long requests may still be answered by what the map names no more."""
+        longest_s = self._config.query.deadline_max_ms / 1e3
+        return longest_s if is_wave else self._config.swap.drain_ms / 1e3
+
+    def _out_of_service(self) -> range:
+        """Return the replicas that a swap has taken out of service."""
+        swap = self._swap
+        is_out = swap is not None and swap.mode == "wave" and swap.commit_s is None
+        return self._first_wave if is_out else range(0)
+
+    @property
+    def _offered(self) -> set[int]:
+        """Return the generations that make a process one of the map."""
+        swap = self._swap
+        coming = {swap.operation.generation} if swap is not None and swap.commit_s else set()
+        return {self.live} | coming
+
+    @property
+    def _first_wave(self) -> range:
+        """Return the replicas that change before the map does; the others change after it."""
+        return range(max(self._config.sharding.replicas // 2, 1))
+
+    def _wanted(self, replica: int) -> set[int]:
+        """Return the generations that a process shall hold."""
+        control, swap = self._control, self._swap
+        if swap is not None and swap.mode == "wave":
+            if replica in self._first_wave and self._clock() >= swap.load_s:
+                return {swap.operation.generation}
+            return {control.live}
+        if replica in self._is_late:
+            is_drained = self._clock() >= self._drained_s
+            return {control.live if is_drained else control.previous}
+        wanted = {control.live, control.canary}
+        if not self._is_late and (self._parked or self._clock() < self._drained_s):
+            wanted.add(control.previous)
+        if swap is not None:
+            wanted.add(swap.operation.generation)
+        return {one for one in wanted if one and self.path(one).is_dir()}
+
+    def _reconcile(self, host: Host, held: Mapping[int, Held], wanted: set[int]) -> None:
+        for generation in sorted(held.keys() - wanted):
+            host.retire(generation)
+        if held.keys() - wanted:
+            # What is given up makes the room for what comes.
+            return
+        trying = self._swap.operation.generation if self._swap is not None else 0
+        for generation in sorted(wanted, key=lambda one: (one != self.live, one)):
+            # A swap fails with the first process that cannot hold its generation.
+            failed = generation in held and held[generation].state == "failed"
+            if generation not in held or (failed and generation != trying):
+                host.prepare(generation, str(self.path(generation)))
+
+    def _is_in_service(self, replica: int, host: Host) -> bool:
+        """Return whether the map names a process."""
+        offered = any(self._is_prepared(host, one) for one in self._offered)
+        return offered and replica not in self._out_of_service()
+
+    def _is_prepared(self, host: Host, generation: int) -> bool:
+        held = (host.held or {}).get(generation)
+        return held is not None and held.state == "prepared"
+
+    def _is_served(self, generation: int) -> bool:
+        """Return whether every shard has a process that serves a generation."""
+        serving = {
+            shard
+            for (shard, replica), (_, host) in self._hosts.items()
+            if self._is_prepared(host, generation) and self._is_in_service(replica, host)
+        }
+        return bool(generation) and len(serving) == self._config.sharding.shards
+
+    def _outline(self, generation: int) -> Outline:
+        if generation not in self._outlines:
+            self._outlines[generation] = read_outline(self.path(generation))
+        return self._outlines[generation]
+
+    def documents(self, shard: int) -> int:
+        """Return the documents of a shard in the snapshot of the live generation."""
+        outline = self._outline(self.live)
+        owned = shard_partitions(shard, self._config.sharding.shards, outline.num_partitions)
+        return sum(outline.partition_documents[one] for one in owned)
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            print(json.dumps({"event": "generations", "message": text}), file=sys.stderr)
+
+
+def _check_current(control: Control, operation: Operation) -> None:
+    going = control.current
+    if going is None or going.operation_id != operation.operation_id:
+        raise _Superseded
+
+
+def _replaced(control: Control, operation: Operation) -> Control:
+    """Return the document with a newer state of its current operation; unchanged if it ended."""
+    try:
+        _check_current(control, operation)
+    except _Superseded:
+        return control
+    return control.with_operation(operation)

@@ -1,0 +1,40 @@
+"""The sequencer, watched like a shard."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from silvershard.deploy.shard_watch import ActorWatch, Handle
+from silvershard.deploy.state import SequencerRecord
+
+
+class SequencerEntry(BaseModel):
+    """Where the sequencer serves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str = Field(min_length=1, description="host:port of its gRPC server")
+    pid: int = Field(ge=1, description="its process")
+
+
+SequencerHandle = Handle[SequencerEntry]
+
+
+class SequencerWatch(ActorWatch[SequencerEntry]):
+    """The state of the sequencer."""
+
+    kind = "sequencer"
+
+    @property
+    def name(self) -> str:
+        """Return what people call it."""
+        return "the sequencer"
+
+    @property
+    def record(self) -> SequencerRecord:
+        """Return the sequencer as status shows it."""
+        return SequencerRecord(
+            state=self.state,
+            pid=self.entry.pid if self.entry else 0,
+            address=self.entry.address if self.entry else "",
+            restarts=self.restarts,
+            reason=self.reason,
+        )

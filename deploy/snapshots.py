@@ -1,0 +1,222 @@
+"""The generations of a state directory: listed, copied to and from a URL, and removed."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from silvershard.deploy.config import Config
+from silvershard.deploy.control_store import ControlStore
+from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.launch import choose_generation
+from silvershard.deploy.log_pins import existing_log, pin_generations, pin_name, trim_log
+from silvershard.deploy.memory_plan import mib
+from silvershard.deploy.state import StateDir
+from silvershard.deploy.tables import table
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.generations import generation_dir, list_generations
+from silvershard.shard.repository import Copied, Repository
+from silvershard.shard.snapshot import MANIFEST, open_snapshot
+
+Report = Callable[[str], None]
+
+
+def listing(state: StateDir) -> dict[str, Any]:
+    """Return every generation of a state directory, and what it is there for."""
+    control = ControlStore(state.control_file).read()
+    roles = {control.previous: "previous", control.canary: "canary", control.live: "live"}
+    if control.current is not None:
+        roles.setdefault(control.current.generation, "staged")
+    return {
+        "state_dir": str(state.root),
+        "snapshots": [
+            _described(state, number, roles.get(number, ""))
+            for number in list_generations(state.generations)
+        ],
+    }
+
+
+def _described(state: StateDir, generation: int, role: str) -> dict[str, Any]:
+    path = generation_dir(state.generations, generation)
+    try:
+        manifest = open_snapshot(path).manifest
+    except SnapshotError as error:
+        reason = str(error).removeprefix(f"snapshot {path}: ")
+        return {"generation": generation, "state": role, "path": str(path), "error": reason}
+    size = sum(entry.size for entry in manifest.files.values())
+    return {
+        "generation": generation,
+        "state": role,
+        "content_hash": manifest.content_hash,
+        "model": manifest.spec.model,
+        "documents": manifest.spec.documents,
+        "log_id": manifest.log_id,
+        "cut": list(manifest.cut),
+        "bytes": size + (path / MANIFEST).stat().st_size,
+        "age_s": round(max(time.time() - manifest.created_unix_s, 0.0)),
+        "path": str(path),
+    }
+
+
+def push(
+    state: StateDir, url: str, generation: int | None, *, dry_run: bool, report: Report
+) -> dict[str, Any]:
+    """Copy a generation to a URL; return what was copied.
+
+    Args:
+        state: where it is.
+        url: of the copies.
+        generation: its number; 0 is the newest, None the live one.
+        dry_run: say what would be copied only.
+        report: hears the name of each file.
+
+    Raises:
+        CommandError: if there is no such generation.
+        RepositoryError: if the URL cannot be written, or holds other content under the number.
+        SnapshotError: if the generation is damaged.
+    """
+    number, path = choose_generation(state, generation)
+    repository = Repository(url)
+    if dry_run:
+        present = number in repository.generations()
+        return {"generation": number, "url": url, "present": present, "done": False}
+    copied = repository.push(open_snapshot(path), lambda name: report(f"copying {name}"))
+    return _copied(copied, url)
+
+
+def restore(
+    state: StateDir, url: str, generation: int, *, dry_run: bool, report: Report
+) -> dict[str, Any]:
+    """Bring a generation from a URL into the state directory; return what was copied.
+
+    Args:
+        state: where it goes.
+        url: of the copies.
+        generation: its number; 0 is the newest that is there.
+        dry_run: say what would be copied only.
+        report: hears the name of each file.
+
+    Raises:
+        RepositoryError: if the URL cannot be read, or does not hold the generation.
+        SnapshotError: if the copy is damaged, or other content has its number here.
+    """
+    repository = Repository(url)
+    present = repository.generations()
+    if not present:
+        raise CommandError(
+            f"{url} holds no generation: copy one with `silvershard snapshots --push`"
+        )
+    number = generation or present[-1]
+    if dry_run:
+        here = number in list_generations(state.generations)
+        return {"generation": number, "url": url, "present": here, "done": False}
+    with state.working("restore"):
+        state.generations.mkdir(mode=0o700, exist_ok=True)
+        copied = repository.fetch(number, state.generations, lambda name: report(f"copying {name}"))
+    return _copied(copied, url)
+
+
+def _copied(copied: Copied, url: str) -> dict[str, Any]:
+    return {**copied._asdict(), "url": url, "done": True}
+
+
+def prune(state: StateDir, config: Config, keep: int, *, dry_run: bool) -> dict[str, Any]:
+    """Remove all but the newest generations and let the log forget what none of them needs.
+
+    The live, the previous and the canary generation stay, and one that is being activated.
+
+    Args:
+        state: where they are.
+        config: settings; the log is theirs.
+        keep: how many of the newest stay.
+        dry_run: say what would be removed only.
+
+    Raises:
+        CommandError: if ``keep`` is below 1.
+        LogUnavailable: if the log cannot be reached; nothing is removed then.
+    """
+    if keep < 1:
+        raise CommandError(f"at least 1 generation must be kept, got {keep}", ExitCode.USAGE)
+    removed: list[int] = []
+    trimmed: list[int] = []
+    with state.working("prune"):
+        log = existing_log(state, config)
+        try:
+            present = list_generations(state.generations)
+            kept = set(present[-keep:]) | ControlStore(state.control_file).read().kept
+            removed = [number for number in present if number not in kept]
+            if not dry_run:
+                for number in removed:
+                    _remove(state, number)
+                if log is not None:
+                    for number in removed:
+                        log.unpin(pin_name(number))
+                    pin_generations(log, state.generations)
+                    trimmed = trim_log(log) if kept & set(present) else []
+        finally:
+            if log is not None:
+                log.close()
+    stay = [number for number in present if number in kept]
+    return {"removed": removed, "kept": stay, "log_start": trimmed, "done": not dry_run}
+
+
+def _remove(state: StateDir, generation: int) -> None:
+    """Remove a generation; what is left after a crash has no name of a generation."""
+    path = generation_dir(state.generations, generation)
+    doomed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    if doomed.is_symlink():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
+
+
+def render_listing(document: Mapping[str, Any]) -> str:
+    """Return the list for people."""
+    found: Sequence[Mapping[str, Any]] = document["snapshots"]
+    if not found:
+        return f"{document['state_dir']}: no generation is published"
+    headers = ("generation", "state", "documents", "size", "age", "cut", "content")
+    rows = [
+        (
+            str(one["generation"]),
+            one["state"] or "-",
+            one.get("documents", 0),
+            mib(one["bytes"]) if "bytes" in one else "-",
+            _age(one["age_s"]) if "age_s" in one else "-",
+            "-" if "error" in one else ", ".join(map(str, one["cut"])) or "start",
+            one["content_hash"][:12] if "content_hash" in one else one["error"],
+        )
+        for one in found
+    ]
+    return table(headers, rows, max_width=100)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds} s"
+
+
+def render_copied(document: Mapping[str, Any]) -> str:
+    """Return what was copied for people."""
+    what = f"generation {document['generation']}"
+    if not document["done"]:
+        there = "is there already" if document["present"] else "would be copied"
+        return f"{what}: {there}, {document['url']}"
+    return (
+        f"{what}: {document['copied']} of {document['files']} files had to be copied, "
+        f"{mib(document['copied_bytes'])}, {document['url']}"
+    )
+
+
+def render_pruned(document: Mapping[str, Any]) -> str:
+    """Return what was removed for people."""
+    did = "removed" if document["done"] else "would remove"
+    numbers = ", ".join(map(str, document["removed"])) or "nothing"
+    kept = ", ".join(map(str, document["kept"])) or "nothing"
+    log = document["log_start"]
+    rest = f"; the update log begins after {', '.join(map(str, log))}" if log else ""
+    return f"{did} {numbers}, kept {kept}{rest}"

@@ -1,0 +1,157 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from silvershard.cluster import retrieval_pb2
+from silvershard.cluster.group_commit import MAX_GROUP, GroupCommit
+from silvershard.cluster.sequencer import Outcome, Write
+from silvershard.shard.errors import DeadlineExceeded, LogUnavailable, StateError
+
+LATER_S = 1e9
+
+
+def writes(*item_ids: int) -> list[Write]:
+    message = retrieval_pb2.Mutation()
+    return [
+        Write(at, "delete", 0, item_id, 0, "", 0, None, False, 0, message)
+        for at, item_id in enumerate(item_ids)
+    ]
+
+
+class Store:
+    """Logs the groups that it is given, one at a time, when the test lets it."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[list[int]]] = []
+        self.turn = threading.Semaphore(0)
+        self.error: Exception | None = None
+        self.now_s = 0.0
+
+    def commit(self, calls: Sequence[Sequence[Write]]) -> list[Outcome]:
+        self.groups.append([[one.item_id for one in call] for call in calls])
+        assert self.turn.acquire(timeout=10)
+        if self.error is not None:
+            raise self.error
+        return [Outcome(sum(len(call) for call in calls[: at + 1]), ()) for at in range(len(calls))]
+
+
+@asynccontextmanager
+async def queue_of(store: Store) -> AsyncIterator[GroupCommit]:
+    queue = GroupCommit(store.commit, clock=lambda: store.now_s)
+    task = asyncio.create_task(queue.run())
+    try:
+        yield queue
+    finally:
+        task.cancel()
+        store.turn.release(1000)
+        queue.close(StateError("ended"))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_what_arrives_during_an_append_shares_the_next_one(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        async with queue_of(store) as queue:
+            first = queue.submit(writes(1), LATER_S, urgent=False)
+            await until(lambda: len(store.groups) == 1)
+            rest = [queue.submit(writes(at, at), LATER_S, urgent=False) for at in (2, 3)]
+            rest.append(queue.submit(writes(4), LATER_S, urgent=True))
+            store.turn.release(2)
+            assert await first == (1, ())
+            assert [one.position for one in await asyncio.gather(*rest)] == [3, 5, 1]
+            assert store.groups == [[[1]], [[4], [2, 2], [3, 3]]]
+
+    run(scene())
+
+
+def test_a_group_has_a_limit_and_keeps_the_order(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        async with queue_of(store) as queue:
+            queue.submit(writes(0), LATER_S, urgent=False)
+            await until(lambda: len(store.groups) == 1)
+            large = [
+                queue.submit(writes(*range(size)), LATER_S, urgent=False)
+                for size in (MAX_GROUP, 600, 400, 100)
+            ]
+            store.turn.release(10)
+            await asyncio.gather(*large)
+            sizes = [[len(call) for call in group] for group in store.groups[1:]]
+            assert sizes == [[MAX_GROUP], [600, 400], [100]]
+
+    run(scene())
+
+
+def test_what_nobody_waits_for_is_not_committed(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        async with queue_of(store) as queue:
+            first = queue.submit(writes(1), LATER_S, urgent=False)
+            await until(lambda: len(store.groups) == 1)
+            late = queue.submit(writes(2), 5.0, urgent=False)
+            gone = queue.submit(writes(3), LATER_S, urgent=False)
+            last = queue.submit(writes(4), LATER_S, urgent=False)
+            gone.cancel()
+            store.now_s = 5.0
+            store.turn.release(2)
+            await asyncio.gather(first, last)
+            with pytest.raises(DeadlineExceeded, match="nothing of it is logged"):
+                await late
+            assert store.groups == [[[1]], [[4]]]
+
+    run(scene())
+
+
+def test_a_failure_is_that_of_all_calls_of_the_append_and_of_no_other(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        store.error = LogUnavailable("sqlite:///log", "is full")
+        async with queue_of(store) as queue:
+            failed = [queue.submit(writes(at), LATER_S, urgent=False) for at in (1, 2)]
+            store.turn.release()
+            for one in failed:
+                with pytest.raises(LogUnavailable):
+                    await one
+            store.error = None
+            store.turn.release()
+            assert await queue.submit(writes(3), LATER_S, urgent=False) == (1, ())
+
+    run(scene())
+
+
+def test_other_work_runs_between_appends(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        async with queue_of(store) as queue:
+            first = queue.submit(writes(1), LATER_S, urgent=False)
+            await until(lambda: len(store.groups) == 1)
+            work = queue.call(lambda: len(store.groups))
+            assert not work.done()
+            store.turn.release()
+            assert await work == 1
+            await first
+
+    run(scene())
+
+
+def test_closing_fails_what_waits(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        async with queue_of(store) as queue:
+            queue.submit(writes(1), LATER_S, urgent=False)
+            await until(lambda: len(store.groups) == 1)
+            waiting = queue.submit(writes(2), LATER_S, urgent=False)
+            queue.close(StateError("ended"))
+            with pytest.raises(StateError, match="ended"):
+                await waiting
+
+    run(scene())

@@ -1,0 +1,137 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from silvershard.cluster import shard_pb2, shard_pb2_grpc
+from silvershard.cluster.codec import Refusal
+from silvershard.cluster.config import PingSection
+from silvershard.cluster.freshness import FOREIGN_TOKEN, Seen
+from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.shard_connection import ShardConnection
+from silvershard.cluster.shard_link import LinkState
+from silvershard.cluster.shard_map import ShardEntry
+from silvershard.shard.errors import ReplicaStale, ShardUnavailable
+
+PING = PingSection(every_ms=5, suspect_after=2000, eject_after=2000)
+
+
+class Echo(shard_pb2_grpc.ShardServicer):
+    """A shard that replies with a code and a reason, and says what it serves."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.reason = self.message = ""
+        self.calls: list[shard_pb2.ShardCall] = []
+        self.served: list[shard_pb2.ServedGeneration] = []
+        self.epoch = 7
+
+    async def Execute(self, _: object, context: Any) -> None:
+        await context.send_initial_metadata(())
+        while (call := await context.read()) is not grpc.aio.EOF:
+            self.calls.append(call)
+            await context.write(
+                shard_pb2.ShardReply(
+                    call_id=call.call_id,
+                    generation=call.generation,
+                    epoch=7,
+                    code=self.code,
+                    reason=self.reason,
+                    message=self.message,
+                )
+            )
+
+    async def Ping(self, _: object, context: Any) -> None:
+        while (beat := await context.read()) is not grpc.aio.EOF:
+            await context.write(
+                shard_pb2.Beat(sequence=beat.sequence, epoch=self.epoch, served=self.served)
+            )
+
+
+@asynccontextmanager
+async def connected(shard: Echo) -> AsyncIterator[ShardConnection]:
+    server = grpc.aio.server(options=server_options(1 << 20))
+    shard_pb2_grpc.add_ShardServicer_to_server(shard, server)
+    address = bind(server, "127.0.0.1", 0)
+    await server.start()
+    entry = ShardEntry(shard=2, replica=1, address=address, epoch=7, documents=1, pid=1)
+    connection = ShardConnection(entry, PING)
+    connection.start()
+    try:
+        yield connection
+    finally:
+        await connection.aclose()
+        await server.stop(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(8):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def test_every_call_names_its_own_generation(run: Any) -> None:
+    shard = Echo()
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            for generation in (3, 4):
+                reply = await connection.call(shard_pb2.ShardCall(), generation, 5)
+                assert reply.generation == generation
+            connection.send(shard_pb2.ShardCall(key="a", release=shard_pb2.Release()), 4)
+            await until(lambda: len(shard.calls) == 3)
+            assert [call.generation for call in shard.calls] == [3, 4, 4]
+            assert {call.epoch for call in shard.calls} == {7}
+            assert len({call.call_id for call in shard.calls}) == 3
+
+    run(scene())
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "message"),
+    [
+        ("REPLICA_STALE", ReplicaStale, "shard 2: behind"),
+        (FOREIGN_TOKEN, Refusal, "behind"),
+        ("VERSION_MISMATCH", ShardUnavailable, "FAILED_PRECONDITION: behind"),
+    ],
+)
+def test_a_demand_that_is_not_met_has_an_error_of_its_own(
+    run: Any, reason: str, kind: type[Exception], message: str
+) -> None:
+    shard = Echo()
+    shard.code, shard.reason, shard.message = 9, reason, "behind"
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            with pytest.raises(kind, match=message) as raised:
+                await connection.call(shard_pb2.ShardCall(), 3, 5)
+            if isinstance(raised.value, Refusal):
+                assert (raised.value.code, raised.value.reason) == (
+                    "FAILED_PRECONDITION",
+                    FOREIGN_TOKEN,
+                )
+
+    run(scene())
+
+
+def test_beats_tell_what_is_served_and_how_fresh_it_is(run: Any) -> None:
+    shard = Echo()
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            assert connection.served is None
+            assert connection.state is LinkState.UP
+            await until(lambda: connection.served == {})
+            seen = shard_pb2.Seen(log_id=9, cut=[5], staleness_us=250_000, documents=10)
+            shard.served = [shard_pb2.ServedGeneration(generation=3, seen=seen)]
+            await until(lambda: connection.served == {3: Seen(9, (5,), 0.25, 10)})
+            shard.epoch, shard.served = 8, []
+            await asyncio.sleep(0.01)
+            # Another incarnation says nothing of this one.
+            assert connection.served != {}
+
+    run(scene())

@@ -1,0 +1,508 @@
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from silvershard.cluster.shard_map import ShardEntry
+from silvershard.deploy.config import load
+from silvershard.deploy.control_store import Control, ControlStore, Operation, wanted
+from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.shard_host import Held
+from silvershard.deploy.shard_watch import ShardWatch
+from silvershard.deploy.state import StateDir
+from silvershard.shard.generations import generation_dir
+
+MIB = 1 << 20
+
+
+class FakeHost:
+    """A process that loads what it is wished for when the test says so."""
+
+    def __init__(self, address: str, boot: int) -> None:
+        self.address = address
+        self.boot = boot
+        self.states: dict[int, tuple[str, str]] = {boot: ("prepared", "")}
+        self.wishes: list[tuple[str, int]] = []
+        self.leaving: set[int] = set()
+        self.answers = True
+        self.loads = True
+        self.closed = False
+
+    @property
+    def held(self) -> Mapping[int, Held] | None:
+        if not self.answers:
+            return None
+        return {
+            number: Held(state, reason, 9, (), (), 0.0, 0, 0, 0)
+            for number, (state, reason) in self.states.items()
+        }
+
+    def poll(self) -> None:
+        # What it lets go of it still holds when it is told so.
+        for number in self.leaving & self.states.keys():
+            del self.states[number]
+        self.leaving.clear()
+        if self.loads:
+            for number, (state, reason) in self.states.items():
+                self.states[number] = "prepared" if state == "loading" else state, reason
+
+    def prepare(self, generation: int, snapshot: str) -> None:
+        assert Path(snapshot).name == f"gen-{generation:06d}"
+        self.wishes.append(("prepare", generation))
+        if self.states.get(generation, ("failed", ""))[0] == "failed":
+            self.states[generation] = "loading", ""
+
+    def retire(self, generation: int) -> None:
+        self.wishes.append(("retire", generation))
+        self.leaving.add(generation)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeHandle:
+    def __init__(self, shard: int, replica: int) -> None:
+        self.shard, self.replica, self.epoch = shard, replica, 1
+        self.count = 0
+        self.serves = True
+
+    def restarts(self) -> int:
+        return self.count
+
+    def entry(self) -> ShardEntry | None:
+        if not self.serves:
+            return None
+        return ShardEntry(
+            shard=self.shard,
+            replica=self.replica,
+            address=f"127.0.0.1:{9000 + 10 * self.replica + self.shard}",
+            epoch=self.epoch,
+            documents=1,
+            pid=os.getpid(),
+        )
+
+    def ask_again(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class Setup:
+    def __init__(self, state: StateDir, **options: Any) -> None:
+        self.state = state
+        self.now_s = 1000.0
+        self.free_bytes = 1000 * MIB
+        settings = {"sharding.shards": 2, "query.deadline_max_ms": 2000, **options}
+        self.config = load(None, environ={}, options=settings)
+        self.hosts: dict[str, FakeHost] = {}
+        self.all_hosts: list[FakeHost] = []
+        self.store = ControlStore(state.control_file)
+        self.handles = [
+            FakeHandle(shard, replica)
+            for replica in range(self.config.sharding.replicas)
+            for shard in range(2)
+        ]
+        self.watches = [
+            ShardWatch(one.shard, one, self.config.runtime, replica=one.replica)
+            for one in self.handles
+        ]
+        self.watch = self.make(1)
+
+    def make(self, generation: int) -> GenerationWatch:
+        return GenerationWatch(
+            self.state,
+            self.config,
+            generation,
+            connect=self.connect,
+            free_bytes=lambda: self.free_bytes,
+            clock=lambda: self.now_s,
+        )
+
+    def connect(self, address: str) -> FakeHost:
+        host = FakeHost(address, self.store.read().live)
+        self.hosts[address] = host
+        self.all_hosts.append(host)
+        return host
+
+    def host(self, shard: int, replica: int = 0) -> FakeHost:
+        return self.hosts[f"127.0.0.1:{9000 + 10 * replica + shard}"]
+
+    def poll(self, times: int = 1, forward_s: float = 0.0) -> None:
+        for _ in range(times):
+            self.now_s += forward_s
+            for one in self.watches:
+                one.poll()
+            self.watch.poll(self.watches)
+
+    def ask(self, generation: int, **changes: Any) -> str:
+        operation = wanted("activate", generation, "live").model_copy(update=changes)
+        self.store.change(lambda now: now.with_operation(operation))
+        return operation.operation_id
+
+    def operation(self, operation_id: str) -> Operation:
+        found = self.store.read().operation(operation_id)
+        assert found is not None
+        return found
+
+    @property
+    def served(self) -> list[tuple[int, int]]:
+        return sorted((one.shard, one.replica) for one in self.watch.in_service(self.watches))
+
+    def held(self) -> set[int]:
+        return {number for one in self.hosts.values() for number in one.states}
+
+
+@pytest.fixture
+def state(tmp_path: Path, generation: Any) -> StateDir:
+    """A state directory with four generations, which are the same but for their numbers."""
+    made = StateDir(tmp_path / "s")
+    made.create()
+    made.generations.mkdir()
+    for number in (1, 2, 3, 4):
+        generation_dir(made.generations, number).symlink_to(generation.path)
+    return made
+
+
+@pytest.fixture
+def setup(state: StateDir) -> Iterator[Setup]:
+    made = Setup(state)
+    made.poll()
+    yield made
+    made.watch.close()
+    assert all(one.closed for one in made.all_hosts)
+
+
+def test_what_a_cluster_starts_with_is_live(setup: Setup) -> None:
+    assert setup.store.read() == Control(version=1, live=1)
+    assert setup.served == [(0, 0), (1, 0)]
+    assert setup.watch.aliases == {}
+    assert setup.watch.snapshots == {}
+    (record,) = setup.watch.records
+    assert (record.generation, record.role, record.prepared, record.processes) == (1, "live", 2, 2)
+    documents = [one.documents for one in setup.watch.in_service(setup.watches)]
+    assert sum(documents) == 600
+
+
+def test_the_live_generation_changes_once_every_process_has_the_new_one_prepared(
+    setup: Setup,
+) -> None:
+    setup.host(1).loads = False
+    asked = setup.ask(2)
+    setup.poll(5)
+    assert setup.watch.live == 1
+    assert setup.served == [(0, 0), (1, 0)]
+    assert setup.operation(asked).state == "running"
+    assert setup.operation(asked).progress == "prepared 1 of 2; loading"
+    version = setup.store.read().version
+    setup.host(1).loads = True
+    setup.poll()
+    assert setup.watch.live == 2
+    assert setup.store.read().version == version + 1
+    assert setup.operation(asked).state == "done"
+    assert setup.served == [(0, 0), (1, 0)]
+    assert (setup.store.read().live, setup.store.read().previous) == (2, 1)
+
+
+def test_the_previous_generation_stays_for_a_rollback_which_loads_nothing(setup: Setup) -> None:
+    setup.ask(2)
+    setup.poll(3)
+    setup.poll(3, forward_s=3600.0)
+    assert setup.held() == {1, 2}
+    assert setup.watch.snapshots == {1: str(setup.watch.path(1))}
+    wishes = list(setup.host(0).wishes)
+    back = setup.ask(1, kind="rollback")
+    setup.poll()
+    assert setup.operation(back).state == "done"
+    assert (setup.watch.live, setup.store.read().previous) == (1, 2)
+    assert setup.host(0).wishes == wishes
+
+
+def test_the_previous_generation_is_given_up_after_its_drain_where_the_settings_say_so(
+    state: StateDir,
+) -> None:
+    setup = Setup(state, **{"swap.keep_previous": False, "swap.drain_ms": 3000})
+    setup.poll()
+    setup.ask(2)
+    setup.poll(3)
+    setup.poll(1, forward_s=2.9)
+    assert setup.held() == {1, 2}
+    setup.poll(2, forward_s=0.2)
+    assert setup.held() == {2}
+    assert setup.store.read().previous == 1
+    back = setup.ask(1, kind="rollback")
+    setup.poll(3)
+    assert setup.operation(back).state == "done"
+    assert setup.watch.live == 1
+
+
+def test_at_most_two_generations_are_held(setup: Setup) -> None:
+    most = 0
+    for generation in (2, 3, 4):
+        asked = setup.ask(generation)
+        for _ in range(12):
+            setup.poll(1, forward_s=2.0)
+            most = max(most, *(len(one.states) for one in setup.hosts.values()))
+        assert setup.operation(asked).state == "done"
+    assert most == 2
+    assert (setup.store.read().live, setup.store.read().previous) == (4, 3)
+
+
+def test_a_process_that_cannot_hold_it_fails_the_swap_and_changes_nothing(setup: Setup) -> None:
+    before = setup.store.read()
+    setup.host(0).loads = False
+    asked = setup.ask(2)
+    setup.poll(2)
+    setup.host(0).states[2] = "failed", "snapshot gen-000002: p-00003 is damaged"
+    setup.poll(2)
+    ended = setup.operation(asked)
+    assert ended.state == "failed"
+    assert ended.reason == (
+        "a shard process cannot hold it: snapshot gen-000002: p-00003 is damaged"
+    )
+    assert (setup.watch.live, setup.store.read().previous) == (before.live, before.previous)
+    setup.poll()
+    assert setup.held() == {1}
+    assert setup.served == [(0, 0), (1, 0)]
+    setup.host(0).loads = True
+    again = setup.ask(2)
+    setup.poll(4)
+    assert setup.operation(again).state == "done"
+
+
+def test_the_failure_of_an_earlier_try_is_not_taken_for_this_one(setup: Setup) -> None:
+    setup.host(0).states[2] = "failed", "of yesterday"
+    asked = setup.ask(2)
+    setup.poll(5)
+    assert setup.operation(asked).state == "done"
+
+
+def test_a_swap_that_takes_too_long_ends_with_what_was_missing(setup: Setup) -> None:
+    setup.host(1).loads = False
+    asked = setup.ask(2)
+    setup.poll(3)
+    setup.poll(1, forward_s=901.0)
+    assert setup.operation(asked).state == "failed"
+    assert "1 of 2 processes had it prepared after 900 s" in setup.operation(asked).reason
+    setup.poll()
+    assert setup.held() == {1}
+
+
+def test_a_cancelled_swap_is_undone(setup: Setup) -> None:
+    setup.host(1).loads = False
+    asked = setup.ask(2)
+    setup.poll(3)
+    assert setup.held() == {1, 2}
+    going = setup.operation(asked)
+    setup.store.change(lambda now: now.with_operation(going.ended("cancelled")))
+    setup.host(1).loads = True
+    setup.poll(3)
+    assert setup.held() == {1}
+    assert setup.watch.live == 1
+
+
+def test_a_swap_that_is_cancelled_while_it_commits_is_not_made(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = setup.ask(2)
+    setup.poll()
+    read = setup.watch._store.read
+
+    def cancelled_after() -> Control:
+        found = read()
+        going = found.operation(asked)
+        if going is not None and not going.has_ended and setup.host(1).states.get(2):
+            ended = going.ended("cancelled")
+            ControlStore(setup.state.control_file).change(lambda now: now.with_operation(ended))
+        return found
+
+    monkeypatch.setattr(setup.watch._store, "read", cancelled_after)
+    setup.poll(3)
+    assert setup.watch.live == 1
+    assert setup.operation(asked).state == "cancelled"
+
+
+def test_what_an_earlier_cluster_had_begun_is_abandoned(setup: Setup) -> None:
+    setup.host(1).loads = False
+    asked = setup.ask(2)
+    setup.poll(3)
+    setup.make(1)
+    assert setup.operation(asked).state == "abandoned"
+    assert setup.operation(asked).reason == "the cluster ended before it was done"
+    assert setup.store.read().live == 1
+
+
+def test_a_process_that_dies_in_the_middle_is_waited_for(setup: Setup) -> None:
+    setup.host(1).loads = False
+    asked = setup.ask(2)
+    setup.poll(3)
+    handle = setup.handles[1]
+    handle.serves, handle.count, handle.epoch = False, 1, 2
+    setup.poll(3)
+    assert setup.served == [(0, 0)]
+    assert setup.operation(asked).progress.startswith("prepared 1 of 2")
+    handle.serves = True
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
+    assert setup.served == [(0, 0), (1, 0)]
+
+
+def test_a_process_that_starts_again_holds_what_it_shall_before_it_is_in_service(
+    setup: Setup,
+) -> None:
+    setup.ask(2)
+    setup.poll(3)
+    handle = setup.handles[0]
+    handle.serves, handle.count, handle.epoch = False, 1, 2
+    setup.poll()
+    handle.serves = True
+    setup.poll()
+    assert setup.host(0).boot == 2
+    setup.host(0).states = {1: ("prepared", "")}
+    setup.host(0).loads = False
+    setup.poll(3)
+    assert setup.served == [(1, 0)]
+    setup.host(0).loads = True
+    setup.poll()
+    assert setup.served == [(0, 0), (1, 0)]
+
+
+def test_a_process_whose_live_generation_fails_leaves_service_and_tries_again(
+    setup: Setup,
+) -> None:
+    setup.host(0).loads = False
+    setup.host(0).states[1] = "failed", "the log was trimmed"
+    assert setup.watch.records[0].reason == "the log was trimmed"
+    setup.poll()
+    assert setup.served == [(1, 0)]
+    assert ("prepare", 1) in setup.host(0).wishes
+    setup.host(0).loads = True
+    setup.poll(2)
+    assert setup.served == [(0, 0), (1, 0)]
+
+
+def test_nothing_is_in_service_before_it_has_said_what_it_holds(setup: Setup) -> None:
+    setup.host(0).answers = False
+    assert setup.served == [(1, 0)]
+
+
+def test_a_canary_is_held_and_named_and_takes_the_place_of_nothing(setup: Setup) -> None:
+    asked = setup.ask(2, alias="canary")
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
+    assert (setup.watch.live, setup.watch.aliases) == (1, {"canary": 2})
+    assert setup.watch.snapshots == {2: str(setup.watch.path(2))}
+    assert [one.role for one in setup.watch.records] == ["live", "canary"]
+    setup.store.change(lambda now: now.model_copy(update={"previous": 2}))
+    setup.poll(3, forward_s=3600.0)
+    assert [one.role for one in setup.watch.records] == ["live", "canary"]
+    assert setup.held() == {1, 2}
+    setup.ask(0, alias="canary")
+    setup.poll(3)
+    assert setup.watch.aliases == {}
+    assert setup.held() == {1}
+
+
+def test_content_that_changed_since_it_was_checked_is_refused(setup: Setup) -> None:
+    asked = setup.ask(2, content_hash="0" * 64)
+    setup.poll(2)
+    assert setup.operation(asked).state == "failed"
+    assert "not the content that was checked" in setup.operation(asked).reason
+
+
+def test_a_generation_that_is_not_there_is_refused(setup: Setup) -> None:
+    asked = setup.ask(9)
+    setup.poll(2)
+    assert setup.operation(asked).state == "failed"
+    assert "manifest.json is missing" in setup.operation(asked).reason
+
+
+def test_without_room_for_both_one_replica_is_refused_before_anything_is_loaded(
+    setup: Setup,
+) -> None:
+    setup.free_bytes = 0
+    asked = setup.ask(2)
+    setup.poll(3)
+    assert setup.operation(asked).state == "failed"
+    assert "and 0.0 MiB are free" in setup.operation(asked).reason
+    assert setup.host(0).wishes == []
+
+
+def test_without_room_for_both_two_replicas_change_one_after_the_other(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.replicas": 2})
+    setup.free_bytes = 0
+    setup.poll()
+    assert setup.served == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    asked = setup.ask(2)
+    setup.poll()
+    # The map leaves them out first, then requests in flight end, then they change.
+    assert setup.served == [(0, 1), (1, 1)]
+    setup.poll(1, forward_s=1.9)
+    assert setup.host(0).wishes == []
+    seen = []
+    while setup.watch.live == 1:
+        setup.poll(1, forward_s=0.2)
+        assert all(len(one.states) <= 1 for one in setup.hosts.values())
+        assert {shard for shard, _ in setup.served} == {0, 1}
+        seen.append((setup.watch.live, len(setup.served), *setup.watch.snapshots))
+    # Routers meet the new ones before they depend on them.
+    assert sorted(set(seen)) == [(1, 2), (1, 4, 2), (2, 2)]
+    assert seen.count((1, 4, 2)) == 5
+    assert setup.operation(asked).state == "done"
+    assert setup.served == [(0, 0), (1, 0)]
+    assert setup.host(0, 1).wishes == []
+    setup.poll(1, forward_s=1.9)
+    assert setup.host(0, 1).wishes == []
+    for _ in range(4):
+        setup.poll(1, forward_s=0.2)
+    assert setup.served == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert setup.held() == {2}
+    back = setup.ask(1, kind="rollback")
+    for _ in range(40):
+        setup.poll(1, forward_s=0.2)
+        assert all(len(one.states) <= 1 for one in setup.hosts.values())
+        assert {shard for shard, _ in setup.served} == {0, 1}
+    assert setup.operation(back).state == "done"
+    assert setup.held() == {1}
+
+
+def test_a_wave_that_fails_brings_the_replicas_back(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.replicas": 2})
+    setup.free_bytes = 0
+    setup.poll()
+    asked = setup.ask(2)
+    setup.poll(2, forward_s=1.5)
+    setup.host(0).loads = False
+    setup.poll()
+    setup.host(0).states[2] = "failed", "no space"
+    setup.poll()
+    assert setup.operation(asked).state == "failed"
+    setup.host(0).loads = True
+    setup.poll(4)
+    assert setup.held() == {1}
+    assert setup.served == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_canary_never_comes_in_waves(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.replicas": 2})
+    setup.free_bytes = 0
+    setup.poll()
+    asked = setup.ask(2, alias="canary")
+    setup.poll(2)
+    assert setup.operation(asked).state == "failed"
+
+
+def test_a_store_that_cannot_be_read_leaves_all_as_it_is(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = setup.state.control_file.read_bytes()
+    setup.state.control_file.write_bytes(b"no database at all, but long enough to look at" * 9)
+    setup.poll(3)
+    assert setup.served == [(0, 0), (1, 0)]
+    assert capsys.readouterr().err.count("cannot be used, all stays as it is") == 1
+    setup.state.control_file.write_bytes(content)
+    asked = setup.ask(2)
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
