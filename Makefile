@@ -26,7 +26,8 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 	$(BIN)/silvershard demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed ## run every test that this machine can run
-	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
+	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash
+	$(BIN)/pytest -n0 tests/crash
 
 test-crash: $(VENV)/.installed ## swap generations 50 times and kill 200 processes under load
 	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 tests/crash

@@ -68,6 +68,8 @@ class Query(Request):
     """Share of the documents that must answer, 0..1; None leaves it to the router."""
     generation: int | None = None
     """The only generation that may answer; None for the one served."""
+    alias: str = ""
+    """Which one answers instead, ``live`` or ``canary``; goes with no ``generation``."""
     request_id: str = ""
     """Echoed; generated when empty."""
     after: Sequence[UpdateToken] = ()
@@ -96,6 +98,7 @@ class QueryFields(TypedDict, total=False):
     return_task_scores: bool
     min_coverage: float | None
     generation: int | None
+    alias: str
     request_id: str
     after: Sequence[UpdateToken]
     max_staleness_s: float | None
@@ -428,8 +431,12 @@ class Client:
         message.return_task_scores = query.return_task_scores
         if query.min_coverage is not None:
             message.min_coverage = query.min_coverage
+        if query.alias and query.generation is not None:
+            raise ValueError("alias: must not be given beside a generation")
         if query.generation is not None:
             message.generation = query.generation
+        elif query.alias:
+            message.alias = query.alias
         if query.after or query.max_staleness_s is not None:
             demand = Consistency(tuple(query.after), query.max_staleness_s)
             message.consistency.CopyFrom(consistency_to(demand))

@@ -251,7 +251,7 @@ class Coordinator:
         for row, (at, request) in enumerate(compiled.items()):
             eligible = counted.get(at)
             try:
-                plan = request.plan(self.spec, eligible)
+                plan = request.plan(self.spec, eligible, sum(fanout.documents))
                 planned.append(_Planned(at, row, request, plan, eligible))
             except RequestError as error:
                 fates[at] = error
@@ -275,7 +275,8 @@ class Coordinator:
         # A count that is remembered may be older than what is demanded.
         any_will_do = fanout.consistency == ANY
         for at, one in compiled.items():
-            known = self._counts.get(one) if one.needs_count and any_will_do else None
+            exact = one.exact or not any_will_do
+            known = self._counts.get(one) if one.needs_count and not exact else None
             if known is not None:
                 counts[at] = known
             elif one.needs_count:

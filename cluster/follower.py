@@ -58,6 +58,10 @@ class Updater(Protocol[P_co]):
         ...
 
 
+class _TooLarge(Exception):
+    """A batch that there is no room for in one piece."""
+
+
 class Lag(NamedTuple):
     """How far a follower has come."""
 
@@ -270,21 +274,41 @@ class Follower(Generic[P]):
                 mutations.append(self._decode(record.payload))
             except MutationError as error:
                 self._reject([(record.item_id, str(error))])
-        prepared = self._updater.prepare(mutations)
-        rejected, spent_s = self._committed(prepared, cut)
-        self._reject(rejected)
+        self._apply_all(mutations, cut)
         self.counts.batches += 1
         self.counts.records += len(records)
+
+    def _apply_all(self, mutations: Sequence[Mutation], cut: Cut) -> None:
+        """Prepare and commit mutations, in halves where there is no room for all at once.
+
+        Each half frees the slots that its items had before. The cut moves with the last one; what
+        came before it may come again, which versions make harmless.
+        """
+        prepared = self._updater.prepare(mutations)
+        try:
+            rejected, spent_s = self._committed(prepared, cut, len(mutations))
+        except _TooLarge:
+            middle = len(mutations) // 2
+            self._apply_all(mutations[:middle], self._lag.cut)
+            self._apply_all(mutations[middle:], cut)
+            return
+        self._reject(rejected)
         self.counts.longest_commit_s = max(self.counts.longest_commit_s, spent_s)
 
-    def _committed(self, prepared: P, cut: Cut) -> tuple[Rejected, float]:
-        """Commit a batch; return what was refused, and how long the model was asked for."""
+    def _committed(self, prepared: P, cut: Cut, size: int) -> tuple[Rejected, float]:
+        """Commit a batch; return what was refused, and how long the model was asked for.
+
+        Raises:
+            _TooLarge: if there is room for a part of its ``size`` mutations.
+        """
         began_s = self._clock()
         while True:
             started_s = self._clock()
             try:
                 rejected = self._commit(prepared, cut)
             except PoolExhausted as error:
+                if error.free and size > 1:
+                    raise _TooLarge from None
                 # Queries that are open hold slots of items that have changed since.
                 if started_s - began_s >= _ROOM_S or self._ended.is_set():
                     raise

@@ -1,6 +1,7 @@
 """The generations that one process of a shard holds: loading, catching up, serving, letting go."""
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -222,10 +223,10 @@ class Hosting:
             return
         hosted.retired = True
         self._wake()
-        follower = hosted.follower
-        if follower is not None:
-            # It may be waiting for the model, which this thread must not wait for.
-            threading.Thread(target=follower.stop, name=f"retire-{generation}", daemon=True).start()
+        # It may be waiting for the model, which this thread must not wait for.
+        threading.Thread(
+            target=_let_go, args=(hosted.follower,), name=f"retire-{generation}", daemon=True
+        ).start()
         self._changed()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -375,3 +376,11 @@ def seen_to(seen: Seen) -> shard_pb2.Seen:
 def seen_from(message: shard_pb2.Seen) -> Seen:
     """Return what was applied, from its message."""
     return Seen(message.log_id, tuple(message.cut), message.staleness_us / 1e6, message.documents)
+
+
+def _let_go(follower: Follower[Any] | None) -> None:
+    """End a follower and give back the memory of what nobody holds any more."""
+    if follower is not None:
+        follower.stop()
+    # An index and what watches it refer to each other.
+    gc.collect()

@@ -38,7 +38,14 @@ from silvershard.cluster.update_log import (
     newest_heads,
     newest_rows,
 )
-from silvershard.shard.errors import ConfigError, Fenced, LogDamaged, LogTrimmed, LogUnavailable
+from silvershard.shard.errors import (
+    ConfigError,
+    Fenced,
+    LogDamaged,
+    LogMissing,
+    LogTrimmed,
+    LogUnavailable,
+)
 
 T = TypeVar("T")
 
@@ -115,7 +122,7 @@ class RedisLog:
             )
         )
         if not found:
-            raise LogUnavailable(self.url, "there is no log under this prefix")
+            raise LogMissing(self.url, "there is no log under this prefix")
         if None in found or int(found[0]) != FORMAT:
             raise LogDamaged(self.url, f"{self._log} must be a log of format {FORMAT}")
         held = int(found[2])

@@ -280,6 +280,8 @@ class Sequencer:
         """Return the place of a write, or why it is refused; what is accepted joins ``records``."""
         now = state[write.table or write.item_id]
         if write.version and write.version == now.version:
+            if (write.op == "delete") == now.exists:
+                return self._stale(write, now, f"version {write.version} is of another change, not")
             return now.place  # sent again
         if write.version and write.version < now.version:
             return self._stale(write, now, f"version {write.version} is not above")

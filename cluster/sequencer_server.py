@@ -69,7 +69,7 @@ class Reports(Protocol):
         """Return as soon as there is something new."""
         ...
 
-    def room(self, page_slots: int) -> list[RoomReport]:
+    def room(self, page_slots: int, num_clusters: int) -> list[RoomReport]:
         """Return the room of every replica that has reported."""
         ...
 
@@ -427,7 +427,7 @@ class SequencerServer:
             changed = asyncio.create_task(reports.changed())
             live = self.sequencer.live.spec
             if self._feed is not None:
-                self._feed.report(reports.room(live.page_slots))
+                self._feed.report(reports.room(live.page_slots, live.num_clusters))
             if reports.map is not None:
                 await self._follow(reports.map)
             await changed

@@ -78,17 +78,21 @@ class ShardReports:
         """Return as soon as there is something new since this was called."""
         await self._changed.wait()
 
-    def room(self, page_slots: int) -> list[RoomReport]:
+    def room(self, page_slots: int, num_clusters: int) -> list[RoomReport]:
         """Return the room of every replica of the map that has reported on its generation.
+
+        A page of each cluster does not count: so much may stand half empty when the others are
+        full, and items that find no page of their cluster would stand in those of another.
 
         Args:
             page_slots: slots G of a page.
+            num_clusters: C.
         """
         found = []
         for (shard, replica, _), report in self._current():
             # Without a cut it follows no log, and has room for nothing.
             if report is not None and report.cut:
-                slots = report.pages * page_slots
+                slots = max(report.pages - num_clusters, 0) * page_slots
                 found.append(RoomReport(shard, replica, slots, report.taken, report.cut))
         return found
 

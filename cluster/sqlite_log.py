@@ -28,7 +28,14 @@ from silvershard.cluster.update_log import (
     newest_heads,
     newest_rows,
 )
-from silvershard.shard.errors import ConfigError, Fenced, LogDamaged, LogTrimmed, LogUnavailable
+from silvershard.shard.errors import (
+    ConfigError,
+    Fenced,
+    LogDamaged,
+    LogMissing,
+    LogTrimmed,
+    LogUnavailable,
+)
 
 APPLICATION_ID = 0x53534C31
 FORMAT = 1
@@ -100,7 +107,7 @@ class SqliteLog:
                 self._create(num_partitions or 1)
             self._file = _identity(self.path)
             if self._file is None:
-                raise LogUnavailable(self.url, "there is no such file")
+                raise LogMissing(self.url, "there is no such file")
             self._writer = self._connect()
             try:
                 self.log_id, self.num_partitions = self._read_log()

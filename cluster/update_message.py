@@ -96,7 +96,7 @@ def _set_rows(message: retrieval_pb2.RowUpdate, update: TableRows) -> None:
 def _tensor_to(name: str, values: Any) -> retrieval_pb2.Tensor:
     try:
         array = np.ascontiguousarray(values, dtype="<f4")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: must be numbers: {error}") from None
     return retrieval_pb2.Tensor(
         dtype=retrieval_pb2.Tensor.D_TYPE_F32, shape=array.shape, data=array.tobytes()

@@ -385,11 +385,11 @@ class GenerationWatch:
         if held.keys() - wanted:
             # What is given up makes the room for what comes.
             return
-        trying = self._swap.operation.generation if self._swap is not None else 0
         for generation in sorted(wanted, key=lambda one: (one != self.live, one)):
-            # A swap fails with the first process that cannot hold its generation.
+            # A swap fails with the first process that cannot hold its generation, and one that is
+            # parked or a canary fails for what a reload would meet again, such as too little room.
             failed = generation in held and held[generation].state == "failed"
-            if generation not in held or (failed and generation != trying):
+            if generation not in held or (failed and generation == self.live):
                 host.prepare(generation, str(self.path(generation)))
 
     def _is_in_service(self, replica: int, host: Host) -> bool:

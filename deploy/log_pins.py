@@ -10,7 +10,7 @@ from silvershard.cluster.update_log import UpdateLog, open_log
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.state import StateDir
-from silvershard.shard.errors import LogTrimmed, SnapshotError
+from silvershard.shard.errors import LogMissing, LogTrimmed, SnapshotError
 from silvershard.shard.generations import generation_dir, list_generations
 from silvershard.shard.outline import Outline, read_outline
 
@@ -23,7 +23,7 @@ def log_url(state: StateDir, config: Config) -> str:
 
 
 def existing_log(state: StateDir, config: Config) -> UpdateLog | None:
-    """Return the update log if there is one; the default one is there since the first ``up``.
+    """Return the update log if there is one: the first ``up`` makes it.
 
     Raises:
         LogUnavailable: if the one that the settings name cannot be reached.
@@ -32,7 +32,10 @@ def existing_log(state: StateDir, config: Config) -> UpdateLog | None:
     url = log_url(state, config)
     if not url or (not config.updates.log and not state.updates_file.is_file()):
         return None
-    return open_log(url, None, create=False)
+    try:
+        return open_log(url, None, create=False)
+    except LogMissing:
+        return None
 
 
 def pin_name(generation: int) -> str:

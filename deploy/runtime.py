@@ -5,8 +5,12 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from silvershard.deploy.config_sections import ShardingSection
+
+_STARTS = 3
+_TOO_SLOW = "timed out during startup"
 
 
 def threads_per_shard(sharding: ShardingSection) -> int:
@@ -40,6 +44,27 @@ def prepare_ray(token_file: Path, *, threads: int) -> None:
     )
 
 
+def start_ray(**settings: Any) -> None:
+    """Start a Ray of this process by ``ray.init``, once more where a busy machine was too slow.
+
+    Ray gives its node 30 s to appear and has no setting for that.
+
+    Args:
+        settings: arguments of ``ray.init``.
+    """
+    import ray
+
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(**settings)
+        except Exception as error:
+            if _TOO_SLOW not in str(error) or attempt == _STARTS:
+                raise
+            ray.shutdown()
+        else:
+            return
+
+
 @contextmanager
 def ray_runtime(ray_dir: Path, *, num_workers: int, object_store_bytes: int) -> Iterator[None]:
     """Run a local Ray of this process; it ends with the context, or with the process.
@@ -53,7 +78,7 @@ def ray_runtime(ray_dir: Path, *, num_workers: int, object_store_bytes: int) -> 
     """
     import ray
 
-    ray.init(
+    start_ray(
         address="local",
         include_dashboard=False,
         # Ray starts one idle worker per CPU in advance, which makes the actors start at once.

@@ -306,7 +306,7 @@ def _changed(run: _Change, render: _Render, options: argparse.Namespace) -> int:
 
     document = run(options, lambda: ask.address_of(state_of(options), options.address))
     show(options, document, lambda: render(document))
-    return ExitCode.OK
+    return ExitCode.DEGRADED if document.get("rejected") else ExitCode.OK
 
 
 def _golden(options: argparse.Namespace) -> int:

@@ -43,8 +43,13 @@ class CompiledRequest:
         """True when the plan depends on how many items the filter lets through."""
         return bool(self.filter_key) and self.pinned is None
 
-    def plan(self, spec: ServingSpec, eligible: int | None) -> Plan:
+    def plan(self, spec: ServingSpec, eligible: int | None, documents: int | None = None) -> Plan:
         """Return the plan of this request, given its eligible count (None without a filter).
+
+        Args:
+            spec: the generation.
+            eligible: items that pass the filter over all shards.
+            documents: items there are now; None: as many as were published.
 
         Raises:
             RequestError: if an exact search would keep more candidates than allowed.
@@ -60,6 +65,7 @@ class CompiledRequest:
                 ann_k=self.ann_k,
                 semantic_k=self.semantic_k,
                 exact=self.exact,
+                documents=documents,
             )
         except PlanError as error:
             raise RequestError("search.exact", str(error)) from None

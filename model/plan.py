@@ -94,6 +94,7 @@ def choose_plan(
     ann_k: int = 0,
     semantic_k: int | None = None,
     exact: bool = False,
+    documents: int | None = None,
 ) -> Plan:
     """Return the plan for a query whose filter lets ``eligible`` items through.
 
@@ -108,12 +109,14 @@ def choose_plan(
             leaves the choice to the plan.
         exact: score every eligible item. The decoder is not asked unless the request says so, as
             every eligible item is a candidate anyway.
+        documents: items there are now; None: as many as were published.
 
     Raises:
         PlanError: if ``exact`` would keep more candidates than ``MAX_ANN_K``.
     """
     clusters = spec.num_clusters
-    count = spec.documents if eligible is None else min(eligible, spec.documents)
+    documents = spec.documents if documents is None else documents
+    count = documents if eligible is None else min(eligible, documents)
     if exact:
         if count > MAX_ANN_K:
             raise PlanError(
@@ -130,7 +133,7 @@ def choose_plan(
     base = spec.defaults.probes
     if count == 0:
         return Plan(ALL_PAGES, clusters, kept, generated)
-    by_selectivity = math.ceil(base * spec.documents / count)
+    by_selectivity = math.ceil(base * documents / count)
     by_candidates = math.ceil(clusters * min(kept, count) / count)
     probes = max(base, by_selectivity, by_candidates)
     if probes == base:

@@ -407,7 +407,11 @@ class Retriever(nn.Module):
             found = self.count(pad_programs([compiled[at].scan for at in asking]))
             for at, eligible in zip(asking, found.tolist(), strict=True):
                 counts[at] = eligible
-        plans = [one.plan(self.spec, count) for one, count in zip(compiled, counts, strict=True)]
+        documents = self.documents
+        plans = [
+            one.plan(self.spec, count, documents)
+            for one, count in zip(compiled, counts, strict=True)
+        ]
         watch.mark("filter")
         encoded = self.encode([one.features for one in compiled])
         watch.mark("tower")
@@ -425,7 +429,7 @@ class Retriever(nn.Module):
             self.spec,
             counts,
             times,
-            documents=self.documents,
+            documents=documents,
         )
 
 

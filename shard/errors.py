@@ -15,6 +15,7 @@ RetrievalError
 ├── Overloaded                     refused before any work; carries the delay to wait
 ├── ConfigError (ValueError)       a configuration cannot be used as written
 ├── LogUnavailable                 the update log cannot be reached, or refuses
+│   └── LogMissing                 it was not made yet
 ├── LogDamaged (ValueError)        the update log does not hold what was written to it
 ├── LogTrimmed                     the update log no longer holds what was asked for
 ├── Fenced                         another writer of a log partition has taken over
@@ -150,6 +151,10 @@ class LogUnavailable(RetrievalError):
     def __init__(self, url: str, message: str) -> None:
         super().__init__(f"update log {url}: {message}")
         self.url = url
+
+
+class LogMissing(LogUnavailable):
+    """An update log that was not made yet."""
 
 
 class LogDamaged(RetrievalError, ValueError):

@@ -56,7 +56,15 @@ def read_outline(path: Path) -> Outline:
         )
     except FileNotFoundError:
         raise SnapshotError(str(path), f"{file.name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise SnapshotError(str(path), f"{file.name} cannot be read: {error}") from None
 
 

@@ -331,7 +331,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         intact = hashlib.sha256(canonical(document)).hexdigest() == checksum
         # The canonical form of the whole must give the same bytes, so no byte goes unchecked.
         intact = intact and canonical({**document, "checksum": checksum}) == content
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
         intact = False
     if not intact:
         raise SnapshotError(where, f"{MANIFEST} is damaged: its checksum differs")

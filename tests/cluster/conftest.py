@@ -24,6 +24,7 @@ from silvershard.cluster.router import Router
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
+from silvershard.deploy.runtime import start_ray
 from silvershard.model.answer import Answer
 from silvershard.model.compiled_request import compile_request
 from silvershard.model.merge import Merge
@@ -483,7 +484,7 @@ def ray() -> Iterator[Any]:
             patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
             patch.setenv("RAY_gcs_server_port_wait_time_s", "120")
             patch.delenv("RAY_ADDRESS", raising=False)
-            ray.init(
+            start_ray(
                 # Without it Ray would join any other Ray that it finds here.
                 address="local",
                 num_cpus=2,

@@ -133,6 +133,15 @@ def test_a_generation_can_be_pinned(client: Client) -> None:
     assert raised.value.reason == "GENERATION_NOT_SERVED"
 
 
+def test_an_alias_names_the_generation_that_answers(client: Client) -> None:
+    assert client.retrieve(k=1, alias="live").generation == 1
+    with pytest.raises(RequestRefused, match="no alias 'canary'") as raised:
+        client.retrieve(k=1, alias="canary")
+    assert raised.value.code == "NOT_FOUND"
+    with pytest.raises(ValueError, match="alias: must not be given beside a generation"):
+        client.retrieve(k=1, alias="live", generation=1)
+
+
 def test_the_model_of_the_client_goes_with_every_request(cluster: Any) -> None:
     with cluster.client(model="songs") as client:
         with pytest.raises(RequestRefused) as raised:

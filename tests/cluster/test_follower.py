@@ -317,6 +317,20 @@ def test_a_full_pool_is_waited_for_while_queries_are_open(
     assert follower.trouble == ""
 
 
+def test_a_batch_that_finds_no_room_in_one_piece_is_applied_in_halves(
+    make: Any, shard: Shard
+) -> None:
+    log = MemoryLog()
+    for at in range(4):
+        log.add(f"r{at}")
+    shard.faults = [PoolExhausted(4, 2, 0), PoolExhausted(2, 1, 0)]
+    follower = make(log)
+    assert follower.step() is False
+    assert shard.commits == [(["r0"], (0,)), (["r1"], (0,)), (["r2", "r3"], (4,))]
+    assert follower.lag.cut == (4,)
+    assert follower.counts.records == 4
+
+
 def test_a_pool_that_stays_full_ends_the_following(
     make: Any, shard: Shard, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,17 @@ def test_the_same_version_again_is_acked_and_not_logged_again(scene: Scene) -> N
     first = scene.accept(ItemUpsert(NEW, version=7))
     scene.accept(ItemUpsert(NEW + 1))
     assert scene.accept(ItemUpsert(NEW, version=7)) == first
-    assert scene.accept(ItemDelete(NEW, version=7)) == first
+    assert len(scene.logged()) == 2
+
+
+def test_a_delete_and_its_opposite_never_share_a_version(scene: Scene) -> None:
+    scene.accept(ItemUpsert(NEW, version=7))
+    refusal = scene.refuse(ItemDelete(NEW, version=7), "ABORTED")
+    assert refusal.current_version == 7
+    assert "version 7 is of another change" in refusal.reason
+    gone = scene.accept(ItemDelete(NEW, version=8))
+    assert scene.accept(ItemDelete(NEW, version=8)) == gone
+    scene.refuse(ItemUpsert(NEW, version=8), "ABORTED")
     assert len(scene.logged()) == 2
 
 
@@ -216,7 +226,7 @@ def test_calls_of_one_group_see_each_other_in_order(scene: Scene) -> None:
     calls = [scene.writes(ItemUpsert(NEW))[0][0], scene.writes(ItemPatch(NEW))[0][0]]
     first, second = scene.sequencer.commit(0, calls)
     assert (first.position, second.position) == (1, 2)
-    again = scene.sequencer.commit(0, [scene.writes(ItemDelete(NEW, version=2))[0][0]])
+    again = scene.sequencer.commit(0, [scene.writes(ItemPatch(NEW, version=2))[0][0]])
     assert again[0].position == 2
 
 

@@ -56,7 +56,7 @@ class FakeReports:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def room(self, page_slots: int) -> list[RoomReport]:
+    def room(self, page_slots: int, num_clusters: int) -> list[RoomReport]:
         return self.rooms
 
     async def applied(self, tokens: Sequence[UpdateToken], *, every_replica: bool) -> None:

@@ -60,7 +60,7 @@ class Scene:
 
     async def heard(self) -> None:
         """Wait until the room of all shards is known."""
-        await until(lambda: len(self.reports.room(64)) == len(self.shards))
+        await until(lambda: len(self.reports.room(64, 2)) == len(self.shards))
 
 
 @asynccontextmanager
@@ -102,18 +102,18 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_the_room_of_every_replica_of_the_map_is_known(run: Any, tmp_path: Path) -> None:
     async def scene() -> None:
         async with scene_of(tmp_path, FakeShard(0), FakeShard(1)) as one:
-            assert one.reports.room(64) == []
+            assert one.reports.room(64, 2) == []
             one.shards[1].cuts[1] = [3, 4]
             one.write()
             await one.heard()
-            assert one.reports.room(64) == [
-                RoomReport(0, 0, 640, 320, (0, 0)),
-                RoomReport(1, 0, 640, 320, (3, 4)),
+            assert one.reports.room(64, 2) == [
+                RoomReport(0, 0, 512, 320, (0, 0)),
+                RoomReport(1, 0, 512, 320, (3, 4)),
             ]
             one.shards[0].pages = 20
-            await until(lambda: one.reports.room(64)[0].slots == 1280)
+            await until(lambda: one.reports.room(64, 2)[0].slots == 1152)
             one.write(leave_out=[0])
-            await until(lambda: len(one.reports.room(64)) == 1)
+            await until(lambda: len(one.reports.room(64, 2)) == 1)
 
     run(scene())
 
@@ -129,7 +129,7 @@ def test_a_wait_ends_when_one_replica_of_every_shard_has_applied(run: Any, tmp_p
             await one.heard()
             shards[0].cuts[1] = [5, 1]
             shards[2].cuts[1] = [9, 9]
-            await until(lambda: one.reports.room(64)[0].cut == (5, 1))
+            await until(lambda: one.reports.room(64, 2)[0].cut == (5, 1))
             assert not first.done()
             shards[0].cuts[1] = [5, 2]
             await first
@@ -147,7 +147,7 @@ def test_a_shard_that_the_map_lacks_has_not_applied(run: Any, tmp_path: Path) ->
             one.write(leave_out=[1])
             token = UpdateToken(LOG, 0, 0)
             waiting = asyncio.create_task(one.reports.applied([token], every_replica=True))
-            await until(lambda: len(one.reports.room(64)) == 1)
+            await until(lambda: len(one.reports.room(64, 2)) == 1)
             asked = one.shards[0].asked
             await until(lambda: one.shards[0].asked > asked + 3)
             assert not waiting.done()
@@ -163,7 +163,7 @@ def test_a_replica_that_follows_no_log_has_no_room(run: Any, tmp_path: Path) -> 
             one.shards[0].cuts[1] = []
             one.write()
             await until(lambda: one.shards[0].asked > 2)
-            assert one.reports.room(64) == []
+            assert one.reports.room(64, 2) == []
 
     run(scene())
 
@@ -197,7 +197,7 @@ def test_a_shard_that_is_away_has_not_applied_and_keeps_its_room(run: Any, tmp_p
             asked = shards[1].asked
             await until(lambda: shards[1].asked > asked + 1)
             assert not waiting.done()
-            assert len(one.reports.room(64)) == 2
+            assert len(one.reports.room(64, 2)) == 2
             shards[1].is_mute = False
             shards[1].cuts[1] = [1, 1]
             await waiting
@@ -211,10 +211,10 @@ def test_only_the_live_generation_counts(run: Any, tmp_path: Path) -> None:
             one.write()
             await one.heard()
             one.write(generation=2)
-            await until(lambda: one.reports.room(64) == [])
+            await until(lambda: one.reports.room(64, 2) == [])
             one.shards[0].cuts[2] = [7, 7]
             await one.heard()
-            assert one.reports.room(64)[0].cut == (7, 7)
+            assert one.reports.room(64, 2)[0].cut == (7, 7)
 
     run(scene())
 
@@ -228,6 +228,6 @@ def test_the_last_map_is_kept_where_there_is_none(run: Any, tmp_path: Path) -> N
             asked = one.shards[0].asked
             await until(lambda: one.shards[0].asked > asked + 2)
             assert one.reports.map is not None
-            assert len(one.reports.room(64)) == 1
+            assert len(one.reports.room(64, 2)) == 1
 
     run(scene())

@@ -45,6 +45,7 @@ def test_numbers_of_numpy_count_as_their_kind() -> None:
         (ItemUpsert(5, ttl_s=-1.0), "ttl_s: must be in"),
         (ItemUpsert(5, ttl_s=float("nan")), "ttl_s: must be in"),
         (ItemUpsert(5, embedding=["x"]), "embedding: must be numbers"),
+        (ItemUpsert(5, embedding=[10**400]), "embedding: must be numbers"),
         (TableRows("t", [1 << 63], [[1.0]]), "rows: "),
         (TableRows("t", [0], "x"), "values: must be numbers"),
     ],

@@ -152,7 +152,8 @@ class Reader(threading.Thread):
 
     def __init__(self, address: Callable[[], str], history: list[int]) -> None:
         super().__init__(name="reader", daemon=True)
-        self.answers = 0
+        self.marked = 0
+        """Answers that held an item which names its generation."""
         self.failed: list[str] = []
         self.wrong: list[str] = []
         self.generations: set[int] = set()
@@ -172,11 +173,11 @@ class Reader(threading.Thread):
                 self._ended.wait(0.02)
 
     def _check(self, result: Result) -> None:
-        self.answers += 1
         self.generations.add(result.generation)
         if result.coverage.documents < 1.0:
             self.failed.append(f"coverage {result.coverage.documents}: {result.coverage.reasons}")
         titles = set(map(str, result.fields["title"]))
+        self.marked += f"generation {result.generation}" in titles
         strange = {
             one
             for one in titles

@@ -1,13 +1,14 @@
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from silvershard.deploy.control_store import ControlStore
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +43,19 @@ def test_no_answer_mixes_generations_and_no_request_fails_while_they_swap_under_
         for one in (writer, *readers):
             one.start()
         killed = done = 0
+        store = ControlStore(cluster.state.control_file)
+
+        def operations() -> float:
+            """When the newest operation began."""
+            return max((one.began_unix_s for one in store.read().operations), default=0.0)
+
         for swap in range(swaps):
             wanted = 2 if cluster.record.generation == 1 else 1
+            seen = operations()
             with activating(cluster.state.root, wanted) as process:
                 if swap % KILL_EVERY == 1:
-                    # Some way into the swap; there is a second copy of every shard.
-                    time.sleep(draw.random())
+                    # In the middle of the swap; there is a second copy of every shard.
+                    crash.until(lambda seen=seen: operations() > seen, "no swap began")
                     cluster.kill("shard", draw)
                     killed += 1
                 _, said = process.communicate(timeout=150)
@@ -63,6 +71,6 @@ def test_no_answer_mixes_generations_and_no_request_fails_while_they_swap_under_
         assert [one.wrong for one in readers] == [[], []]
         assert [one.failed for one in readers] == [[], []]
         assert all(one.generations == {1, 2} for one in readers)
-        assert all(one.answers > swaps for one in readers)
+        assert all(one.marked > swaps for one in readers)
         assert not writer.rejected
         crash.assert_kept(cluster, ledger)

@@ -75,8 +75,10 @@ def test_there_is_no_log_before_a_cluster_has_made_one(state: StateDir, tmp_path
     assert found.num_partitions == 2
     found.close()
     named = load(None, environ={}, options={"updates.log": f"sqlite:///{tmp_path}/none.sqlite"})
+    assert existing_log(state, named) is None
+    unreachable = load(None, environ={}, options={"updates.log": f"sqlite:///{tmp_path}"})
     with pytest.raises(LogUnavailable):
-        existing_log(state, named)
+        existing_log(state, unreachable)
     assert existing_log(state, load(None, environ={}, options={"updates.enabled": False})) is None
 
 

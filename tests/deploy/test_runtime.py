@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from silvershard.deploy.config_sections import ShardingSection
-from silvershard.deploy.runtime import prepare_ray, threads_per_shard
+from silvershard.deploy.runtime import prepare_ray, start_ray, threads_per_shard
 
 
 def test_shards_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +30,34 @@ def test_the_secret_of_ray_is_new_and_for_its_owner_only(
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_ray_whose_node_comes_too_late_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    starts: list[dict[str, object]] = []
+    ends: list[int] = []
+
+    def init(**settings: object) -> None:
+        starts.append(settings)
+        if len(starts) < 3:
+            raise Exception("The current node timed out during startup. This could happen")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: ends.append(len(starts)))
+    start_ray(num_cpus=4)
+    assert starts == [{"num_cpus": 4}] * 3
+    assert ends == [1, 2]
+
+
+def test_a_ray_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init() -> None:
+        raise Exception("no space left")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Exception, match="no space left"):
+        start_ray()

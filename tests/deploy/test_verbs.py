@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -315,3 +316,12 @@ def test_a_reader_that_leaves_is_no_stack_trace() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(("rejected", "code"), [(0, ExitCode.OK), (3, ExitCode.DEGRADED)])
+def test_an_ingest_with_rejected_records_is_degraded(
+    tmp_path: Path, rejected: int, code: ExitCode
+) -> None:
+    options = argparse.Namespace(state=tmp_path, output="json", address="")
+    found = verbs._changed(lambda *_: {"rejected": rejected}, lambda _: "", options)
+    assert found == code

@@ -85,6 +85,13 @@ def test_an_exact_search_keeps_every_eligible_item() -> None:
     assert choose_plan(SPEC, k=10, eligible=None, exact=True) == Plan(ALL_PAGES, 1024, 100_000)
 
 
+def test_a_catalogue_that_has_grown_counts_as_it_is_now() -> None:
+    grown = choose_plan(SPEC, k=10, eligible=None, exact=True, documents=100_400)
+    assert grown == Plan(ALL_PAGES, 1024, 100_400)
+    filtered = choose_plan(SPEC, k=10, eligible=100_200, exact=True, documents=100_400)
+    assert filtered == Plan(ALL_PAGES, 1024, 100_200)
+
+
 def test_an_exact_search_over_too_many_items_is_refused_with_numbers() -> None:
     with pytest.raises(PlanError, match=rf"at most {MAX_ANN_K}; 400000 are eligible"):
         choose_plan(make_spec(documents=400_000), k=10, eligible=None, exact=True)
