@@ -1,4 +1,5 @@
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,7 +222,8 @@ def test_a_process_that_is_lost_at_the_start_is_said_and_healed_later(
     tier.write(1)
     with caplog.at_level(logging.WARNING):
         source = follow(tier, timeout_s=0.2)
-    assert "shards [1] of table films cannot be asked yet" in caplog.text
+    # On a busy machine the other one may not be connected either.
+    assert re.search(r"shards \[(0, )?1\] of table films cannot be asked yet", caplog.text)
     rows = {"films": torch.arange(100)}
     assert source.fetch(rows)["films"].defaulted.any()
     tier.write()
