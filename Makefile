@@ -14,7 +14,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 # fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
 TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
 COMPILER := $(shell command -v $${CXX:-g++})
-PROTOS := retrieval shard table update
+PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-crash test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn check fmt setup proto proto-check wheel clean
@@ -29,7 +29,7 @@ test: $(VENV)/.installed ## run every test that this machine can run
 	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash
 	$(BIN)/pytest -n0 tests/crash
 
-test-crash: $(VENV)/.installed ## swap generations 50 times and kill 200 processes under load
+test-crash: $(VENV)/.installed ## swap generations 50 times, kill 200 processes and drop what they did not sync, under load
 	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 tests/crash
 
 test-sanitized: $(VENV)/.installed ## test the native operators under AddressSanitizer and UBSan

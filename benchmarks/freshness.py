@@ -2,12 +2,15 @@
 
 Usage: ``python -P benchmarks/freshness.py [--quick] [--items N] [--rate N] [--seconds N]``. One
 shard, one replica, started by ``silvershard up``; updates come from a process of their own, 70 %
-signal patches, 20 % upserts, 10 % deletes; queries come at 30 % of the peak that was measured just
-before, each timed from the moment at which it was due. The gate: what was acked is there, what was
-deleted is gone, and every answer is of one generation. The last line printed is one JSON object.
+signal patches, 20 % upserts, 10 % deletes; queries come from another one at 30 % of the peak that
+was measured just before, each timed from the moment at which it was due. The processors' time that
+each process took beside the updates is printed with the ratio that it explains. The gate: what was
+acked is there, what was deleted is gone, and every answer is of one generation. The last line
+printed is one JSON object.
 """
 
 import argparse
+import asyncio
 import json
 import multiprocessing
 import os
@@ -15,17 +18,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 
 _HERE = Path(__file__).resolve().parent
@@ -40,9 +43,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import live_catalogue as live  # noqa: E402
 from benchmarks.mixture import progress  # noqa: E402
+from silvershard.cluster import retrieval_pb2  # noqa: E402
 from silvershard.cluster.client import Client, Query  # noqa: E402
 from silvershard.cluster.updates import ItemDelete  # noqa: E402
-from silvershard.deploy.state import StateDir  # noqa: E402
+from silvershard.deploy.state import ClusterRecord, StateDir  # noqa: E402
 
 GOALS = {
     "lag_p99_s": 1.0,
@@ -58,6 +62,8 @@ K = 50
 SENDERS = 8
 CANARY_EVERY_S = 0.25
 _TIMEOUT_S = 10.0
+_PATIENCE_S = 120.0
+_SIGNS = {"shard": "ShardActor", "sequencer": "SequencerActor", "router": "router"}
 
 
 @dataclass
@@ -71,7 +77,8 @@ class Stream:
     """Of the cut of each answer, summed over the partitions of the log."""
     generations: set[int] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    cpu_s: float = 0.0
+    """What the process that asked took of the processors."""
 
     def percentile(self, share: float, begin_s: float = 0.0, end_s: float = np.inf) -> float:
         """Return a percentile of the milliseconds of queries due in a span of time."""
@@ -79,69 +86,133 @@ class Stream:
         chosen = (due >= begin_s) & (due < end_s)
         return float(np.percentile((done - due)[chosen], share) * 1e3)
 
+    def add(self, due_s: float, done_s: float, answer: bytes) -> None:
+        """Note an answer."""
+        reply = retrieval_pb2.RetrieveResponse.FromString(answer)
+        self.due_s.append(due_s)
+        self.done_s.append(done_s)
+        self.positions.append(sum(one.position for one in reply.version.cut))
+        self.generations.add(reply.version.generation)
+        if reply.coverage.documents < 1:
+            self.errors.append(f"coverage {reply.coverage.documents}")
 
-def ask(client: Client, draw: np.random.Generator) -> Any:
-    """Ask one question as a user who has visited some cells."""
-    visited = draw.integers(0, live.CELLS, 12).tolist()
-    return client.retrieve(Query(features={"visited": visited}, k=K))
+
+def requests(count: int) -> list[bytes]:
+    """Return questions of users who have visited some cells, as they go over the wire."""
+    draw = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        message = retrieval_pb2.RetrieveRequest(k=K)
+        message.named.features["visited"].ints.extend(draw.integers(0, live.CELLS, 12).tolist())
+        made.append(message.SerializeToString())
+    return made
 
 
-def measure_peak(client: Client, seconds: float) -> float:
-    """Return the queries per second of as many senders as keep the router busy."""
-    end_s = time.monotonic() + seconds
+def query(address: str, per_second: float, started: Any, ended: Any, found: Any) -> None:
+    """Ask until ``ended`` is set, in a process of its own; put a ``Stream``.
 
-    def send(seed: int) -> int:
-        draw, sent = np.random.default_rng(seed), 0
-        while time.monotonic() < end_s:
-            ask(client, draw)
-            sent += 1
-        return sent
+    Answers are kept as they came and read at the end: what this process computes meanwhile, it
+    takes from those that are measured.
 
-    with ThreadPoolExecutor(SENDERS) as pool:
-        return sum(pool.map(send, range(SENDERS))) / seconds
+    Args:
+        address: of the router.
+        per_second: queries per second; 0 as many as are answered one after the other by each of
+            ``SENDERS``.
+        started: event that is set with the first answer.
+        ended: event.
+        found: queue that gets the outcome.
+    """
+    stream = Stream()
+    answers: list[tuple[float, float, bytes]] = []
+    questions = requests(256)
+
+    async def ask(call: Any, place: int, due_s: float) -> None:
+        try:
+            answer = await call(questions[place % len(questions)], timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            stream.errors.append(str(error))
+        else:
+            answers.append((due_s, time.monotonic(), answer))
+
+    async def send_without_end(call: Any, first: int) -> None:
+        while not ended.is_set():
+            await ask(call, first + len(answers), time.monotonic())
+
+    async def send_all() -> None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.unary_unary("/silvershard.v1.Retrieval/Retrieve")
+            await ask(call, 0, time.monotonic())
+            answers.clear()
+            started.set()
+            if not per_second:
+                await asyncio.gather(*(send_without_end(call, 7 * at) for at in range(SENDERS)))
+                return
+            begin_s, place, running = time.monotonic(), 0, set()
+            while not ended.is_set():
+                due_s = begin_s + place / per_second
+                await asyncio.sleep(max(due_s - time.monotonic(), 0.0))
+                task = asyncio.create_task(ask(call, place, due_s))
+                running.add(task)
+                task.add_done_callback(running.discard)
+                place += 1
+            await asyncio.gather(*running)
+
+    asyncio.run(send_all())
+    stream.cpu_s = time.process_time()
+    for answer in answers:
+        stream.add(*answer)
+    found.put(stream)
 
 
 @contextmanager
-def queries(client: Client, per_second: float) -> Iterator[Stream]:
-    """Ask at a fixed rate in the background; a query that is late is timed from when it was due."""
-    stream, stop = Stream(), threading.Event()
-    begin_s = time.monotonic()
-    places = iter(range(1 << 60))
-
-    def send(seed: int) -> None:
-        draw = np.random.default_rng(seed)
-        while not stop.is_set():
-            with stream.lock:
-                due_s = begin_s + next(places) / per_second
-            if stop.wait(max(due_s - time.monotonic(), 0.0)):
-                return
-            try:
-                result = ask(client, draw)
-            except Exception as error:  # noqa: BLE001 - counted, and the gate is red
-                with stream.lock:
-                    stream.errors.append(str(error))
-                continue
-            with stream.lock:
-                stream.due_s.append(due_s)
-                stream.done_s.append(time.monotonic())
-                stream.positions.append(sum(one.position for one in result.cut))
-                stream.generations.add(result.generation)
-                if result.is_partial:
-                    stream.errors.append(f"coverage {result.coverage.documents}")
-
-    threads = [threading.Thread(target=send, args=(seed,)) for seed in range(SENDERS)]
-    for thread in threads:
-        thread.start()
+def queries(address: str, per_second: float) -> Iterator[Stream]:
+    """Ask beside the body; what was found is in the stream when the body is left."""
+    context = multiprocessing.get_context("spawn")
+    started, ended, found, stream = context.Event(), context.Event(), context.Queue(), Stream()
+    process = context.Process(
+        target=query, args=(address, per_second, started, ended, found), daemon=True
+    )
+    process.start()
     try:
+        started.wait(_PATIENCE_S)
         yield stream
+        ended.set()
+        vars(stream).update(vars(found.get(timeout=_PATIENCE_S)))
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+        ended.set()
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+
+
+def measure_peak(address: str, seconds: float) -> float:
+    """Return the queries per second of as many senders as keep the router busy."""
+    with queries(address, 0) as stream:
+        time.sleep(seconds)
+    if not stream.done_s:
+        raise RuntimeError("no query was answered")
+    span_s = max(stream.done_s) - min(stream.due_s)
+    return len(stream.done_s) / span_s
+
+
+def processor_times(record: ClusterRecord) -> dict[str, float]:
+    """Return the seconds that each kind of process of a cluster has taken of the processors."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    times: dict[str, float] = defaultdict(float)
+    for process in {record.driver, record.guard, *record.processes}:
+        folder = Path("/proc") / str(process.pid)
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        kind = next((kind for kind, sign in _SIGNS.items() if sign in command), "control")
+        times[kind] += (int(stat[11]) + int(stat[12])) / ticks
+    return times
 
 
 def update(
-    address: str, num_items: int, rate: float, seconds: float, seed: int, found: Any
+    address: str, num_items: int, rate: float, seconds: float, seed: int, started: Any, found: Any
 ) -> None:
     """Send updates, in a process of its own; put acks ``(time, position)`` and rejections.
 
@@ -151,6 +222,7 @@ def update(
         rate: updates per second; 0 as many as are acked.
         seconds: for how long.
         seed: of the updates.
+        started: event that is set when it begins.
         found: queue that gets the outcome.
     """
     source = live.updates(num_items, seed)
@@ -158,6 +230,7 @@ def update(
     rejected: list[str] = []
     sent = 0
     with Client(address, timeout_s=_TIMEOUT_S) as client:
+        started.set()
         begin_s = time.monotonic()
         while (now_s := time.monotonic()) < begin_s + seconds:
             due_s = begin_s + sent / rate if rate else now_s
@@ -167,19 +240,23 @@ def update(
             sent += CALL
             rejected += [one.reason for one in result.rejected]
         spent_s = time.monotonic() - begin_s
-    found.put({"acks": acks, "sent": sent, "rejected": rejected, "seconds": spent_s})
+    cpu_s = time.process_time()
+    found.put(
+        {"acks": acks, "sent": sent, "rejected": rejected, "seconds": spent_s, "cpu_s": cpu_s}
+    )
 
 
 @contextmanager
 def updates(address: str, num_items: int, rate: float, seconds: float, seed: int) -> Iterator[Any]:
     """Send updates beside the body; yields a function that waits for their outcome."""
     context = multiprocessing.get_context("spawn")
-    found = context.Queue()
+    started, found = context.Event(), context.Queue()
     process = context.Process(
-        target=update, args=(address, num_items, rate, seconds, seed, found), daemon=True
+        target=update, args=(address, num_items, rate, seconds, seed, started, found), daemon=True
     )
     process.start()
     try:
+        started.wait(_PATIENCE_S)
         yield lambda: found.get(timeout=seconds + 60)
     finally:
         process.join(10)
@@ -198,7 +275,8 @@ def lags(acks: list[tuple[float, int]], stream: Stream) -> np.ndarray:
     acked = np.array([one[0] for one in acks])
     at = np.searchsorted(reached, np.array([one[1] for one in acks]))
     seen = at < len(done)
-    return np.maximum(done[at[seen]] - acked[seen], 0.0)
+    lag: np.ndarray = np.maximum(done[at[seen]] - acked[seen], 0.0)
+    return lag
 
 
 def is_there(client: Client, canary: int) -> bool:
@@ -240,8 +318,8 @@ def silvershard(state: Path, *words: str) -> str:
 
 
 @contextmanager
-def cluster(num_items: int, num_clusters: int) -> Iterator[tuple[Path, str]]:
-    """Serve a generation of that many items; yields the state directory and the address."""
+def cluster(num_items: int, num_clusters: int) -> Iterator[tuple[Path, ClusterRecord]]:
+    """Serve a generation of that many items; yields the state directory and what runs."""
     with tempfile.TemporaryDirectory(prefix="freshness-") as directory:
         state = StateDir(Path(directory) / "state")
         state.create()
@@ -253,7 +331,7 @@ def cluster(num_items: int, num_clusters: int) -> Iterator[tuple[Path, str]]:
             record = state.read_record()
             if record is None:
                 raise RuntimeError("the cluster left no record")
-            yield state.root, record.address
+            yield state.root, record
         finally:
             silvershard(state.root, "down")
             shutil.rmtree(state.root, ignore_errors=True)
@@ -265,21 +343,27 @@ def run(num_items: int, num_clusters: int, rate: float, seconds: float) -> dict[
     Raises:
         RuntimeError: if the gate is red.
     """
-    with cluster(num_items, num_clusters) as (state, address), Client(address) as client:
+    with (
+        cluster(num_items, num_clusters) as (state, record),
+        Client(record.address, timeout_s=_TIMEOUT_S) as client,
+    ):
+        address = record.address
         num_canaries = max(int(seconds / (2 * CANARY_EVERY_S)), 4)
         progress("updates off")
         added = client.apply(live.canaries(num_canaries))
         client.retrieve(Query(features={}, k=1, after=added.tokens))
-        peak = measure_peak(client, seconds / 2)
+        peak = measure_peak(address, seconds / 2)
         load = LOAD * peak
-        with queries(client, load) as quiet:
+        with queries(address, load) as quiet:
             time.sleep(seconds)
         progress("updates on")
         with (
+            queries(address, load) as busy,
             updates(address, num_items, rate, seconds, 0) as outcome,
-            queries(client, load) as busy,
         ):
+            before, began_s = processor_times(record), time.monotonic()
             spans = take_down(client, num_canaries)
+            after, busy_s = processor_times(record), time.monotonic() - began_s
             paced = outcome()
             # The last acks are to be seen, too.
             time.sleep(2 * GOALS["lag_p99_s"])
@@ -289,7 +373,7 @@ def run(num_items: int, num_clusters: int, rate: float, seconds: float) -> dict[
         progress("publishing the next generation")
         silvershard(state, "publish", "--recluster")
         progress("swapping")
-        with queries(client, load) as swapping:
+        with queries(address, load) as swapping:
             time.sleep(seconds)
             begin_s = time.monotonic()
             silvershard(state, "activate", "2")
@@ -297,6 +381,9 @@ def run(num_items: int, num_clusters: int, rate: float, seconds: float) -> dict[
             time.sleep(seconds / 2)
         check(client, (quiet, busy, swapping), [paced, free])
         lag = lags(paced["acks"], busy)
+        shares = {kind: (after[kind] - before[kind]) / busy_s for kind in after}
+        shares["queries"] = busy.cpu_s / (busy.done_s[-1] - busy.due_s[0])
+        shares["updates"] = paced["cpu_s"] / paced["seconds"]
         return {
             "items": num_items,
             "peak_qps": peak,
@@ -312,6 +399,7 @@ def run(num_items: int, num_clusters: int, rate: float, seconds: float) -> dict[
             "lag_p99_s": float(np.percentile(lag, 99)),
             "takedown_p50_s": float(np.percentile(spans, 50)),
             "takedown_p99_s": float(np.percentile(spans, 99)),
+            "busy_cores": shares,
             "swap_s": end_s - begin_s,
             "swap_before_p99_ms": swapping.percentile(99, end_s=begin_s),
             "swap_p99_ms": swapping.percentile(99, begin_s, end_s),
@@ -349,6 +437,8 @@ def report(found: dict[str, Any], emit: Callable[[str], None] = print) -> None:
         ("most_updates_per_s", "updates, as many as are acked"),
     ):
         emit(f"{label:28} {found[name]:10.0f} /s")
+    for kind, share in sorted(found["busy_cores"].items()):
+        emit(f"{'processor, ' + kind:28} {share:10.2f} cores, beside the updates")
     for name, label, unit in (
         ("lag_p99_s", "ack to visible, p99", "s"),
         ("takedown_p99_s", "urgent delete, p99", "s"),
@@ -371,7 +461,7 @@ def main() -> int:
     from benchmarks.run import ROOT, machine
 
     num_items = given.items or (100_000 if given.quick else 1_000_000)
-    seconds = given.seconds or (8.0 if given.quick else 30.0)
+    seconds = given.seconds or (6.0 if given.quick else 30.0)
     about = {**machine(), "unix_s": str(int(time.time()))}
     print(f"{about['cpu']}, {about['cores']} cores, {num_items:,} items", flush=True)
     try:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.planted import PlantedWorld
 from silvershard.deploy.config import Config
 from silvershard.deploy.evaluate import tested_users
-from silvershard.deploy.recipe import interactions, num_clusters, prepare
+from silvershard.deploy.publishing import num_clusters
+from silvershard.deploy.recipe import interactions, prepare
 from silvershard.model.catalogue import Catalogue, Ragged
 from silvershard.model.clustering import default_clusters
 from silvershard.model.quality import Relevant

@@ -253,7 +253,7 @@ def main() -> int:
         name="bench", num_rows=num_rows, dim=given.dim, num_shards=1, placement="contiguous"
     )
     local = TableShard.generated(whole, 0, SEED)
-    config = RemoteTableSection(deadline_ms=10_000, max_stale_ms=60_000)
+    config = RemoteTableSection(deadline_ms=10_000)
     cells: list[Cell] = []
 
     def definition(ids: Ints) -> Floats:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from silvershard.cluster.consistency import ANY
 from silvershard.cluster.coordinator import Query
 from silvershard.cluster.rounds import Fate
 from silvershard.shard.errors import Overloaded
@@ -24,12 +25,19 @@ class _Waiting:
     run: Run
     fate: asyncio.Future[Fate]
 
+    @property
+    def demands(self) -> bool:
+        """Return whether it may have to wait for updates."""
+        return self.query.consistency != ANY
+
 
 class Batcher:
     """Admits requests, gathers them into batches and runs a bounded number of batches at a time.
 
     A batch holds requests for the same ``run`` whose remaining times differ by less than a factor
-    of two, so that nobody loses time to a neighbour in a hurry. While nothing runs, nothing waits.
+    of two, so that nobody loses time to a neighbour in a hurry. Those that demand fresh shards may
+    have to wait for updates: they share no batch with others, and take at most half of those that
+    run. While nothing runs, nothing waits.
     """
 
     def __init__(
@@ -57,6 +65,8 @@ class Batcher:
         self._clock = clock
         self._waiting: deque[_Waiting] = deque()
         self._running: set[asyncio.Task[None]] = set()
+        self._demanding: set[asyncio.Task[None]] = set()
+        """Those of them that may wait for updates."""
         self._timer: asyncio.TimerHandle | None = None
         self._batch_s = _SHORTEST_DELAY_S
 
@@ -109,16 +119,20 @@ class Batcher:
                 return
             task = asyncio.create_task(self._run(batch))
             self._running.add(task)
+            if batch[0].demands:
+                self._demanding.add(task)
             task.add_done_callback(self._finished)
 
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
         left: deque[_Waiting] = deque()
-        kind: tuple[Run, int] | None = None
+        kind: tuple[Run, int, bool] | None = None
+        is_full = len(self._demanding) >= max(self._max_running // 2, 1)
         for one in self._waiting:
             if one.fate.done():
                 continue
-            kind = kind or self._kind(one)
+            if kind is None and not (is_full and one.demands):
+                kind = self._kind(one)
             if len(batch) < self._max_batch and self._kind(one) == kind:
                 batch.append(one)
             else:
@@ -126,9 +140,9 @@ class Batcher:
         self._waiting = left
         return batch
 
-    def _kind(self, one: _Waiting) -> tuple[Run, int]:
+    def _kind(self, one: _Waiting) -> tuple[Run, int, bool]:
         remaining_s = one.query.deadline_s - self._clock()
-        return one.run, math.floor(math.log2(max(remaining_s, 1e-3)))
+        return one.run, math.floor(math.log2(max(remaining_s, 1e-3))), one.demands
 
     async def _run(self, batch: Sequence[_Waiting]) -> None:
         started_s = self._clock()
@@ -154,5 +168,6 @@ class Batcher:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._demanding.discard(task)
         if self._waiting:
             self._start()

@@ -18,6 +18,7 @@ import torch
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.consistency import ANY, Consistency
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
+from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost, DegradeReason
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import LinkState, ShardLink
@@ -137,14 +138,13 @@ class Coordinator:
         self.spec = spec
         self.num_shards = num_shards
         self.replicas = replicas
-        self.documents = [
+        self._documents = [
             sum(
                 spec.partition_documents[partition]
                 for partition in shard_partitions(shard, num_shards, spec.num_partitions)
             )
             for shard in range(num_shards)
         ]
-        """Items of each shard: as published, and from its first answer on as it says."""
         self._owner = owners(num_shards, spec.num_partitions)
         self._merge_headroom_s = merge_headroom_s
         self._max_batch = max_batch
@@ -154,6 +154,15 @@ class Coordinator:
         self._router = uuid.uuid4().hex[:12]
         self._batches = 0
         self._next_encoder = 0
+
+    @property
+    def documents(self) -> list[int]:
+        """Return the items of each shard: as its replicas say, as published before they did."""
+        for shard in range(self.num_shards):
+            said = [link.seen for link in self.replicas(shard) if link.seen is not None]
+            if said:
+                self._documents[shard] = max(said, key=lambda one: sum(one.cut)).documents
+        return list(self._documents)
 
     async def answer(self, queries: Sequence[Query]) -> list[Fate]:
         """Return the fate of every query, in order: an answer, or the error it gets instead.
@@ -193,7 +202,7 @@ class Coordinator:
         if compiled:
             try:
                 fates |= await self._answer_compiled(queries, compiled, started_s)
-            except Refusal as error:
+            except (Refusal, RequestError) as error:
                 # They all demand the same, which no shard can meet.
                 fates |= dict.fromkeys(compiled, error)
         return [fates[at] for at in range(len(queries))]
@@ -224,7 +233,7 @@ class Coordinator:
         self, queries: Sequence[Query], compiled: Mapping[int, CompiledRequest], started_s: float
     ) -> dict[int, Fate]:
         fanout = Fanout(
-            documents=list(self.documents),
+            documents=self.documents,
             replicas=self.replicas,
             clock=self._clock,
             deadline_s=min(queries[at].deadline_s for at in compiled) - self._merge_headroom_s,
@@ -236,17 +245,18 @@ class Coordinator:
         counting = asyncio.create_task(self._count(fanout, compiled, times))
         try:
             users = [one.features for one in compiled.values()]
-            encoded = await self._encode(fanout, users, times)
+            found = await self._encode(fanout, users, times)
             counted = await counting
         finally:
             counting.cancel()
         fates: dict[int, Fate] = {}
-        if encoded is None:
+        if found is None:
             coverage = fanout.coverage()
             for at in compiled:
                 minimum = queries[at].min_coverage
                 fates[at] = shortfall(fanout, coverage, minimum) or CoverageLost(coverage, minimum)
             return fates
+        encoded = found[0]
         planned: list[_Planned] = []
         for row, (at, request) in enumerate(compiled.items()):
             eligible = counted.get(at)
@@ -256,8 +266,8 @@ class Coordinator:
             except RequestError as error:
                 fates[at] = error
         parts = self._parts(planned, encoded.embedding.shape[1])
-        found = await _side_by_side([self._run(part, queries, encoded, fanout) for part in parts])
-        for part, part_fates in zip(parts, found, strict=True):
+        answered = await _side_by_side([self._run(part, queries, found, fanout) for part in parts])
+        for part, part_fates in zip(parts, answered, strict=True):
             for one, fate in zip(part, part_fates, strict=True):
                 fallback = bool(encoded.fallback) and encoded.fallback[one.row]
                 fates[one.at] = self._stamped(
@@ -305,8 +315,8 @@ class Coordinator:
         fanout: Fanout,
         users: Sequence[Mapping[str, FeatureValues]],
         times: StageTimes,
-    ) -> Encoded | None:
-        """Return the embeddings of all users from one replica of any shard.
+    ) -> tuple[Encoded, Seen] | None:
+        """Return the embeddings of all users from one replica of any shard, and what that saw.
 
         None if none could; every shard is lost then.
         """
@@ -368,10 +378,11 @@ class Coordinator:
         self,
         part: Sequence[_Planned],
         queries: Sequence[Query],
-        encoded: Encoded,
+        found: tuple[Encoded, Seen],
         fanout: Fanout,
     ) -> list[Fate]:
         """Run the rounds of some requests of a batch."""
+        encoded, encoder = found
         self._batches += 1
         rows = torch.tensor([one.row for one in part])
         compiled = [one.compiled for one in part]
@@ -385,12 +396,10 @@ class Coordinator:
             warnings=[encoded.warnings[one.row] for one in part],
             minimums=minimums,
             work=assemble(compiled, plans, encoded.embedding[rows], encoded.user_state[rows]),
+            encoder=encoder,
         )
         own = fanout.fork(max(minimums))
-        fates = await Rounds(own, batch, self.spec, self._owner).run()
-        for shard in own.alive:
-            self.documents[shard] = own.documents[shard]
-        return fates
+        return await Rounds(own, batch, self.spec, self._owner).run()
 
     def _stamped(
         self, fate: Fate, query: Query, started_s: float, times: StageTimes, *, fallback: bool

@@ -100,6 +100,12 @@ class FeedBlock:
                 for replica, one in shard.reports.items():
                     shard.coming[replica] = self._coming(shard, one.cut)
 
+    def unknown(self, num_shards: int) -> set[int]:
+        """Return which of the first ``num_shards`` shards never said how much room they have."""
+        with self._lock:
+            known = {number for number, shard in self._shards.items() if shard.reports}
+        return set(range(num_shards)) - known
+
     def reserve(self, shard: int, partition: int) -> str:
         """Keep room for one more item; return why there is none, or an empty text.
 

@@ -11,18 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from silvershard.cluster.freshness import Cut
 from silvershard.cluster.update_log import LogRecord, UpdateLog
+from silvershard.shard.changes import NOTHING_TO_PATCH
 from silvershard.shard.errors import (
     LogDamaged,
+    LogTrimmed,
     LogUnavailable,
     MutationError,
     PoolExhausted,
     RetrievalError,
 )
-from silvershard.shard.mutations import Mutation
 
 MAX_BATCH = 2048
 """Most records of a batch, where nothing else is decided."""
@@ -34,6 +35,9 @@ _SMALLEST_BATCH = 64
 # Longer than any query is open.
 _ROOM_S = 15.0
 _ROOM_RETRY_S = 0.05
+
+_REMEMBERED = 256
+"""Refused items that are remembered."""
 
 # Longest sleep of an idle follower, and so its staleness.
 _IDLE_S = 0.01
@@ -53,8 +57,8 @@ Rejected = Sequence[tuple[int, str]]
 class Updater(Protocol[P_co]):
     """What turns updates into a batch that is quickly committed."""
 
-    def prepare(self, mutations: Sequence[Mutation]) -> P_co:
-        """Return what the mutations mean for this shard."""
+    def prepare(self, mutations: Sequence[Any]) -> P_co:
+        """Return what the mutations, as they were decoded, mean for this shard."""
         ...
 
 
@@ -72,6 +76,8 @@ class Lag(NamedTuple):
     """Reading of the clock at which the cut was the end of the log; -inf: never yet."""
     oldest_unix_s: float
     """When the last record before the oldest one that is not applied was logged; inf: all are."""
+    looked_s: float = float("-inf")
+    """Reading of the clock just before ``ends`` were read; -inf: they never were."""
 
 
 @dataclass
@@ -90,8 +96,9 @@ class UpdateCounts:
 class Follower(Generic[P]):
     """Follows all partitions of a log for one shard of one generation.
 
-    A record that is refused for what it says is logged and passed over, alike on every replica. Any
-    other failure ends the following: nothing is ever skipped.
+    A record that is refused for what it says is logged and passed over, alike on every replica.
+    While the log cannot be read, or not beyond the cut, the shard stays at its cut and looks again.
+    Any other failure ends the following: nothing is ever skipped.
     """
 
     def __init__(
@@ -99,7 +106,7 @@ class Follower(Generic[P]):
         log: UpdateLog,
         updater: Updater[P],
         commit: Callable[[P, Cut], Rejected],
-        decode: Callable[[bytes], Mutation],
+        decode: Callable[[bytes], Any],
         *,
         cut: Cut = (),
         max_batch: int = MAX_BATCH,
@@ -113,7 +120,7 @@ class Follower(Generic[P]):
             log: the log; may be shared.
             updater: prepares batches; only this follower calls it.
             commit: applies a prepared batch and moves the cut of the shard; returns once it did.
-            decode: reads the payload of a record.
+            decode: reads the payload of a record; what it returns, the updater takes.
             cut: ``(L,)`` what is applied already; empty for nothing.
             max_batch: most records of a batch.
             name: what the log calls the shard.
@@ -124,7 +131,9 @@ class Follower(Generic[P]):
         self.failure = ""
         """Why it follows no more."""
         self.trouble = ""
-        """Why the log cannot be read at present."""
+        """Why it does not get on at present."""
+        self.refused: tuple[tuple[int, str], ...] = ()
+        """The newest items whose updates were refused for what they say, and why."""
         self._log = log
         self._updater = updater
         self._commit = commit
@@ -141,6 +150,14 @@ class Follower(Generic[P]):
         """``(L,)`` up to where urgent records are applied."""
         self._logged_s = [float("inf")] * len(start)
         """``(L,)`` when the last record that was read was logged."""
+        self._read: dict[int, LogRecord] = {}
+        """The last record that was read of a partition."""
+        self._applied: dict[int, LogRecord] = {}
+        """The record at the cut of a partition, where it was applied here."""
+        self._lost: set[int] = set()
+        """Partitions that ended before the cut when they were last looked at."""
+        self._lets_pass = False
+        """Whether a batch waits for room, and urgent records go ahead of it."""
         self._turn = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -190,6 +207,8 @@ class Follower(Generic[P]):
         Waits for a log that cannot be reached. Returns early after ``stop``.
 
         Raises:
+            LogDamaged: if the log lost what is to be applied.
+            LogTrimmed: if it keeps that no more.
             RetrievalError: if it cannot be applied.
         """
         delay_s = _FIRST_DELAY_S
@@ -210,18 +229,15 @@ class Follower(Generic[P]):
         """
         asked_s = self._clock()
         ends = tuple(self._log.end(one) for one in range(self._log.num_partitions))
-        for partition, (end, done) in enumerate(zip(ends, self._lag.cut, strict=True)):
-            if end < done:
-                raise LogDamaged(
-                    self._log.url,
-                    f"partition {partition} ends at {end}, but {done} was applied already",
-                )
+        for partition, end in enumerate(ends):
+            self._check_end(partition, end)
         behind = sum(ends) - sum(self._lag.cut)
         if behind > self._batch:
             self._apply_urgent()
         records, cut = self._next_records(ends)
         if records:
             self._apply(records, cut)
+            self._applied |= self._read
             self._fit_batch(len(records), self._clock() - asked_s)
         # What is left of a partition was logged after what was read last.
         left = [at for at, end in enumerate(ends) if end > cut[at]]
@@ -230,11 +246,29 @@ class Follower(Generic[P]):
         current_s = self._lag.current_s if more else asked_s
         # Records may have come since the ends were read.
         known = tuple(max(pair) for pair in zip(ends, cut, strict=True))
-        self._lag = Lag(cut, known, current_s, oldest)
+        self._lag = Lag(cut, known, current_s, oldest, asked_s)
         if self.trouble:
             _log.info("%s follows the update log again", self._name)
             self.trouble = ""
         return more
+
+    def _check_end(self, partition: int, end: int) -> None:
+        """Refuse a log that lost what was applied, also after it has grown again.
+
+        Raises:
+            LogDamaged: if it did, or may have.
+        """
+        done = self._lag.cut[partition]
+        if end < done:
+            self._lost.add(partition)
+            reason = f"partition {partition} ends at {end}, but {done} was applied already"
+            raise LogDamaged(self._log.url, reason)
+        if partition not in self._lost:
+            return
+        if self._log.read(partition, done - 1, 1) != [self._applied.get(partition)]:
+            reason = f"position {done} of partition {partition} is not what was applied"
+            raise LogDamaged(self._log.url, reason)
+        self._lost.discard(partition)
 
     def _next_records(self, ends: Cut) -> tuple[list[LogRecord], Cut]:
         """Return the records of the next batch, and the cut that it leads to."""
@@ -251,13 +285,14 @@ class Follower(Generic[P]):
             if records:
                 found += records
                 cut[partition] = records[-1].position
+                self._read[partition] = records[-1]
                 self._logged_s[partition] = records[-1].logged_unix_ms / 1e3
         return found, tuple(cut)
 
     def _apply_urgent(self) -> None:
         """Apply the urgent records beyond the cut; their versions make it harmless to do so again.
 
-        The cut stays where it is.
+        The cut stays where it is. They are deletes, which need no room.
         """
         for partition, done in enumerate(self._lag.cut):
             after = max(done, self._urgent[partition])
@@ -268,7 +303,7 @@ class Follower(Generic[P]):
                 self.counts.urgent += len(records)
 
     def _apply(self, records: Sequence[LogRecord], cut: Cut) -> None:
-        mutations: list[Mutation] = []
+        mutations: list[Any] = []
         for record in records:
             try:
                 mutations.append(self._decode(record.payload))
@@ -278,7 +313,7 @@ class Follower(Generic[P]):
         self.counts.batches += 1
         self.counts.records += len(records)
 
-    def _apply_all(self, mutations: Sequence[Mutation], cut: Cut) -> None:
+    def _apply_all(self, mutations: Sequence[Any], cut: Cut) -> None:
         """Prepare and commit mutations, in halves where there is no room for all at once.
 
         Each half frees the slots that its items had before. The cut moves with the last one; what
@@ -313,13 +348,27 @@ class Follower(Generic[P]):
                 if started_s - began_s >= _ROOM_S or self._ended.is_set():
                     raise
                 self.trouble = str(error)
+                self._let_urgent_pass()
                 self._ended.wait(_ROOM_RETRY_S)
             else:
                 return rejected, self._clock() - started_s
 
+    def _let_urgent_pass(self) -> None:
+        """Apply urgent records ahead of the batch that waits."""
+        if self._lets_pass:
+            return
+        self._lets_pass = True
+        try:
+            self._apply_urgent()
+        finally:
+            self._lets_pass = False
+
     def _reject(self, rejected: Rejected) -> None:
         for item_id, reason in rejected:
             _log.warning("%s refuses an update of item %d: %s", self._name, item_id, reason)
+            if reason != NOTHING_TO_PATCH:
+                others = [one for one in self.refused if one[0] != item_id]
+                self.refused = (*others, (item_id, reason))[-_REMEMBERED:]
         self.counts.rejected += len(rejected)
 
     def _fit_batch(self, size: int, spent_s: float) -> None:
@@ -340,7 +389,8 @@ class Follower(Generic[P]):
                 if not more and not self._ended.is_set():
                     partition = self._turn % len(self._lag.cut)
                     self._log.wait(partition, self._lag.cut[partition], _IDLE_S)
-            except LogUnavailable as error:
+            except (LogUnavailable, LogDamaged, LogTrimmed) as error:
+                # What it holds is right as of its cut, and as stale as its answers say.
                 self._suffer(error)
                 self._ended.wait(delay_s)
                 delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
@@ -349,7 +399,7 @@ class Follower(Generic[P]):
                     self._fail(error)
                 return
 
-    def _suffer(self, error: LogUnavailable) -> None:
+    def _suffer(self, error: RetrievalError) -> None:
         if self.trouble != str(error):
             _log.warning("%s cannot follow for now: %s", self._name, error)
         self.trouble = str(error)

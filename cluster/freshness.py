@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.consistency import ANY, Consistency, Freshness, cut_tokens
+from silvershard.model.request import RequestError
 
 FOREIGN_TOKEN = "FOREIGN_TOKEN"
+AFTER = "consistency.after"
+"""The field of a request that names its tokens."""
 
 Cut = tuple[int, ...]
 """``(L,)`` last position applied of every log partition; empty for a generation without a log."""
@@ -72,8 +75,26 @@ def check_tokens(consistency: Consistency, log_id: int, num_partitions: int) -> 
         elif token.partition >= num_partitions:
             problem = f"must be of a log partition below {num_partitions}, got {token.partition}"
         if problem:
-            raise Refusal(
-                "FAILED_PRECONDITION", f"consistency.after[{at}]: {problem}", FOREIGN_TOKEN
+            raise Refusal("FAILED_PRECONDITION", f"{AFTER}[{at}]: {problem}", FOREIGN_TOKEN)
+
+
+def check_end(consistency: Consistency, ends: Cut) -> None:
+    """Refuse tokens that no acknowledgement can have given.
+
+    Args:
+        consistency: a demand for tokens of the log that is followed.
+        ends: ``(L,)`` last positions of the log, read after the demand was stated: what was
+            acknowledged before is in them.
+
+    Raises:
+        RequestError: naming the first token beyond them.
+    """
+    for token in consistency.after:
+        if token.position > ends[token.partition]:
+            raise RequestError(
+                AFTER,
+                f"must be at most {ends[token.partition]} in log partition {token.partition}, "
+                f"where the update log ends, got {token.position}",
             )
 
 

@@ -1,10 +1,11 @@
 """The generations that one process of a shard holds: loading, catching up, serving, letting go."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from enum import Enum
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 from silvershard.cluster import shard_pb2
 from silvershard.cluster.consistency import Consistency
 from silvershard.cluster.follower import Follower, Rejected
-from silvershard.cluster.freshness import Cut, Demand, Seen, check_tokens, is_met
+from silvershard.cluster.freshness import Cut, Demand, Seen, check_end, check_tokens, is_met
 from silvershard.model.dtypes import ValueType
 from silvershard.shard.errors import (
     GenerationError,
+    Overloaded,
     ReplicaStale,
     RetrievalError,
     ShardUnavailable,
@@ -27,6 +29,11 @@ from silvershard.shard.errors import (
 from silvershard.shard.executor import ShardExecutor
 
 _MAX_US = (1 << 63) - 1
+
+# Calls that wait for updates leave places in the queue of the server to those that need not.
+_MAX_WAITING = 256
+_MAX_WAITING_BYTES = 64 << 20
+_RETRY_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +131,10 @@ class Hosted:
                 longest_commit_us=int(counts.longest_commit_s * 1e6),
             )
         )
+        report.refused.extend(
+            shard_pb2.RefusedUpdate(item_id=item_id, reason=reason)
+            for item_id, reason in follower.refused
+        )
         report.pool.CopyFrom(shard_pb2.PoolReport(**usage._asdict()))
         return report
 
@@ -154,7 +165,10 @@ class Hosting:
         self._load = load
         self._changed = changed
         self._held: dict[int, Hosted] = {}
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._progress = asyncio.Event()
+        """Set, and replaced, whenever somebody who waits for updates shall look again."""
+        self._num_waiting = 0
+        self._waiting_bytes = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -241,12 +255,20 @@ class Hosting:
             if hosted.follower is not None:
                 hosted.follower.stop()
 
-    async def wait(self, hosted: Hosted, demand: Demand, arrived_s: float) -> None:
+    async def wait(self, hosted: Hosted, demand: Demand, arrived_s: float, size: int = 0) -> None:
         """Wait until a generation is as fresh as a call demands, which holds up nobody else.
 
+        Args:
+            hosted: the generation.
+            demand: of the call.
+            arrived_s: reading of the clock when the call came in.
+            size: bytes of the call.
+
         Raises:
+            Overloaded: if too many wait already.
             ReplicaStale: if it is not in time.
             Refusal: if the demand is not of the log that it follows.
+            RequestError: if the demand is beyond the end of that log.
             ShardUnavailable: if the generation leaves service meanwhile.
         """
         consistency = demand.consistency
@@ -256,30 +278,52 @@ class Hosting:
             follower.log_id if follower is not None else 0,
             len(follower.lag.cut) if follower is not None else 0,
         )
-        loop = asyncio.get_running_loop()
+        if self._is_met(hosted, consistency, arrived_s):
+            return
         until_s = arrived_s + demand.wait_s
-        while not self._is_met(hosted, consistency, arrived_s):
-            if hosted.retired:
-                raise GenerationError(hosted.generation, 0)
-            if not hosted.serves:
-                reason = f"generation {hosted.generation} left service: {hosted.reason}"
-                raise ShardUnavailable(self._shard, reason)
-            woken: asyncio.Future[None] = loop.create_future()
-            self._waiting.add(woken)
-            try:
-                # A commit between the look above and here has told nobody.
+        with self._place(size):
+            while True:
+                progress = self._progress
                 if self._is_met(hosted, consistency, arrived_s):
                     return
-                async with asyncio.timeout(until_s - self._clock()):
-                    await woken
-            except TimeoutError:
-                raise ReplicaStale(
-                    self._shard,
-                    f"generation {hosted.generation} is at cut {list(hosted.seen.cut)}, "
-                    f"{hosted.seen.staleness_s:.3f} s behind, after {demand.wait_s:.3f} s",
-                ) from None
-            finally:
-                self._waiting.discard(woken)
+                if hosted.retired:
+                    raise GenerationError(hosted.generation, 0)
+                if not hosted.serves:
+                    reason = f"generation {hosted.generation} left service: {hosted.reason}"
+                    raise ShardUnavailable(self._shard, reason)
+                if follower is not None:
+                    lag = follower.lag
+                    if lag.looked_s >= arrived_s:
+                        check_end(consistency, lag.ends)
+                try:
+                    async with asyncio.timeout(until_s - self._clock()):
+                        await progress.wait()
+                except TimeoutError:
+                    raise ReplicaStale(
+                        self._shard,
+                        f"generation {hosted.generation} is at cut {list(hosted.seen.cut)}, "
+                        f"{hosted.seen.staleness_s:.3f} s behind, after {demand.wait_s:.3f} s",
+                    ) from None
+
+    @contextlib.contextmanager
+    def _place(self, size: int) -> Iterator[None]:
+        """Count a call of ``size`` bytes among those that wait.
+
+        Raises:
+            Overloaded: if there is no room for it.
+        """
+        held = self._waiting_bytes
+        if self._num_waiting >= _MAX_WAITING or (held and held + size > _MAX_WAITING_BYTES):
+            raise Overloaded(
+                f"{self._num_waiting} calls of {held} bytes wait for updates", _RETRY_S
+            )
+        self._num_waiting += 1
+        self._waiting_bytes += size
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+            self._waiting_bytes -= size
 
     def _is_met(self, hosted: Hosted, consistency: Consistency, arrived_s: float) -> bool:
         """Return whether a generation is as fresh as it had to be when the call arrived."""
@@ -341,7 +385,7 @@ class Hosting:
         assert hosted.follower is not None
         if hosted.follower.failure:
             self._fail(hosted, hosted.follower.failure)
-        if self._waiting and self._loop is not None and not self._loop.is_closed():
+        if self._num_waiting and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 
     def _fail(self, hosted: Hosted, reason: str) -> None:
@@ -349,9 +393,8 @@ class Hosting:
         self._changed()
 
     def _wake(self) -> None:
-        for one in self._waiting:
-            if not one.done():
-                one.set_result(None)
+        self._progress.set()
+        self._progress = asyncio.Event()
 
 
 def ready(loaded: Loaded) -> Loaded:

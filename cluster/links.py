@@ -67,9 +67,10 @@ class GrpcShardLink:
         users: Sequence[Mapping[str, FeatureValues]],
         remaining_s: float,
         demand: Demand = ANYTHING,
-    ) -> Encoded:
+    ) -> tuple[Encoded, Seen]:
         """Return the query embeddings of users whose features are checked already.
 
+        And what the replica had applied: rows of the tables of its user tower change, too.
         Every method that asks the shard raises the same errors.
 
         Raises:
@@ -79,6 +80,7 @@ class GrpcShardLink:
             Overloaded: if the queue of the shard is full.
             ReplicaStale: if it has not applied what ``demand`` asks for.
             Refusal: if ``demand`` is of another log than the shard follows.
+            RequestError: if ``demand`` is beyond the end of that log.
         """
         call = shard_pb2.ShardCall()
         call.encode.SetInParent()
@@ -91,12 +93,13 @@ class GrpcShardLink:
             found = tensors.from_map(reply.tensors, tensors.ENCODED)
             self._same_batch(found["embedding"], len(users))
             lost = set(reply.fallback_users)
-            return Encoded(
+            encoded = Encoded(
                 found["embedding"],
                 found["user_state"],
                 tuple(tensors.warnings_of(reply, len(users))),
                 tuple(at in lost for at in range(len(users))),
             )
+            return encoded, seen_from(reply.seen)
 
     async def count(self, scan: Tensor, remaining_s: float, demand: Demand = ANYTHING) -> Tensor:
         """Return how many documents of the shard pass each program ``(B, L, 4)``, ``(B,)``."""
@@ -133,25 +136,6 @@ class GrpcShardLink:
             second = tensors.round_two_from_map(reply.tensors, dict(reply.times_us))
             self._same_batch(second.values, cutoffs.scores.shape[0])
             return second
-
-    async def open_and_close(
-        self,
-        key: str,
-        work: Work,
-        cutoffs: Cutoffs,
-        remaining_s: float,
-        demand: Demand = ANYTHING,
-    ) -> tuple[RoundTwo, Seen]:
-        """Run both rounds at once, to take over when the cutoffs are known; tell what they saw."""
-        both = shard_pb2.OpenAndClose(
-            work=tensors.work_to_map(work), cutoffs=tensors.cutoffs_to_map(cutoffs)
-        )
-        call = shard_pb2.ShardCall(key=key, open_and_close=both)
-        reply = await self._call(call, remaining_s, demand)
-        with self._usable():
-            second = tensors.round_two_from_map(reply.tensors, dict(reply.times_us))
-            self._same_batch(second.values, cutoffs.scores.shape[0])
-            return second, seen_from(reply.seen)
 
     async def fields(
         self, key: str, item_ids: Sequence[int], names: Sequence[str], remaining_s: float

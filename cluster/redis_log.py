@@ -3,8 +3,8 @@
 Every change is one script, hence one unit of the append-only file. With ``appendfsync always`` the
 server answers nobody before that file is synced, so readers see durable records only.
 
-An append carries a token that the server keeps: one whose answer was lost is sent again as it is,
-and finds itself stored.
+What a writer sends carries a token that the server keeps: sent again as it is, because the answer
+was lost, it finds itself done. What comes too late finds another epoch and changes nothing.
 """
 
 import contextlib
@@ -58,7 +58,8 @@ _TRIMMED_AT_ONCE = 10_000
 # Fewer than a script of Redis can hand to one command.
 _WORDS_AT_ONCE = 4_000
 _RECORD = struct.Struct("<qqq?I")
-_HEAD = struct.Struct("<q?qq")
+_HEAD = struct.Struct("<qBqq")
+_DELETED, _PATCHED = 1, 2
 
 
 class _Refused(redis.RedisError):
@@ -109,8 +110,11 @@ class RedisLog:
         except BaseException:
             self._client.close()
             raise
-        self._append_locks = [threading.Lock() for _ in range(self.num_partitions)]
+        self._write_locks = [threading.Lock() for _ in range(self.num_partitions)]
         self._ends = [0] * self.num_partitions
+        """Where the records of this writer end."""
+        self._acquiring: dict[tuple[int, int], bytes] = {}
+        """Tokens by partition and epoch to follow, as long as their answer is awaited."""
 
     def _open(self, num_partitions: int | None, *, create: bool) -> tuple[int, int]:
         wanted = num_partitions or 1
@@ -217,7 +221,7 @@ class RedisLog:
         attempt, (word, *rest) = self._call(run)
         if word == b"other":
             raise self._not_this_log()
-        if word == b"fenced" and attempt > 1:
+        if word == b"fenced" and attempt > 1 and source is APPEND:
             raise LogUnavailable(
                 self.url,
                 "another writer took over while an answer was awaited: it is unknown whether the "
@@ -237,10 +241,22 @@ class RedisLog:
             "another one took its place",
         )
 
-    def acquire(self, partition: int) -> int:
+    def acquire(self, partition: int, epoch: int | None = None) -> int:
         """See ``UpdateLog.acquire``."""
         check_partition(partition, self.num_partitions)
-        return int(self._change(ACQUIRE, [self._key(partition, "state")])[1])
+        with self._write_locks[partition]:
+            while True:
+                newest = self._number(partition, "epoch") if epoch is None else epoch
+                # Kept while it is unknown what became of it, so that nobody fences himself.
+                token = self._acquiring.setdefault((partition, newest), secrets.token_bytes(12))
+                state = self._key(partition, "state")
+                word, found, *end = self._change(ACQUIRE, [state], token, newest)
+                del self._acquiring[partition, newest]
+                if word == "done":
+                    self._ends[partition] = end[0]
+                    return int(found)
+                if epoch is not None:
+                    raise Fenced(partition, epoch, found)
 
     def append(
         self, partition: int, epoch: int, records: Sequence[NewRecord], logged_unix_ms: int
@@ -250,17 +266,20 @@ class RedisLog:
         kinds = ("state", "records", "urgent", "heads", "expiry", "tables")
         keys = [self._key(partition, kind) for kind in kinds]
         token = secrets.token_bytes(12)
-        with self._append_locks[partition]:
-            while True:
-                last = self._ends[partition]
-                values = _appended(records, last + 1, logged_unix_ms)
-                word, found = self._change(APPEND, keys, token, epoch, last, *values)
-                if word == "done":
-                    self._ends[partition] = found + len(records) - 1
-                    return int(found)
-                if word == "fenced":
-                    raise Fenced(partition, epoch, found)
-                self._ends[partition] = found
+        with self._write_locks[partition]:
+            last = self._ends[partition]
+            values = _appended(records, last + 1, logged_unix_ms)
+            word, found = self._change(APPEND, keys, token, epoch, last, *values)
+            if word == "fenced":
+                raise Fenced(partition, epoch, found)
+            if word == "moved":
+                raise LogUnavailable(
+                    self.url,
+                    f"partition {partition} ends at {found} and not at {last}: records that this "
+                    "writer had no answer for are stored; nothing of these is",
+                )
+            self._ends[partition] = found + len(records) - 1
+            return int(found)
 
     def read(self, partition: int, after: int, limit: int) -> list[LogRecord]:
         """See ``UpdateLog.read``."""
@@ -335,11 +354,12 @@ class RedisLog:
 
     def _head(self, partition: int, item_id: int, packed: bytes) -> Head:
         try:
-            return Head(*_HEAD.unpack(packed))
+            version, mark, position, expires_unix_ms = _HEAD.unpack(packed)
         except struct.error:
             raise LogDamaged(
                 self.url, f"the head of item {item_id} in partition {partition} is damaged"
             ) from None
+        return Head(version, mark == _DELETED, position, expires_unix_ms, mark == _PATCHED)
 
     def expired(self, partition: int, now_ms: int, limit: int) -> list[tuple[int, Head]]:
         """See ``UpdateLog.expired``."""
@@ -438,14 +458,17 @@ def _appended(records: Sequence[NewRecord], first: int, logged_unix_ms: int) -> 
     for position, record in enumerate(records, first):
         yield int(record.urgent)
         yield _packed(record, position, logged_unix_ms)
-    for item_id, head in heads.items():
-        yield from (item_id, _HEAD.pack(*head), head.expires_unix_ms)
+    for item_id, (version, deleted, position, expires_unix_ms, patched) in heads.items():
+        mark = _PATCHED if patched else _DELETED * deleted
+        yield item_id
+        yield _HEAD.pack(version, mark, position, expires_unix_ms)
+        yield expires_unix_ms
     yield from itertools.chain.from_iterable(tables.items())
 
 
 def _packed(record: NewRecord, position: int, logged_unix_ms: int) -> bytes:
     item_id, version, urgent = record.item_id, record.version, record.urgent
-    crc = checksum(LogRecord(position, item_id, version, logged_unix_ms, urgent, record.payload))
+    crc = checksum((position, item_id, version, logged_unix_ms, urgent, record.payload))
     return _RECORD.pack(item_id, version, logged_unix_ms, urgent, crc) + record.payload
 
 

@@ -24,10 +24,20 @@ if redis.call('HGET', KEYS[1], 'log_id') ~= ARGV[1] then return {'other'} end
 ACQUIRE = (
     _GUARD
     + """
-return {'done', redis.call('HINCRBY', KEYS[2], 'epoch', 1)}
+local state = redis.call('HMGET', KEYS[2], 'writer', 'epoch', 'end')
+local epoch = tonumber(state[2])
+if state[1] ~= ARGV[2] then
+  if state[2] ~= ARGV[3] then return {'fenced', epoch} end
+  epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
+  redis.call('HSET', KEYS[2], 'writer', ARGV[2])
+end
+return {'done', epoch, tonumber(state[3])}
 """
 )
-"""KEYS: log, state. ARGV: log id."""
+"""KEYS: log, state. ARGV: log id, token, epoch that must be the newest.
+
+Sent again it finds the token, and one that comes too late finds another epoch.
+"""
 
 APPEND = (
     _GUARD

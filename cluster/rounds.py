@@ -1,5 +1,9 @@
 """The two rounds of a batch over the shards, repeated without a shard that is lost on the way.
 
+Whatever an answer holds of a shard was found by one replica as it was at one moment: where another
+one takes over, or the same one has lost what was open, it runs round one anew, and the cuts over
+all shards are made again.
+
 Shapes: B requests, H heads, R candidates per head, K results, T tasks, P partitions.
 """
 
@@ -52,6 +56,8 @@ class Batch:
     minimums: Sequence[float]
     """Coverage that each requires."""
     work: Work
+    encoder: Seen
+    """What the replica had applied that encoded the users."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,13 @@ class Rounds:
         self._owner = owner
         self._merge = Merge()
         self._touched: set[ShardLink] = set()
-        self._holding: dict[int, ShardLink] = {}
+        self._opened: dict[int, Reply[RoundOne]] = {}
+        """Round one of each shard, by the replica that has its candidates open."""
+        self._closed: dict[int, RoundTwo] = {}
+        """Round two on those candidates, with the newest cutoffs."""
         self._seen: dict[int, Seen] = {}
         """What each shard saw when it opened its candidates."""
+        self._num_opened: dict[int, int] = {}
         self._network_us = 0
         self._merge_us = 0
         self._slowest_us = 0
@@ -122,25 +132,23 @@ class Rounds:
                 link.release(self._batch.key)
 
     async def _run(self) -> list[Fate]:
-        opened = await self._timed(self._fanout.ask(self._fanout.alive, self._open, ROUND_WAIT))
-        self._holding = {shard: reply.link for shard, reply in opened.items()}
-        closed: dict[int, Reply[RoundTwo]] = {}
+        alive, work = self._fanout.alive, self._batch.work
+        self._opened = await self._timed(self._fanout.ask(alive, self._open, ROUND_WAIT))
         cutoffs: Cutoffs | None = None
         while self._someone_waits():
-            rounds = [opened[shard].value for shard in self._fanout.alive]
+            rounds = [self._opened[shard].value for shard in self._fanout.alive]
             previous = cutoffs
-            work = self._batch.work
             cutoffs = await self._compute(
                 partial(self._merge.cutoffs, rounds, work.ann_k, work.semantic_k),
                 sum(one.scores.numel() + one.semantic_scores.numel() for one in rounds),
             )
             if previous is None or not _same(previous, cutoffs):
-                closed = {}
-            if not await self._close(cutoffs, closed):
+                self._closed = {}
+            if not await self._close(cutoffs):
                 continue
-            seconds = [closed[shard].value for shard in self._fanout.alive]
+            seconds = [self._closed[shard] for shard in self._fanout.alive]
             answers = await self._answers(rounds, seconds)
-            columns = await self._fields(answers, cutoffs, closed)
+            columns = await self._fields(answers)
             if columns is None:
                 continue
             return self._fates(answers, columns)
@@ -153,46 +161,62 @@ class Rounds:
         )
 
     async def _open(self, link: ShardLink, remaining_s: float) -> RoundOne:
+        shard, key = link.shard, self._batch.key
+        if self._num_opened.get(shard, 0) > len(self._fanout.replicas(shard)):
+            # Each replica may lose what is open once; one that always does would never end.
+            raise CandidatesExpired(key)
         self._touched.add(link)
         demand = self._fanout.demand(link, remaining_s)
-        first, seen = await link.open(self._batch.key, self._batch.work, remaining_s, demand)
-        self._saw(link, seen)
+        first, seen = await link.open(key, self._batch.work, remaining_s, demand)
+        self._num_opened[shard] = self._num_opened.get(shard, 0) + 1
+        self._seen[shard] = seen
+        self._fanout.documents[shard] = seen.documents
         self._spent(first.times)
         return first
 
-    def _saw(self, link: ShardLink, seen: Seen) -> None:
-        self._seen[link.shard] = seen
-        self._fanout.documents[link.shard] = seen.documents
+    async def _ask_holders(
+        self, shards: Sequence[int], ask_one: Callable[[ShardLink, float], Awaitable[T]]
+    ) -> dict[int, T]:
+        """Return what the replicas say that have the candidates of ``shards`` open.
 
-    async def _close(self, cutoffs: Cutoffs, closed: dict[int, Reply[RoundTwo]]) -> bool:
-        """Run round two where it has not run with these cutoffs; False if a shard was lost."""
+        A shard is missing there if it was lost, or if a replica had to open its candidates anew:
+        its round one, and what follows from it, is another one now.
+        """
+
+        async def ask_or_open(link: ShardLink, remaining_s: float) -> T | RoundOne:
+            if self._opened[link.shard].link is link:
+                try:
+                    return await ask_one(link, remaining_s)
+                except CandidatesExpired:
+                    pass
+            return await self._open(link, remaining_s)
+
+        holders = {shard: self._opened[shard].link for shard in shards}
+        replies = await self._timed(self._fanout.ask(shards, ask_or_open, ROUND_WAIT, holders))
+        found: dict[int, T] = {}
+        for shard, (link, value) in replies.items():
+            if isinstance(value, RoundOne):
+                self._opened[shard] = Reply(link, value)
+                self._closed.pop(shard, None)
+            else:
+                found[shard] = value
+        return found
+
+    async def _close(self, cutoffs: Cutoffs) -> bool:
+        """Run round two where it has not run with these cutoffs.
+
+        False if the cutoffs are to be made again.
+        """
 
         async def close(link: ShardLink, remaining_s: float) -> RoundTwo:
-            self._touched.add(link)
-            if self._holding.get(link.shard) is link:
-                try:
-                    second = await link.close(self._batch.key, cutoffs, remaining_s)
-                except CandidatesExpired:
-                    second = await self._take_over(link, cutoffs, remaining_s)
-            else:
-                second = await self._take_over(link, cutoffs, remaining_s)
+            second = await link.close(self._batch.key, cutoffs, remaining_s)
             self._spent(second.times)
             return second
 
-        asked = [shard for shard in self._fanout.alive if shard not in closed]
-        closed |= await self._timed(self._fanout.ask(asked, close, ROUND_WAIT, self._holding))
-        return all(shard not in self._fanout.lost for shard in asked)
-
-    async def _take_over(self, link: ShardLink, cutoffs: Cutoffs, remaining_s: float) -> RoundTwo:
-        """Run both rounds on a replica that has nothing open yet."""
-        self._touched.add(link)
-        batch, demand = self._batch, self._fanout.demand(link, remaining_s)
-        second, seen = await link.open_and_close(
-            batch.key, batch.work, cutoffs, remaining_s, demand
-        )
-        self._saw(link, seen)
-        self._holding[link.shard] = link
-        return second
+        missing = [shard for shard in self._fanout.alive if shard not in self._closed]
+        found = await self._ask_holders(missing, close)
+        self._closed |= found
+        return len(found) == len(missing)
 
     async def _answers(
         self, rounds: Sequence[RoundOne], seconds: Sequence[RoundTwo]
@@ -229,14 +253,8 @@ class Rounds:
             documents=sum(self._fanout.documents),
         )
 
-    async def _fields(
-        self, answers: Sequence[Answer], cutoffs: Cutoffs, closed: dict[int, Reply[RoundTwo]]
-    ) -> list[dict[str, list[FieldValue]]] | None:
-        """Return the columns that each request wants.
-
-        None if the answers are to be made again, because a shard was lost, or another replica of it
-        took over, which may hold other versions of its items; ``closed`` has its round then.
-        """
+    async def _fields(self, answers: Sequence[Answer]) -> list[dict[str, list[FieldValue]]] | None:
+        """Return the columns that each request wants; None if its answers are to be made again."""
         columns: list[dict[str, list[FieldValue]]] = []
         asking = [one.return_fields for one in self._batch.compiled]
         names = sorted({name for wanted in asking for name in wanted})
@@ -251,30 +269,18 @@ class Rounds:
                 shard: item_ids[shard_of == shard].tolist() for shard in shard_of.unique().tolist()
             }
 
-            moved: dict[int, Reply[RoundTwo]] = {}
-
             async def look_up(
                 link: ShardLink, remaining_s: float
             ) -> Mapping[str, list[FieldValue]]:
-                shard, key = link.shard, self._batch.key
-                if self._holding.get(shard) is link:
-                    try:
-                        return await link.fields(key, by_shard[shard], names, remaining_s)
-                    except CandidatesExpired:
-                        pass
-                second = await self._take_over(link, cutoffs, remaining_s)
-                moved[shard] = Reply(link, second)
-                return {}
+                ids = by_shard[link.shard]
+                return await link.fields(self._batch.key, ids, names, remaining_s)
 
-            replies = await self._timed(
-                self._fanout.ask(sorted(by_shard), look_up, ROUND_WAIT, self._holding)
-            )
-            closed |= moved
-            if moved or len(replies) < len(by_shard):
+            replies = await self._ask_holders(sorted(by_shard), look_up)
+            if len(replies) < len(by_shard):
                 return None
-            for shard, reply in replies.items():
+            for shard, values in replies.items():
                 for name in names:
-                    found[name].update(zip(by_shard[shard], reply.value[name], strict=True))
+                    found[name].update(zip(by_shard[shard], values[name], strict=True))
         for answer, wanted in zip(answers, asking, strict=True):
             listed = answer.item_ids.tolist() if wanted else []
             columns.append({name: [found[name][item] for item in listed] for name in wanted})
@@ -286,7 +292,8 @@ class Rounds:
         columns: Sequence[dict[str, list[FieldValue]]] | None,
     ) -> list[Fate]:
         coverage = self._fanout.coverage()
-        freshness = slowest_seen([self._seen[at] for at in self._fanout.alive if at in self._seen])
+        seen = [self._seen[at] for at in self._fanout.alive if at in self._seen]
+        freshness = slowest_seen([self._batch.encoder, *seen])
         if freshness is not None and freshness.staleness_s > self._fanout.lagging_s:
             coverage = coverage.because(DegradeReason.UPDATES_LAGGING)
         fates: list[Fate] = []

@@ -151,8 +151,9 @@ class Router:
             self._ready = True
             await self._set_health("", ready=True)
             await self._set_health(SERVICE, ready=True)
-        addressed = sum(coordinator.documents)
-        answering = sum(coordinator.documents[shard] for shard in reached)
+        documents = coordinator.documents
+        addressed = sum(documents)
+        answering = sum(documents[shard] for shard in reached)
         coverage = answering / addressed if addressed else float(bool(reached))
         covered = bool(reached) and coverage >= self._config.query.min_coverage
         await self._set_health(f"model/{coordinator.spec.model}", ready=covered)

@@ -1,6 +1,7 @@
 """The gRPC server of the sequencer: it takes updates, and answers once they are durable."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -44,7 +45,7 @@ _AT_ONCE = 16
 _STREAM_WINDOW = 16
 _DEFAULT_DEADLINE_S = 30.0
 _RETRY_AFTER_S = 0.2
-# Of a client, in which the answer travels that its updates are logged but not applied.
+# Of a client, in which an answer travels.
 _ANSWER_MARGIN_S = 0.05
 
 _log = logging.getLogger(__name__)
@@ -59,23 +60,18 @@ class Reports(Protocol):
     @property
     def map(self) -> ShardMap | None:
         """Return the shard map."""
-        ...
 
     async def run(self) -> None:
         """Keep it true until cancelled."""
-        ...
 
     async def changed(self) -> None:
         """Return as soon as there is something new."""
-        ...
 
     def room(self, page_slots: int, num_clusters: int) -> list[RoomReport]:
         """Return the room of every replica that has reported."""
-        ...
 
     async def applied(self, tokens: Sequence[UpdateToken], *, every_replica: bool) -> None:
         """Return as soon as updates are applied."""
-        ...
 
 
 class _Accepted(NamedTuple):
@@ -137,6 +133,8 @@ class SequencerServer:
         self._queued = 0
         self._room = asyncio.Event()
         """Set when the queue has become shorter."""
+        self._reported = asyncio.Event()
+        """Set when shards have said how much room they have."""
         # Urgent updates do not wait until large requests are checked.
         self._checkers = {
             urgent: ThreadPoolExecutor(1, thread_name_prefix="check") for urgent in (False, True)
@@ -329,6 +327,7 @@ class SequencerServer:
                 loop = asyncio.get_running_loop()
                 checker = self._checkers[urgent]
                 checked = await loop.run_in_executor(checker, check, request.mutations)
+            await self._until_room_is_known(checked.writes, deadline_s)
         except BaseException:
             self._release(size)
             raise
@@ -349,6 +348,21 @@ class SequencerServer:
         return _Accepted(
             checked, [one for one, _ in parts], outcomes, request.durability, deadline_s
         )
+
+    async def _until_room_is_known(self, writes: Sequence[Write], deadline_s: float) -> None:
+        """Hold upserts until their shards have said once how much room they have.
+
+        That takes a moment after a start; if the call ends before, they are refused.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._answer_by_s(deadline_s)):
+                while self._reports is not None and self.sequencer.awaits_room(writes):
+                    self._reported.clear()
+                    await self._reported.wait()
+
+    def _answer_by_s(self, deadline_s: float) -> float:
+        """Return when an answer must be on its way, so that the client still listens to it."""
+        return deadline_s - min(0.1 * (deadline_s - self._clock()), _ANSWER_MARGIN_S)
 
     async def _answer(self, accepted: _Accepted) -> retrieval_pb2.ApplyResponse:
         """Return what became of a request once that is final.
@@ -381,12 +395,9 @@ class SequencerServer:
         durability = accepted.durability
         if self._reports is None or not durability or not result.tokens:
             return
-        left_s = accepted.deadline_s - self._clock()
-        # The answer has to arrive before the client stops to listen.
-        margin_s = min(0.1 * left_s, _ANSWER_MARGIN_S)
         every_replica = durability == retrieval_pb2.DURABILITY_APPLIED_ALL_READY
         try:
-            async with asyncio.timeout(left_s - margin_s):
+            async with asyncio.timeout_at(self._answer_by_s(accepted.deadline_s)):
                 await self._reports.applied(result.tokens, every_replica=every_replica)
         except TimeoutError:
             raise LoggedNotApplied(result) from None
@@ -425,11 +436,12 @@ class SequencerServer:
         """Take over what shards report, and the generation that the map names."""
         while True:
             changed = asyncio.create_task(reports.changed())
+            if reports.map is not None:
+                await self._follow(reports.map)
             live = self.sequencer.live.spec
             if self._feed is not None:
                 self._feed.report(reports.room(live.page_slots, live.num_clusters))
-            if reports.map is not None:
-                await self._follow(reports.map)
+                self._reported.set()
             await changed
 
     async def _follow(self, now: ShardMap) -> None:

@@ -11,7 +11,13 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from silvershard.cluster.codec import status_of, status_row
+from silvershard.cluster.codec import (
+    RequestRefused,
+    code_name,
+    refused,
+    status_of,
+    status_row,
+)
 
 DETAILS = "grpc-status-details-bin"
 """Metadata that carries the rich status of a call."""
@@ -58,6 +64,21 @@ def logged_status(error: Exception) -> status_pb2.Status:
     error_id = uuid.uuid4().hex[:12]
     _log.error("internal error %s", error_id, exc_info=error)
     return status_of(error, error_id)
+
+
+def refused_by(error: grpc.RpcError) -> RequestRefused:
+    """Return a failed call as the error that its client raises, with the details of its status."""
+    code = error.code().name
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS:
+            status = status_pb2.Status()
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                continue
+            if code_name(status.code) == code:
+                return refused(code, status.message, status.details)
+    return refused(code, error.details() or "", ())
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

@@ -15,12 +15,13 @@ import grpc.aio
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.codec import Refusal, code_name
 from silvershard.cluster.config import PingSection
-from silvershard.cluster.freshness import FOREIGN_TOKEN, Seen
+from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.cluster.stream_link import RECONNECT_S, Connection, StreamLink
+from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
     CandidatesExpired,
     DeadlineExceeded,
@@ -71,6 +72,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             Overloaded: if the queue of the shard is full.
             ReplicaStale: if the shard has not applied what the call demands.
             Refusal: if what the call demands is of another log.
+            RequestError: if what the call demands is beyond the end of that log.
             ShardUnavailable: if there is no connection, or the answer cannot be used.
         """
         shard, connection = self.entry.shard, self._connection
@@ -110,6 +112,8 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         if reply.generation != generation:
             raise GenerationError(generation, reply.generation)
         if not reply.code:
+            if self.served is not None and generation in self.served:
+                self.served[generation] = seen_from(reply.seen)
             return
         code = code_name(reply.code)
         if reply.reason == "CANDIDATES_EXPIRED":
@@ -118,11 +122,14 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             raise ReplicaStale(shard, reply.message)
         if reply.reason == FOREIGN_TOKEN:
             raise Refusal(code, reply.message, reply.reason)
+        if reply.field == AFTER:
+            raise RequestError(reply.field, reply.message)
         if code == "DEADLINE_EXCEEDED":
             raise DeadlineExceeded(f"shard {shard}: {reply.message}")
         if code == "RESOURCE_EXHAUSTED":
             raise Overloaded(f"shard {shard}: {reply.message}", RECONNECT_S)
-        raise ShardUnavailable(shard, f"{code}: {reply.message}")
+        where = f"{reply.field}: " if reply.field else ""
+        raise ShardUnavailable(shard, f"{code}: {where}{reply.message}")
 
     def _open(self, channel: grpc.aio.Channel) -> Any:
         return shard_pb2_grpc.ShardStub(channel).Execute()

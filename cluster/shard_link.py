@@ -40,6 +40,7 @@ class ShardLink(Protocol):
     Those that take a demand may raise, too:
         ReplicaStale: the shard has not applied what is demanded, and did not in time.
         Refusal: what is demanded is of another log than the shard follows.
+        RequestError: what is demanded is beyond the end of that log.
     """
 
     shard: int
@@ -60,8 +61,11 @@ class ShardLink(Protocol):
         users: Sequence[Mapping[str, FeatureValues]],
         remaining_s: float,
         demand: Demand = ANYTHING,
-    ) -> Encoded:
-        """Return the query embeddings of users whose features are checked already."""
+    ) -> tuple[Encoded, Seen]:
+        """Return the query embeddings of users whose features are checked already.
+
+        And what the replica had applied: rows of the tables of its user tower change, too.
+        """
         ...
 
     async def count(self, scan: Tensor, remaining_s: float, demand: Demand = ANYTHING) -> Tensor:
@@ -83,17 +87,6 @@ class ShardLink(Protocol):
         Raises:
             CandidatesExpired: if they are open no more.
         """
-        ...
-
-    async def open_and_close(
-        self,
-        key: str,
-        work: Work,
-        cutoffs: Cutoffs,
-        remaining_s: float,
-        demand: Demand = ANYTHING,
-    ) -> tuple[RoundTwo, Seen]:
-        """Run both rounds at once, to take over when the cutoffs are known; tell what they saw."""
         ...
 
     async def fields(

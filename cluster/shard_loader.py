@@ -9,17 +9,16 @@ from pathlib import Path
 
 from silvershard.cluster.follower import MAX_BATCH, Follower
 from silvershard.cluster.hosting import Commit, Loaded
-from silvershard.cluster.mutation_codec import logged_from
+from silvershard.cluster.mutation_codec import logged_batch
 from silvershard.cluster.shard_map import ShardMap
-from silvershard.cluster.update_log import UpdateLog, open_log
-from silvershard.shard.errors import ConfigError, LogUnavailable, StateError
+from silvershard.cluster.signal_records import SignalRecords
+from silvershard.cluster.update_log import UpdateLog
+from silvershard.shard.errors import ConfigError, StateError
 from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.load import load_executor
 from silvershard.shard.snapshot import open_snapshot
 from silvershard.shard.table_placement import TableSettings
-from silvershard.shard.updater import Prepared
-
-_RETRY_S = 0.5
+from silvershard.shard.updater import Prepared, ShardUpdater
 
 _log = logging.getLogger(__name__)
 
@@ -85,9 +84,9 @@ class ShardLoader:
     ) -> Follower[Prepared]:
         return Follower(
             log,
-            executor.updater,
+            _RecordUpdater(executor.updater),
             commit,
-            logged_from,
+            bytes,
             cut=executor.cut,
             max_batch=self.max_batch,
             name=f"shard {self.shard} of generation {executor.spec.generation}",
@@ -95,22 +94,18 @@ class ShardLoader:
         )
 
 
-def reach_log(url: str, sleep: Callable[[float], None] = time.sleep) -> UpdateLog:
-    """Return the log at ``url``; waits for one that is not there yet or cannot be reached.
+class _RecordUpdater:
+    """Prepares the payloads of records, all those of a batch at once."""
 
-    Raises:
-        ConfigError: if it would not keep what it acknowledges.
-        LogDamaged: if what is there is not an update log.
-    """
-    said = ""
-    while True:
-        try:
-            return open_log(url, None, create=False)
-        except LogUnavailable as error:
-            if str(error) != said:
-                _log.warning("the shard waits for its update log: %s", error)
-            said = str(error)
-            sleep(_RETRY_S)
+    def __init__(self, updater: ShardUpdater) -> None:
+        self._updater = updater
+        self._signals = SignalRecords()
+
+    def prepare(self, payloads: Sequence[bytes]) -> Prepared:
+        """Return what the shard commits; a payload that is no mutation is rejected."""
+        batch, refused = logged_batch(payloads, self._signals)
+        prepared = self._updater.prepare_batch(batch)
+        return prepared._replace(rejected=(*refused, *prepared.rejected))
 
 
 def wanted_generations(map_path: str, snapshot: str) -> tuple[str, dict[int, str]]:

@@ -22,7 +22,7 @@ GENERATION_STATE_PREPARED: GenerationState
 GENERATION_STATE_FAILED: GenerationState
 
 class ShardCall(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "open_and_close", "release", "fields", "fresh")
+    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "release", "fields", "fresh")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -32,7 +32,6 @@ class ShardCall(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
-    OPEN_AND_CLOSE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
@@ -45,11 +44,10 @@ class ShardCall(_message.Message):
     count: TensorMap
     open: TensorMap
     close: TensorMap
-    open_and_close: OpenAndClose
     release: Release
     fields: Fields
     fresh: Freshness
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., open_and_close: _Optional[_Union[OpenAndClose, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
 
 class Freshness(_message.Message):
     __slots__ = ("log_id", "after", "max_staleness_us", "wait_us")
@@ -89,14 +87,6 @@ class Encode(_message.Message):
     users: _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.FeatureMap]
     def __init__(self, users: _Optional[_Iterable[_Union[_retrieval_pb2.FeatureMap, _Mapping]]] = ...) -> None: ...
 
-class OpenAndClose(_message.Message):
-    __slots__ = ("work", "cutoffs")
-    WORK_FIELD_NUMBER: _ClassVar[int]
-    CUTOFFS_FIELD_NUMBER: _ClassVar[int]
-    work: TensorMap
-    cutoffs: TensorMap
-    def __init__(self, work: _Optional[_Union[TensorMap, _Mapping]] = ..., cutoffs: _Optional[_Union[TensorMap, _Mapping]] = ...) -> None: ...
-
 class Release(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -110,7 +100,7 @@ class Fields(_message.Message):
     def __init__(self, item_ids: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ShardReply(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "code", "reason", "message", "times_us", "tensors", "fields", "warnings", "fallback_users", "seen")
+    __slots__ = ("call_id", "generation", "epoch", "code", "reason", "message", "times_us", "tensors", "fields", "warnings", "fallback_users", "seen", "field")
     class TimesUsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +120,7 @@ class ShardReply(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_USERS_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generation: int
     epoch: int
@@ -142,7 +133,8 @@ class ShardReply(_message.Message):
     warnings: _containers.RepeatedCompositeFieldContainer[Warnings]
     fallback_users: _containers.RepeatedScalarFieldContainer[int]
     seen: Seen
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., times_us: _Optional[_Mapping[str, int]] = ..., tensors: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[FieldColumns, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[Warnings, _Mapping]]] = ..., fallback_users: _Optional[_Iterable[int]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
+    field: str
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., times_us: _Optional[_Mapping[str, int]] = ..., tensors: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[FieldColumns, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[Warnings, _Mapping]]] = ..., fallback_users: _Optional[_Iterable[int]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class Warnings(_message.Message):
     __slots__ = ("texts",)
@@ -236,7 +228,7 @@ class RetireReply(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerationReport(_message.Message):
-    __slots__ = ("generation", "snapshot", "state", "reason", "seen", "ends", "pool", "updates")
+    __slots__ = ("generation", "snapshot", "state", "reason", "seen", "ends", "pool", "updates", "refused")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +237,7 @@ class GenerationReport(_message.Message):
     ENDS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     generation: int
     snapshot: str
     state: GenerationState
@@ -253,10 +246,19 @@ class GenerationReport(_message.Message):
     ends: _containers.RepeatedScalarFieldContainer[int]
     pool: PoolReport
     updates: UpdateReport
-    def __init__(self, generation: _Optional[int] = ..., snapshot: _Optional[str] = ..., state: _Optional[_Union[GenerationState, str]] = ..., reason: _Optional[str] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., ends: _Optional[_Iterable[int]] = ..., pool: _Optional[_Union[PoolReport, _Mapping]] = ..., updates: _Optional[_Union[UpdateReport, _Mapping]] = ...) -> None: ...
+    refused: _containers.RepeatedCompositeFieldContainer[RefusedUpdate]
+    def __init__(self, generation: _Optional[int] = ..., snapshot: _Optional[str] = ..., state: _Optional[_Union[GenerationState, str]] = ..., reason: _Optional[str] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., ends: _Optional[_Iterable[int]] = ..., pool: _Optional[_Union[PoolReport, _Mapping]] = ..., updates: _Optional[_Union[UpdateReport, _Mapping]] = ..., refused: _Optional[_Iterable[_Union[RefusedUpdate, _Mapping]]] = ...) -> None: ...
+
+class RefusedUpdate(_message.Message):
+    __slots__ = ("item_id", "reason")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    item_id: int
+    reason: str
+    def __init__(self, item_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PoolReport(_message.Message):
-    __slots__ = ("pages", "free_pages", "live_slots", "retired_slots", "dead_slots", "longest_list", "mean_list", "overflowed")
+    __slots__ = ("pages", "free_pages", "live_slots", "retired_slots", "dead_slots", "longest_list", "mean_list", "overflowed", "assignment_error")
     PAGES_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     LIVE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -265,6 +267,7 @@ class PoolReport(_message.Message):
     LONGEST_LIST_FIELD_NUMBER: _ClassVar[int]
     MEAN_LIST_FIELD_NUMBER: _ClassVar[int]
     OVERFLOWED_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_ERROR_FIELD_NUMBER: _ClassVar[int]
     pages: int
     free_pages: int
     live_slots: int
@@ -273,7 +276,8 @@ class PoolReport(_message.Message):
     longest_list: int
     mean_list: float
     overflowed: int
-    def __init__(self, pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., live_slots: _Optional[int] = ..., retired_slots: _Optional[int] = ..., dead_slots: _Optional[int] = ..., longest_list: _Optional[int] = ..., mean_list: _Optional[float] = ..., overflowed: _Optional[int] = ...) -> None: ...
+    assignment_error: float
+    def __init__(self, pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., live_slots: _Optional[int] = ..., retired_slots: _Optional[int] = ..., dead_slots: _Optional[int] = ..., longest_list: _Optional[int] = ..., mean_list: _Optional[float] = ..., overflowed: _Optional[int] = ..., assignment_error: _Optional[float] = ...) -> None: ...
 
 class UpdateReport(_message.Message):
     __slots__ = ("batches", "records", "urgent", "rejected", "longest_commit_us")

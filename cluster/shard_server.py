@@ -264,7 +264,7 @@ class ShardServer:
             return
         now_s = self._clock()
         job = _Job(call, hosted, now_s, now_s + call.remaining_us / 1e6)
-        if op in ("open", "open_and_close"):
+        if op == "open":
             stream.keys.add(call.key)
         stream.jobs.add(job)
         self._by_key.setdefault(call.key, set()).add(job)
@@ -319,8 +319,10 @@ class ShardServer:
     async def _wait(self, job: _Job) -> shard_pb2.ShardReply | None:
         """Wait until the shard is as fresh as a call demands; return why it is not."""
         try:
-            await self.hosting.wait(job.hosted, _demand_from(job.call.fresh), job.arrived_s)
-        except RetrievalError as error:
+            await self.hosting.wait(
+                job.hosted, _demand_from(job.call.fresh), job.arrived_s, job.call.ByteSize()
+            )
+        except (RetrievalError, RequestError) as error:
             return self._failure(job.call, error)
         return None
 
@@ -366,14 +368,6 @@ class ShardServer:
         elif op == "close":
             second = executor.close(call.key, tensors.cutoffs_from_map(call.close))
             _set_round(reply, tensors.round_to_map(second), second.times)
-        elif op == "open_and_close":
-            second = executor.open_and_close(
-                call.key,
-                tensors.work_from_map(call.open_and_close.work),
-                tensors.cutoffs_from_map(call.open_and_close.cutoffs),
-                expires_at_s,
-            )
-            _set_round(reply, tensors.round_to_map(second), second.times)
         elif op == "fields":
             _set_fields(reply, call, hosted)
         else:
@@ -401,6 +395,8 @@ class ShardServer:
         else:
             reply.code, reply.reason = code_number(row.code), row.reason
             reply.message = error.message if isinstance(error, RemoteError) else str(error)
+            if isinstance(error, RequestError):
+                reply.field, reply.message = error.field, error.message
         return reply
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from silvershard.cluster.update_log import (
@@ -67,7 +68,7 @@ CREATE TABLE heads (
     partition INTEGER NOT NULL, item_id INTEGER NOT NULL, version INTEGER NOT NULL,
     deleted INTEGER NOT NULL, position INTEGER NOT NULL, expires_unix_ms INTEGER NOT NULL,
     PRIMARY KEY (partition, item_id)
-) WITHOUT ROWID;
+) WITHOUT ROWID;  -- deleted is 2 where the log has nothing but patches of the item
 CREATE INDEX expiring_heads ON heads (partition, expires_unix_ms) WHERE expires_unix_ms > 0;
 CREATE TABLE row_versions (
     partition INTEGER NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
@@ -80,6 +81,7 @@ CREATE TABLE pins (
 """
 _RECORD = "key, item_id, version, logged_unix_ms, urgent, payload, checksum"
 _HEAD = "item_id, version, deleted, position, expires_unix_ms"
+_DELETED, _PATCHED = 1, 2
 
 
 class SqliteLog:
@@ -238,14 +240,17 @@ class SqliteLog:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def acquire(self, partition: int) -> int:
+    def acquire(self, partition: int, epoch: int | None = None) -> int:
         """See ``UpdateLog.acquire``."""
         check_partition(partition, self.num_partitions)
         with self._writing() as writer:
+            newest = _partition(writer, "epoch", partition)
+            if epoch is not None and epoch != newest:
+                raise Fenced(partition, epoch, newest)
             writer.execute(
                 "UPDATE partitions SET epoch = epoch + 1 WHERE partition = ?", (partition,)
             )
-            return _partition(writer, "epoch", partition)
+            return newest + 1
 
     def append(
         self, partition: int, epoch: int, records: Sequence[NewRecord], logged_unix_ms: int
@@ -259,25 +264,16 @@ class SqliteLog:
             first = _partition(writer, "last", partition) + 1
             writer.executemany(
                 "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    (
-                        _key(partition, position),
-                        record.item_id,
-                        record.version,
-                        logged_unix_ms,
-                        record.urgent,
-                        checksum(_logged(record, position, logged_unix_ms)),
-                        record.payload,
-                    )
-                    for position, record in enumerate(records, first)
-                ),
+                _rows(partition, first, records, logged_unix_ms),
             )
+            # In their order in the tree, so that each page is looked for once.
+            heads = sorted(newest_heads(first, records).items())
             writer.executemany(
                 "INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    (partition, item_id, *head)
-                    for item_id, head in sorted(newest_heads(first, records).items())
-                ),
+                [
+                    (partition, item_id, version, _PATCHED if patched else deleted, position, ms)
+                    for item_id, (version, deleted, position, ms, patched) in heads
+                ],
             )
             writer.executemany(
                 "INSERT OR REPLACE INTO row_versions VALUES (?, ?, ?)",
@@ -364,7 +360,7 @@ class SqliteLog:
             return _heads(
                 reader.execute(
                     f"SELECT {_HEAD} FROM heads WHERE partition = ? AND expires_unix_ms > 0 "
-                    "AND expires_unix_ms <= ? AND NOT deleted "
+                    "AND expires_unix_ms <= ? AND deleted = 0 "
                     "ORDER BY expires_unix_ms, item_id LIMIT ?",
                     (partition, now_ms, limit),
                 )
@@ -474,10 +470,17 @@ def _key(partition: int, position: int) -> int:
     return partition << _POSITION_BITS | position
 
 
-def _logged(record: NewRecord, position: int, logged_unix_ms: int) -> LogRecord:
-    return LogRecord(
-        position, record.item_id, record.version, logged_unix_ms, record.urgent, record.payload
-    )
+def _rows(
+    partition: int, first: int, records: Sequence[NewRecord], logged_unix_ms: int
+) -> list[tuple[Any, ...]]:
+    """Return what ``records`` of the file keeps of an append."""
+    key = _key(partition, 0)
+    rows = []
+    for position, new in enumerate(records, first):
+        item_id, version, urgent, _, _, payload, *_ = new
+        crc = checksum((position, item_id, version, logged_unix_ms, urgent, payload))
+        rows.append((key | position, item_id, version, logged_unix_ms, urgent, crc, payload))
+    return rows
 
 
 def _partition(connection: sqlite3.Connection, column: str, partition: int) -> int:
@@ -489,6 +492,6 @@ def _partition(connection: sqlite3.Connection, column: str, partition: int) -> i
 
 def _heads(rows: sqlite3.Cursor) -> list[tuple[int, Head]]:
     return [
-        (item_id, Head(version, deleted == 1, position, expires))
-        for item_id, version, deleted, position, expires in rows
+        (item_id, Head(version, mark == _DELETED, position, expires, mark == _PATCHED))
+        for item_id, version, mark, position, expires in rows
     ]

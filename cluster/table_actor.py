@@ -1,18 +1,20 @@
-"""The Ray actor of table shards: it loads their rows and serves them on a thread of its own."""
+"""The Ray actor of table shards: it loads their rows, follows the log and serves on own threads."""
 
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
+from silvershard.cluster.log_reach import reach_log
+from silvershard.cluster.table_config import TableHolding, TableRows
+from silvershard.cluster.table_follower import TableFollower
 from silvershard.cluster.table_server import TableServer
-from silvershard.shard.errors import ConfigError
+from silvershard.shard.errors import ConfigError, StateError
 from silvershard.shard.table import TableShard
-from silvershard.shard.table_plan import TablePlan
 
 T = TypeVar("T")
 
@@ -21,39 +23,42 @@ T = TypeVar("T")
 class TableActor:
     """One incarnation of the shards of one index of several tables; Ray starts the next one.
 
-    The next one holds the rows of the sources: in-place updates that came since are not in it.
+    Each incarnation loads the rows as they were published and replays the log from there, and then
+    serves.
     """
 
     def __init__(
-        self,
-        shard: int,
-        tables: Sequence[Mapping[str, Any]],
-        *,
-        host: str = "127.0.0.1",
-        insecure: bool = False,
+        self, shard: int, holding: str, *, host: str = "127.0.0.1", insecure: bool = False
     ) -> None:
-        """Load a shard of each table and open a free port for each.
+        """Load a shard of each table, catch up with the log, and open a free port for each.
 
         Args:
-            shard: index of the shard in every table.
-            tables: of each, ``plan``: the fields of a ``TablePlan``; and either ``path``: a
-                safetensors file of the whole table, or ``seed``: of a generated table.
+            shard: index of the shard in every table that has so many.
+            holding: file of a ``TableHolding``, which each incarnation reads anew.
             host: address to bind.
             insecure: allow an address that other machines can reach.
 
         Raises:
-            ConfigError: unless there is a table, and exactly one of path and seed of each.
+            ConfigError: if no table has such a shard.
+            StateError: if the holding is not there, or is of another log.
+            SnapshotError: if rows are missing or damaged.
         """
+        held = TableHolding.read(Path(holding))
+        tables = [_load(shard, one) for one in held.tables if shard < one.plan.num_shards]
         if not tables:
-            raise ConfigError("a table process needs at least one table, got none")
+            raise ConfigError(f"shard {shard} needs at least one table, {holding} has none for it")
         self._shard = shard
+        self._follower = _caught_up(held, tables) if held.log_url else None
         self._servers = [
-            TableServer(_load(shard, **table), host=host, insecure=insecure) for table in tables
+            TableServer(table, host=host, insecure=insecure, follower=self._follower)
+            for table in tables
         ]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="table-server", daemon=True).start()
         for server in self._servers:
             self._wait(server.start())
+        if self._follower is not None:
+            self._follower.start(self._advanced)
 
     def describe(self) -> dict[str, Any]:
         """Return this incarnation, and its entry for the map of each table."""
@@ -71,19 +76,37 @@ class TableActor:
 
     def stop(self, grace_s: float = 2.0) -> None:
         """Answer what runs for at most ``grace_s``, then close the ports."""
+        if self._follower is not None:
+            self._follower.stop()
         for server in self._servers:
             self._wait(server.stop(grace_s))
+
+    def _advanced(self) -> None:
+        for server in self._servers:
+            server.advanced()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def _load(
-    shard: int, plan: Mapping[str, Any], path: str | None = None, seed: int | None = None
-) -> TableShard:
-    checked = TablePlan.model_validate(plan)
-    if path is not None and seed is None:
-        return TableShard.from_file(checked, shard, Path(path))
-    if path is None and seed is not None:
-        return TableShard.generated(checked, shard, seed)
-    raise ConfigError("either path or seed must be given, not both")
+def _load(shard: int, rows: TableRows) -> TableShard:
+    if rows.path:
+        return TableShard.from_file(rows.plan, shard, Path(rows.path))
+    return TableShard.generated(rows.plan, shard, rows.seed)
+
+
+def _caught_up(held: TableHolding, tables: list[TableShard]) -> TableFollower:
+    """Return what follows the log for these tables, once it has reached its end.
+
+    Raises:
+        StateError: if the rows were published from another log.
+    """
+    log = reach_log(held.log_url)
+    if held.log_id not in (0, log.log_id):
+        raise StateError(
+            f"the rows hold changes of log {held.log_id}, {log.url} is log {log.log_id}: publish "
+            "them again, or give back that log"
+        )
+    follower = TableFollower(log, tables, held.cut)
+    follower.catch_up()
+    return follower

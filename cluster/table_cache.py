@@ -84,11 +84,6 @@ class RowCache:
         places = self.find(positions)
         self._free(places[places >= 0])
 
-    def drop_span(self, span: range) -> None:
-        """Hold no position of ``span`` any longer; takes time in proportion to the cache."""
-        keys = self._keys.reshape(-1)
-        self._free(np.flatnonzero((keys >= span.start) & (keys < span.stop)))
-
     def _free(self, places: Ints) -> None:
         self._keys.reshape(-1)[places] = _EMPTY
         self._asked.reshape(-1)[places] = 0

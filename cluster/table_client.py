@@ -1,4 +1,4 @@
-"""A remote embedding table as one object: rows by number, wherever they are.
+"""A remote embedding table as one object: rows by number as of one version, wherever they are.
 
 Shapes: n rows asked for, u different ones among them, D embedding dimension, W bytes of a record.
 """
@@ -29,9 +29,8 @@ from silvershard.cluster.table_lookup import Lookup, PendingLookup, RecordLookup
 from silvershard.cluster.table_map import TableEntry, TableShardMap
 from silvershard.cluster.table_server import MAX_CALL_ROWS
 from silvershard.model.request import RequestError
-from silvershard.shard.errors import ConfigError, DeadlineExceeded, ShardUnavailable, StateError
+from silvershard.shard.errors import ConfigError, DeadlineExceeded, StateError
 from silvershard.shard.table_rows import (
-    Floats,
     Ints,
     Records,
     quantize_rows,
@@ -40,9 +39,6 @@ from silvershard.shard.table_rows import (
 )
 
 T = TypeVar("T")
-
-_PUT_ROWS = 4096
-"""Rows of one call of an update: lookups pass between two calls."""
 
 # A position takes 31 bits of a word of 63.
 _INDEX_BITS = 32
@@ -53,8 +49,6 @@ _log = logging.getLogger(__name__)
 class _Arrival(NamedTuple):
     """Rows that came from a shard."""
 
-    link: TableLink
-    version: int
     rows: slice
     """Which of the rows that were asked for they are."""
     records: Records
@@ -67,9 +61,9 @@ class RemoteTable:
     shards at the same time as 8-bit records, and restored here. What a shard does not give in time
     is the default row: a lookup never fails because of a shard.
 
-    Every answer and every beat of a shard names the rows that were replaced since the last one, and
-    they leave the cache. So a row is at most ``max_stale_ms`` behind its shard, about one beat in
-    practice, and a client sees its own updates at once.
+    All rows are as of one version, which whoever uses the table moves on with ``advance``: the
+    shards give the rows of exactly that version, and what a change replaced leaves the cache. So
+    the answer does not depend on how far each shard is, nor on what is in the cache.
     """
 
     def __init__(
@@ -87,9 +81,9 @@ class RemoteTable:
         self._default_record = whole(quantize_rows(self._default[None], self.plan.dim))
         self._lock = threading.Lock()
         self._cache = RowCache(self._config.cache_mib * MEBIBYTE, self.plan.record_bytes)
-        self._confirmed_at_s = np.full(self.plan.num_shards, -np.inf)
+        self._row_version = 0
         self._links: dict[int, TableLink] = {}
-        self._arrived: deque[tuple[Ints, list[_Arrival]]] = deque()
+        self._arrived: deque[tuple[int, Ints, list[_Arrival]]] = deque()
         self._num_lookups = self._num_rows = self._num_fetched = self._num_defaulted = 0
         self._failures: Counter[str] = Counter()
         self._closed = False
@@ -99,6 +93,7 @@ class RemoteTable:
             target=self._loop.run_forever, name=f"table-{self.plan.name}", daemon=True
         )
         self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._keep_forever(), self._loop)
         self.update_map(table_map)
 
     @classmethod
@@ -136,7 +131,8 @@ class RemoteTable:
         wanted, back = _distinct(self.plan.positions(self._checked(ids)))
         records = np.zeros(len(wanted), dtype=f"V{self.plan.record_bytes}")
         with self._lock:
-            places = self._find(wanted)
+            row_version = self._row_version
+            places = self._cache.find(wanted)
             held = np.flatnonzero(places >= 0)
             if len(held) == len(wanted):
                 records = whole(self._cache.take(places))
@@ -145,7 +141,7 @@ class RemoteTable:
         missing = np.flatnonzero(places < 0)
         asked = wanted[missing]
         parts = [
-            Part(shard, rows, table_pb2.TableCall(take=_take(asked[rows])))
+            Part(shard, rows, _take(asked[rows], row_version))
             for shard, rows in cut(asked, self.plan.bounds, MAX_CALL_ROWS)
         ]
         flight = self._launch(parts, expires_at_s)
@@ -158,52 +154,28 @@ class RemoteTable:
                 records[lost] = self._default_record
             self._count(flight, len(wanted), num_lost, sum(len(one.records) for one in came))
             if came:
-                self._arrived.append((asked, came))
+                self._arrived.append((row_version, asked, came))
             return RecordLookup(split(records[back], self.plan.record_bytes), lost[back])
 
         return PendingLookup(finish, self._default)
 
-    def update(self, ids: Ints, values: Floats, timeout_s: float = 10.0) -> None:
-        """Replace rows in place; when it returns, every later lookup here sees the new ones.
+    def advance(self, version: int, ids: Ints) -> None:
+        """Look rows up as of a later version from now on.
+
+        Every version has to be told of. One that is not later than the last changes nothing.
 
         Args:
-            ids: ``(n,)`` int64 numbers of rows, none twice.
-            values: ``(n, D)`` float32; quantised here, so that all clients send the same bytes.
-            timeout_s: for all shards together.
+            version: of a change of rows.
+            ids: ``(n,)`` int64 numbers of the rows that it replaced.
 
         Raises:
-            RequestError: if a row or value is refused; nothing changes.
-            ShardUnavailable: if a shard did not take its rows; other rows may be replaced, and
-                doing it again is harmless.
-            DeadlineExceeded: if a shard did not say so in time; the same holds.
+            RequestError: if ``ids`` is not an array of row numbers.
         """
-        expires_at_s = self._clock() + timeout_s
-        self._check_open()
         positions = self.plan.positions(self._checked(ids))
-        records = quantize_rows(values, self.plan.dim)
-        if len(records) != len(positions):
-            raise RequestError("values", f"must be of {len(positions)} rows, got {len(records)}")
-        order = positions.argsort(kind="stable")
-        positions, records = positions[order], records[order]
-        repeated = positions[1:][positions[1:] == positions[:-1]]
-        if len(repeated):
-            row = int(self.plan.rows(repeated[:1])[0])
-            raise RequestError("ids", f"must not repeat, got {row} more than once")
-        parts = []
-        for shard, rows in cut(positions, self.plan.bounds, _PUT_ROWS):
-            put = table_pb2.Put(
-                positions=positions[rows].tobytes(), records=records[rows].tobytes()
-            )
-            parts.append(Part(shard, rows, table_pb2.TableCall(put=put)))
-        flight = self._launch(parts, expires_at_s)
-        self._wait_for(flight)
-        for part in parts:
-            if part.outcome is None:
-                raise DeadlineExceeded(
-                    f"shard {part.shard} did not confirm an update within {timeout_s:.3f} s"
-                )
-            if isinstance(part.outcome, Refused):
-                raise ShardUnavailable(part.shard, f"{part.outcome.code}: {part.outcome.message}")
+        with self._lock:
+            if version > self._row_version:
+                self._row_version = version
+                self._cache.drop(positions)
 
     def update_map(self, table_map: TableShardMap) -> None:
         """Connect to what is new in the map and let go of what is no longer in it.
@@ -275,14 +247,6 @@ class RemoteTable:
             )
         return ids
 
-    def _find(self, wanted: Ints) -> Ints:
-        """Return the places of positions in the cache, of those that are fresh enough."""
-        places = self._cache.find(wanted)
-        known = self._confirmed_at_s >= self._clock() - self._config.max_stale_ms / 1e3
-        if not known.all():
-            places[~known[self.plan.owners(wanted)]] = -1
-        return places
-
     def _launch(self, parts: list[Part], expires_at_s: float) -> Flight:
         flight = Flight(parts, expires_at_s)
         if parts:
@@ -302,11 +266,11 @@ class RemoteTable:
         came: list[_Arrival] = []
         for part in flight.parts:
             rows, outcome = missing[part.rows], part.outcome
-            if isinstance(outcome, table_pb2.TableReply) and part.link is not None:
+            if isinstance(outcome, table_pb2.TableReply):
                 if len(outcome.records) == len(rows) * width:
                     found = np.frombuffer(outcome.records, dtype=np.uint8).reshape(-1, width)
                     records[rows] = whole(found)
-                    came.append(_Arrival(part.link, outcome.version, part.rows, found))
+                    came.append(_Arrival(part.rows, found))
                     continue
                 size = len(outcome.records)
                 part.outcome = Refused("DATA_LOSS", f"{size} bytes came for {len(rows)} rows")
@@ -347,39 +311,23 @@ class RemoteTable:
         self._loop.call_soon(self._keep)
 
     def _keep(self) -> None:
-        """Put rows that came into the cache, unless rows of their shard were replaced meanwhile.
+        """Put rows that came into the cache, unless they are of an older version by now.
 
         It runs while the next calls are on their way, so that no lookup waits for it.
         """
         while self._arrived:
-            asked, came = self._arrived.popleft()
+            row_version, asked, came = self._arrived.popleft()
             with self._lock:
-                current = [
-                    one
-                    for one in came
-                    if self._links.get(one.link.entry.shard) is one.link
-                    and one.link.version == one.version
-                ]
-                if current:
+                if row_version == self._row_version:
                     self._cache.insert(
-                        np.concatenate([asked[one.rows] for one in current]),
-                        np.concatenate([one.records for one in current]),
+                        np.concatenate([asked[one.rows] for one in came]),
+                        np.concatenate([one.records for one in came]),
                     )
 
-    def _answered(self, link: TableLink, reply: table_pb2.TableReply, sent_at_s: float) -> None:
-        """Take note of what changed in a shard, before the rows of the answer are used."""
-        shard = link.entry.shard
-        with self._lock:
-            if self._links.get(shard) is not link:
-                return
-            if reply.forget:
-                self._cache.drop_span(self.plan.span(shard))
-            elif reply.changed:
-                self._cache.drop(np.frombuffer(reply.changed, dtype="<i8").astype(np.int64))
-            link.version = reply.version
-            self._confirmed_at_s[shard] = sent_at_s
-        if self._arrived:
-            self._loop.call_soon(self._keep)
+    async def _keep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.ping.every_ms / 1e3)
+            self._keep()
 
     async def _take_map(self, table_map: TableShardMap) -> None:
         if table_map.plan != self.plan:
@@ -389,16 +337,11 @@ class RemoteTable:
             )
         wanted: dict[int, TableEntry] = {one.shard: one for one in table_map.entries}
         gone = [link for shard, link in self._links.items() if wanted.get(shard) != link.entry]
-        with self._lock:
-            for link in gone:
-                shard = link.entry.shard
-                del self._links[shard]
-                # Another incarnation has the rows of the source, and counts from there.
-                self._cache.drop_span(self.plan.span(shard))
-                self._confirmed_at_s[shard] = -np.inf
+        for link in gone:
+            del self._links[link.entry.shard]
         for shard, entry in wanted.items():
             if shard not in self._links:
-                link = TableLink(entry, self._config.ping, self._answered, clock=self._clock)
+                link = TableLink(entry, self._config.ping)
                 link.start()
                 self._links[shard] = link
         await asyncio.gather(*(link.aclose() for link in gone))
@@ -421,8 +364,7 @@ class RemoteTable:
 
     async def _disconnect(self) -> None:
         await asyncio.gather(*(link.aclose() for link in self._links.values()))
-        with self._lock:
-            self._links.clear()
+        self._links.clear()
         # Besides the one that follows the map, gRPC has some that wait for the ends of calls.
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
@@ -449,5 +391,6 @@ def _distinct(positions: Ints) -> tuple[Ints, Ints]:
     return ordered[first], back
 
 
-def _take(positions: Ints) -> table_pb2.Take:
-    return table_pb2.Take(positions=positions.tobytes())
+def _take(positions: Ints, row_version: int) -> table_pb2.TableCall:
+    take = table_pb2.Take(positions=positions.tobytes())
+    return table_pb2.TableCall(row_version=row_version, take=take)

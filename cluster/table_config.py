@@ -1,10 +1,15 @@
 """Settings of embedding tables: where they lie, and how the remote ones are asked."""
 
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.map_file import read_map, write_map
+from silvershard.shard.table_plan import TablePlan
+
+_WHAT = "table holding"
 
 
 class RemoteTableSection(BaseModel):
@@ -18,25 +23,8 @@ class RemoteTableSection(BaseModel):
     cache_mib: int = Field(
         default=64, ge=0, le=1 << 20, description="memory for rows asked for lately; 0: none"
     )
-    max_stale_ms: int = Field(
-        default=1000,
-        ge=1,
-        description="how far a row in the cache may be behind its shard; when the shard was not "
-        "heard of for so long, the row is asked for again",
-    )
     poll_ms: int = Field(default=100, ge=1, description="time between two looks at the table map")
-    ping: PingSection = Field(
-        default=PingSection(), description="how changes and hung shards are noticed"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_stale_ms < 2 * self.ping.every_ms:
-            raise ValueError(
-                f"max_stale_ms must be at least twice ping.every_ms={self.ping.every_ms}, "
-                f"got {self.max_stale_ms}"
-            )
-        return self
+    ping: PingSection = Field(default=PingSection(), description="how hung shards are noticed")
 
 
 class TablesSection(BaseModel):
@@ -65,12 +53,6 @@ class TablesSection(BaseModel):
         le=1 << 20,
         description="memory of a shard for rows of each remote table; 0: none",
     )
-    max_stale_ms: int = Field(
-        default=1000,
-        ge=1,
-        description="how far a cached remote row may be behind its table process; at least twice "
-        "ping.every_ms",
-    )
     sharding: dict[str, Literal["table", "row", "column"]] = Field(
         default={},
         description="how quantised tables are cut where a shard has several devices, by table; "
@@ -91,17 +73,8 @@ class TablesSection(BaseModel):
         return remote
 
     def client(self, ping: PingSection) -> RemoteTableSection:
-        """Return the settings of a client of these tables.
-
-        Raises:
-            ValueError: if rows may be less behind than beats are apart.
-        """
-        return RemoteTableSection(
-            deadline_ms=self.deadline_ms,
-            cache_mib=self.cache_mib,
-            max_stale_ms=self.max_stale_ms,
-            ping=ping,
-        )
+        """Return the settings of a client of these tables."""
+        return RemoteTableSection(deadline_ms=self.deadline_ms, cache_mib=self.cache_mib, ping=ping)
 
 
 class ShardTables(BaseModel):
@@ -109,7 +82,11 @@ class ShardTables(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    maps: dict[str, str] = Field(default={}, description="file of the map of each remote table")
+    maps: str = Field(
+        default="",
+        description="folder of the maps of remote tables, with one folder per generation; empty: "
+        "remote tables are loaded with the model",
+    )
     client: RemoteTableSection = Field(
         default=RemoteTableSection(), description="how remote tables are asked"
     )
@@ -122,3 +99,45 @@ class ShardTables(BaseModel):
     host_bytes: int = Field(
         default=0, ge=0, description="budget of quantised tables; 0: most of what is free"
     )
+
+
+class TableRows(BaseModel):
+    """The rows of one table that table processes hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: TablePlan = Field(description="the table and its cut")
+    path: str = Field(
+        default="", description="safetensors file of the whole table; empty: generated rows"
+    )
+    seed: int = Field(default=0, description="of generated rows")
+
+
+class TableHolding(BaseModel):
+    """What the table processes of one set of rows hold; every incarnation reads it anew."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tables: tuple[TableRows, ...] = Field(description="of which each process holds a part")
+    log_url: str = Field(default="", description="update log to follow; empty: none")
+    log_id: int = Field(default=0, ge=0, description="log that the cut is of; 0: of none")
+    cut: tuple[int, ...] = Field(
+        default=(), description="positions up to which changes are in the rows; empty: none are"
+    )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the holding in the file ``path``.
+
+        Raises:
+            StateError: if there is none, or it is damaged.
+        """
+        return read_map(cls, path, _WHAT)
+
+    def write_atomic(self, path: Path) -> None:
+        """Replace the file ``path``.
+
+        Raises:
+            StateError: if it cannot be written.
+        """
+        write_map(self, path, _WHAT)

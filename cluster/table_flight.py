@@ -1,4 +1,4 @@
-"""The calls of one lookup or update: made on one thread, ended on another.
+"""The calls of one lookup: made on one thread, ended on another.
 
 Shapes: n sorted positions, S shards.
 """

@@ -1,7 +1,6 @@
 """The connection of a client to one table shard: multiplexed calls, beats, fencing by epoch."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,41 +34,27 @@ Done = Callable[[Outcome], None]
 @dataclass(eq=False)
 class _Waiting:
     done: Done | None
-    sent_at_s: float
 
 
 _TableConnection = Connection[table_pb2.TableCall, _Waiting]
 
 
 class TableLink(StreamLink[table_pb2.TableCall, table_pb2.TableReply, _Waiting]):
-    """One incarnation of one table shard; everything here runs on one event loop.
-
-    Every answer, also that of a beat, brings the version of the shard and is handed to
-    ``on_answer`` before its caller hears of it, in the order in which the shard gave them.
-    """
+    """One incarnation of one table shard; everything here runs on one event loop."""
 
     def __init__(
         self,
         entry: TableEntry,
         ping: PingSection,
-        on_answer: Callable[["TableLink", table_pb2.TableReply, float], None],
-        *,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a link that does not connect yet; ``start`` does.
 
         Args:
             entry: what to connect to.
             ping: times between beats, and how many may go unanswered.
-            on_answer: takes this link, a usable answer, and when its call was sent.
-            clock: seconds that only grow.
         """
         super().__init__(entry.address, f"table shard {entry.shard}", ping)
         self.entry = entry
-        self.version = 0
-        """Newest version that an answer told of; whoever takes ``on_answer`` sets it."""
-        self._on_answer = on_answer
-        self._clock = clock
         self._beat = 0
         """The call of the last beat."""
 
@@ -94,7 +79,7 @@ class TableLink(StreamLink[table_pb2.TableCall, table_pb2.TableReply, _Waiting])
         return call.call_id
 
     def forget(self, call_id: int) -> None:
-        """Drop a call for which nobody waits any more; its answer still tells of changes."""
+        """Drop a call for which nobody waits any more; its answer is still a sign of life."""
         waiting = self._connection.pending.get(call_id) if self._connection is not None else None
         if waiting is not None:
             waiting.done = None
@@ -107,9 +92,8 @@ class TableLink(StreamLink[table_pb2.TableCall, table_pb2.TableReply, _Waiting])
         done: Done | None,
     ) -> None:
         call.epoch = self.entry.epoch
-        call.seen_version = self.version
         call.remaining_us = max(0, int(remaining_s * 1e6))
-        self._post(connection, call, _Waiting(done, self._clock()))
+        self._post(connection, call, _Waiting(done))
 
     def _open(self, channel: grpc.aio.Channel) -> Any:
         return table_pb2_grpc.TableStub(channel).Execute()
@@ -128,8 +112,6 @@ class TableLink(StreamLink[table_pb2.TableCall, table_pb2.TableReply, _Waiting])
             self._heard, self._misses = True, 0
             if reply.code:
                 outcome = Refused(code_name(reply.code), reply.message)
-            else:
-                self._on_answer(self, reply, waiting.sent_at_s)
         if waiting.done is not None:
             waiting.done(outcome)
 
@@ -138,7 +120,7 @@ class TableLink(StreamLink[table_pb2.TableCall, table_pb2.TableReply, _Waiting])
             waiting.done(Refused(UNAVAILABLE, message))
 
     async def _watch(self) -> None:
-        """Ask for no rows every now and then: it tells of changes, and that the shard lives."""
+        """Ask for no rows every now and then: the answer tells that the shard lives."""
         every_s = self._ping.every_ms / 1e3
         while True:
             connection = self._connection

@@ -16,6 +16,11 @@ from silvershard.shard.table_rows import Floats
 _WHAT = "table map"
 
 
+def map_path(folder: Path, generation: int, table: str) -> Path:
+    """Return the file of the map of a table of a generation, in the folder of all maps."""
+    return folder / f"gen-{generation:06d}" / f"{table}.json"
+
+
 class TableEntry(BaseModel):
     """One process that holds one shard of a table."""
 

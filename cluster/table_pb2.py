@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsilvershard/cluster/table.proto\x12\x17silvershard.internal.v1\"\xb9\x01\n\tTableCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cremaining_us\x18\x03 \x01(\x04\x12\x14\n\x0cseen_version\x18\x04 \x01(\x04\x12-\n\x04take\x18\n \x01(\x0b\x32\x1d.silvershard.internal.v1.TakeH\x00\x12+\n\x03put\x18\x0b \x01(\x0b\x32\x1c.silvershard.internal.v1.PutH\x00\x42\x04\n\x02op\"\x19\n\x04Take\x12\x11\n\tpositions\x18\x01 \x01(\x0c\")\n\x03Put\x12\x11\n\tpositions\x18\x01 \x01(\x0c\x12\x0f\n\x07records\x18\x02 \x01(\x0c\"\x9e\x01\n\nTableReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x07 \x01(\x0c\x12\x0e\n\x06\x66orget\x18\x08 \x01(\x08\x12\x0f\n\x07records\x18\t \x01(\x0c\x32_\n\x05Table\x12V\n\x07\x45xecute\x12\".silvershard.internal.v1.TableCall\x1a#.silvershard.internal.v1.TableReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsilvershard/cluster/table.proto\x12\x17silvershard.internal.v1\"\x8b\x01\n\tTableCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cremaining_us\x18\x03 \x01(\x04\x12\x13\n\x0brow_version\x18\x04 \x01(\x03\x12-\n\x04take\x18\n \x01(\x0b\x32\x1d.silvershard.internal.v1.TakeH\x00\x42\x04\n\x02op\"\x19\n\x04Take\x12\x11\n\tpositions\x18\x01 \x01(\x0c\"l\n\nTableReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0f\n\x07records\x18\t \x01(\x0c\"\x0e\n\x0cTableInspect\"\xc4\x01\n\nTableState\x12\r\n\x05table\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x13\n\x0brow_version\x18\x04 \x01(\x03\x12\x0e\n\x06log_id\x18\x05 \x01(\x04\x12\x11\n\tpartition\x18\x06 \x01(\r\x12\x10\n\x08position\x18\x07 \x01(\x03\x12\x0b\n\x03\x65nd\x18\x08 \x01(\x03\x12\x0f\n\x07\x63hanges\x18\t \x01(\x04\x12\x10\n\x08rejected\x18\n \x01(\x04\x12\x0f\n\x07trouble\x18\x0b \x01(\t2\xb6\x01\n\x05Table\x12V\n\x07\x45xecute\x12\".silvershard.internal.v1.TableCall\x1a#.silvershard.internal.v1.TableReply(\x01\x30\x01\x12U\n\x07Inspect\x12%.silvershard.internal.v1.TableInspect\x1a#.silvershard.internal.v1.TableStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,13 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'silvershard.cluster.table_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TABLECALL']._serialized_start=61
-  _globals['_TABLECALL']._serialized_end=246
-  _globals['_TAKE']._serialized_start=248
-  _globals['_TAKE']._serialized_end=273
-  _globals['_PUT']._serialized_start=275
-  _globals['_PUT']._serialized_end=316
-  _globals['_TABLEREPLY']._serialized_start=319
-  _globals['_TABLEREPLY']._serialized_end=477
-  _globals['_TABLE']._serialized_start=479
-  _globals['_TABLE']._serialized_end=574
+  _globals['_TABLECALL']._serialized_end=200
+  _globals['_TAKE']._serialized_start=202
+  _globals['_TAKE']._serialized_end=227
+  _globals['_TABLEREPLY']._serialized_start=229
+  _globals['_TABLEREPLY']._serialized_end=337
+  _globals['_TABLEINSPECT']._serialized_start=339
+  _globals['_TABLEINSPECT']._serialized_end=353
+  _globals['_TABLESTATE']._serialized_start=356
+  _globals['_TABLESTATE']._serialized_end=552
+  _globals['_TABLE']._serialized_start=555
+  _globals['_TABLE']._serialized_end=737
 # @@protoc_insertion_point(module_scope)

@@ -6,20 +6,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TableCall(_message.Message):
-    __slots__ = ("call_id", "epoch", "remaining_us", "seen_version", "take", "put")
+    __slots__ = ("call_id", "epoch", "remaining_us", "row_version", "take")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REMAINING_US_FIELD_NUMBER: _ClassVar[int]
-    SEEN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROW_VERSION_FIELD_NUMBER: _ClassVar[int]
     TAKE_FIELD_NUMBER: _ClassVar[int]
-    PUT_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     epoch: int
     remaining_us: int
-    seen_version: int
+    row_version: int
     take: Take
-    put: Put
-    def __init__(self, call_id: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., seen_version: _Optional[int] = ..., take: _Optional[_Union[Take, _Mapping]] = ..., put: _Optional[_Union[Put, _Mapping]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., row_version: _Optional[int] = ..., take: _Optional[_Union[Take, _Mapping]] = ...) -> None: ...
 
 class Take(_message.Message):
     __slots__ = ("positions",)
@@ -27,32 +25,48 @@ class Take(_message.Message):
     positions: bytes
     def __init__(self, positions: _Optional[bytes] = ...) -> None: ...
 
-class Put(_message.Message):
-    __slots__ = ("positions", "records")
-    POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    RECORDS_FIELD_NUMBER: _ClassVar[int]
-    positions: bytes
-    records: bytes
-    def __init__(self, positions: _Optional[bytes] = ..., records: _Optional[bytes] = ...) -> None: ...
-
 class TableReply(_message.Message):
-    __slots__ = ("call_id", "epoch", "code", "reason", "message", "version", "changed", "forget", "records")
+    __slots__ = ("call_id", "epoch", "code", "reason", "message", "records")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    CHANGED_FIELD_NUMBER: _ClassVar[int]
-    FORGET_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     epoch: int
     code: int
     reason: str
     message: str
-    version: int
-    changed: bytes
-    forget: bool
     records: bytes
-    def __init__(self, call_id: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., version: _Optional[int] = ..., changed: _Optional[bytes] = ..., forget: _Optional[bool] = ..., records: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., epoch: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., records: _Optional[bytes] = ...) -> None: ...
+
+class TableInspect(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TableState(_message.Message):
+    __slots__ = ("table", "shard", "epoch", "row_version", "log_id", "partition", "position", "end", "changes", "rejected", "trouble")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROW_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LOG_ID_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    shard: int
+    epoch: int
+    row_version: int
+    log_id: int
+    partition: int
+    position: int
+    end: int
+    changes: int
+    rejected: int
+    trouble: str
+    def __init__(self, table: _Optional[str] = ..., shard: _Optional[int] = ..., epoch: _Optional[int] = ..., row_version: _Optional[int] = ..., log_id: _Optional[int] = ..., partition: _Optional[int] = ..., position: _Optional[int] = ..., end: _Optional[int] = ..., changes: _Optional[int] = ..., rejected: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...

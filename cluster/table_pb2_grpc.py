@@ -39,13 +39,25 @@ class TableStub:
                 request_serializer=silvershard_dot_cluster_dot_table__pb2.TableCall.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_table__pb2.TableReply.FromString,
                 _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/silvershard.internal.v1.Table/Inspect',
+                request_serializer=silvershard_dot_cluster_dot_table__pb2.TableInspect.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_table__pb2.TableState.FromString,
+                _registered_method=True)
 
 
 class TableServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Execute(self, request_iterator, context):
-        """Calls are multiplexed and answered in order of arrival, so that versions never go back.
+        """Calls are multiplexed and answered as soon as they can be, in any order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inspect(self, request, context):
+        """How far the rows are, for the supervisor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -58,6 +70,11 @@ def add_TableServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=silvershard_dot_cluster_dot_table__pb2.TableCall.FromString,
                     response_serializer=silvershard_dot_cluster_dot_table__pb2.TableReply.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=silvershard_dot_cluster_dot_table__pb2.TableInspect.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_table__pb2.TableState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +104,33 @@ class Table:
             '/silvershard.internal.v1.Table/Execute',
             silvershard_dot_cluster_dot_table__pb2.TableCall.SerializeToString,
             silvershard_dot_cluster_dot_table__pb2.TableReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.internal.v1.Table/Inspect',
+            silvershard_dot_cluster_dot_table__pb2.TableInspect.SerializeToString,
+            silvershard_dot_cluster_dot_table__pb2.TableState.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""The gRPC server of one table shard: rows in and out, one call at a time."""
+"""The gRPC server of one table shard: rows as of the version that each call names."""
 
 import asyncio
 import logging
@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from silvershard.cluster import table_pb2, table_pb2_grpc
 from silvershard.cluster.codec import code_number, status_row
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.table_follower import TableFollower
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import DeadlineExceeded, Overloaded, RetrievalError
 from silvershard.shard.table import TableShard
@@ -24,9 +25,9 @@ from silvershard.shard.table_rows import Ints
 STALE_EPOCH = "STALE_EPOCH"
 
 MAX_CALL_ROWS = 1 << 16
-"""Rows that one call may take or put, so that none holds up the others for long."""
+"""Rows that one call may take, so that none holds up the others for long."""
 
-# Room for the largest call: its positions, its records of the largest rows, and its frame.
+# Room for the frame of the largest call and reply.
 _MIN_MESSAGE_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
@@ -51,13 +52,16 @@ class _Job:
     call: table_pb2.TableCall
     stream: _Stream
     expires_at_s: float
+    timer: asyncio.TimerHandle | None = None
+    """Ends its wait for rows that are not applied yet."""
 
 
 class TableServer:
     """Serves one shard of a table on a port of its own.
 
     The event loop does all the work: to take 1,000 rows costs it some 0.1 ms, less than a way to
-    another thread and back. Between two calls it answers health checks.
+    another thread and back. Between two calls it answers health checks. A call for rows as of a
+    version that is not applied yet waits for it and holds up nobody.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class TableServer:
         port: int = 0,
         insecure: bool = False,
         max_queue: int = 1024,
+        follower: TableFollower | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a server that does not listen yet.
@@ -80,6 +85,7 @@ class TableServer:
             port: 0 lets the system choose a free one.
             insecure: allow an address that other machines can reach.
             max_queue: calls that may wait or be on their way back; more are refused.
+            follower: what keeps the rows up to date, for reports; None: they never change.
             clock: seconds that only grow.
         """
         self.table = table
@@ -87,11 +93,15 @@ class TableServer:
         self.address = ""
         self._host, self._port, self._insecure = host, port, insecure
         self._max_queue = max_queue
+        self._follower = follower
         self._clock = clock
         self._pending = 0
         self._busy = False
         """A call ran in this turn of the event loop."""
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._waiting: set[_Job] = set()
+        """For a version that is not applied yet."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -104,6 +114,7 @@ class TableServer:
             ConfigError: if the host is refused.
             StateError: if the port is in use.
         """
+        self._loop = asyncio.get_running_loop()
         largest = MAX_CALL_ROWS * (8 + self.table.plan.record_bytes) + _MIN_MESSAGE_BYTES
         server = grpc.aio.server(options=server_options(largest))
         table_pb2_grpc.add_TableServicer_to_server(_Servicer(self), server)
@@ -124,6 +135,32 @@ class TableServer:
             await server.stop(grace_s)
         if self._worker is not None:
             self._worker.cancel()
+        for job in self._waiting:
+            if job.timer is not None:
+                job.timer.cancel()
+
+    def advanced(self) -> None:
+        """Answer the calls that waited for rows that are applied by now; any thread may call it."""
+        if self._waiting and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._look_again)
+
+    def report(self) -> table_pb2.TableState:
+        """Return how far the rows are."""
+        name, follower = self.table.plan.name, self._follower
+        report = table_pb2.TableState(
+            table=name,
+            shard=self.table.shard,
+            epoch=self.epoch,
+            row_version=self.table.row_version,
+        )
+        if follower is not None:
+            progress = follower.progress(name)
+            report.log_id = follower.log_id
+            report.partition = progress.partition
+            report.position, report.end = progress.position, progress.end
+            report.changes, report.rejected = progress.changes, follower.rejected
+            report.trouble = follower.trouble
+        return report
 
     async def execute(self, context: grpc.aio.ServicerContext) -> None:
         """Serve one client until it goes away; what waits for it then is dropped."""
@@ -197,15 +234,18 @@ class TableServer:
         while True:
             job = await self._jobs.get()
             if not job.stream.closed:
-                job.stream.replies.put_nowait(self._run(job))
+                reply = self._run(job)
+                if reply is not None:
+                    job.stream.replies.put_nowait(reply)
             # Lets calls, replies and health checks pass between two jobs.
             await asyncio.sleep(0)
 
-    def _run(self, job: _Job) -> table_pb2.TableReply:
+    def _run(self, job: _Job) -> table_pb2.TableReply | None:
+        """Answer a call; None if it waits for rows that are not applied yet."""
         try:
             if self._clock() >= job.expires_at_s:
                 raise DeadlineExceeded("the time of the call ran out in the queue")
-            return self._dispatch(job.call)
+            return self._dispatch(job)
         except (RetrievalError, RequestError) as error:
             return self._failure(job.call, error)
         except Exception as error:  # noqa: BLE001  # a process border; the error is logged
@@ -213,33 +253,43 @@ class TableServer:
             _log.exception("internal error %s in shard %d", error_id, self.table.shard)
             return self._failure(job.call, error, error_id)
 
-    def _dispatch(self, call: table_pb2.TableCall) -> table_pb2.TableReply:
-        op = call.WhichOneof("op")
-        if op == "take":
-            positions = _positions(call.take.positions)
-        elif op == "put":
-            positions = _positions(call.put.positions)
-            width = self.table.plan.record_bytes
-            if len(call.put.records) != len(positions) * width:
-                raise RequestError(
-                    "records",
-                    f"must have {len(positions) * width} bytes for {len(positions)} positions, "
-                    f"got {len(call.put.records)}",
-                )
-            records = np.frombuffer(call.put.records, dtype=np.uint8).reshape(-1, width)
-            self.table.put(positions, records)
-            positions = positions[:0]
-        else:
+    def _dispatch(self, job: _Job) -> table_pb2.TableReply | None:
+        call = job.call
+        if call.WhichOneof("op") != "take":
             raise RequestError("op", "must name an operation")
-        found = self.table.read(positions, call.seen_version)
+        positions = _positions(call.take.positions)
         reply = self._reply(call)
-        reply.version = found.version
-        if found.changed is None:
-            reply.forget = True
-        elif len(found.changed):
-            reply.changed = found.changed.tobytes()
-        reply.records = found.records.tobytes()
+        if not len(positions):
+            return reply
+        # Once the call is among those that wait, the follower tells of what it applies; a look
+        # before that might miss it.
+        self._waiting.add(job)
+        if call.row_version > self.table.row_version:
+            self._time(job)
+            return None
+        self._waiting.discard(job)
+        reply.records = self.table.take(positions, call.row_version).tobytes()
         return reply
+
+    def _time(self, job: _Job) -> None:
+        if job.timer is None:
+            left_s = max(job.expires_at_s - self._clock(), 0.0)
+            job.timer = asyncio.get_running_loop().call_later(left_s, self._expire, job)
+
+    def _expire(self, job: _Job) -> None:
+        if job in self._waiting:
+            self._waiting.discard(job)
+            error = DeadlineExceeded(
+                f"table {self.table.plan.name} is at row version {self.table.row_version}, "
+                f"{job.call.row_version} was asked for"
+            )
+            job.stream.replies.put_nowait(self._failure(job.call, error))
+
+    def _look_again(self) -> None:
+        ready = [job for job in self._waiting if job.call.row_version <= self.table.row_version]
+        for job in ready:
+            self._waiting.discard(job)
+            self._jobs.put_nowait(job)
 
     def _reply(self, call: table_pb2.TableCall) -> table_pb2.TableReply:
         return table_pb2.TableReply(call_id=call.call_id, epoch=self.epoch)
@@ -281,3 +331,8 @@ class _Servicer:
 
     async def Execute(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         await self._server.execute(context)
+
+    async def Inspect(
+        self, _request: table_pb2.TableInspect, _context: grpc.aio.ServicerContext
+    ) -> table_pb2.TableState:
+        return self._server.report()

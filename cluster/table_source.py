@@ -1,11 +1,14 @@
-"""The remote tables of a generation as the model sees them: one source of rows.
+"""The remote tables of generations as their models see them: a source of rows for each.
 
 Shapes: n rows asked for, W bytes of a record.
 """
 
 import logging
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -16,10 +19,10 @@ from torch import Tensor
 from silvershard.cluster.table_client import RemoteTable
 from silvershard.cluster.table_config import RemoteTableSection, ShardTables
 from silvershard.cluster.table_lookup import TableCounts
+from silvershard.cluster.table_map import map_path
 from silvershard.model.remote_tables import FetchedRows
 from silvershard.shard.errors import DeadlineExceeded, StateError
 from silvershard.shard.table_placement import TableSettings
-from silvershard.shard.table_rows import Floats, Ints
 
 _LOOK_S = 0.05
 _READY_S = 5.0
@@ -36,7 +39,7 @@ class RemoteRows:
 
     def __init__(self, tables: Mapping[str, RemoteTable]) -> None:
         """Take over the tables, by name; ``close`` closes them."""
-        self._tables = dict(tables)
+        self.tables: Mapping[str, RemoteTable] = dict(tables)
 
     @classmethod
     def follow(
@@ -89,38 +92,104 @@ class RemoteRows:
             for name, one in found.items()
         }
 
-    def update(self, table: str, ids: Ints, values: Floats, timeout_s: float = 10.0) -> None:
-        """Replace rows of a table in place; arguments and errors are those of ``RemoteTable``.
+    def write(self, table: str, version: int, rows: Tensor, values: Tensor) -> None:
+        """Look rows of a table up as of a later version from now on.
+
+        The rows themselves come from the table processes, which follow the same log.
 
         Raises:
             StateError: if the table is not one of these.
         """
-        self._table(table).update(ids, values, timeout_s)
+        self._table(table).advance(version, rows.numpy())
 
     def counts(self) -> dict[str, TableCounts]:
         """Return what was looked up in each table so far."""
-        return {name: table.counts() for name, table in self._tables.items()}
+        return {name: table.counts() for name, table in self.tables.items()}
 
     def close(self) -> None:
         """Disconnect from all tables."""
-        for table in self._tables.values():
+        for table in self.tables.values():
             table.close()
 
     def _table(self, name: str) -> RemoteTable:
-        found = self._tables.get(name)
+        found = self.tables.get(name)
         if found is None:
-            raise StateError(f"table {name} must be one of {sorted(self._tables)}")
+            raise StateError(f"table {name} must be one of {sorted(self.tables)}")
         return found
 
 
-def settings_of(tables: ShardTables) -> TableSettings:
-    """Return the settings of a shard's tables, with a source that follows the maps, if any.
+class RemoteSources:
+    """Sources of rows for the generations of a shard process; any thread may call.
 
-    Raises:
-        StateError: if a map does not come in time, or is damaged.
+    Each generation has its own, since it is at a version of its own. A source that nobody holds any
+    more is closed.
     """
-    source = None
+
+    def __init__(self, folder: Path, config: RemoteTableSection, *, timeout_s: float) -> None:
+        """Make sources without asking anybody yet.
+
+        Args:
+            folder: where the maps of the remote tables of each generation are.
+            config: of every table.
+            timeout_s: longest wait for the maps of a generation.
+        """
+        self._folder = folder
+        self._config = config
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._open: dict[weakref.ref[RemoteRows], Mapping[str, RemoteTable]] = {}
+        self._ended: dict[str, TableCounts] = {}
+
+    def open(self, generation: int, tables: Collection[str]) -> RemoteRows:
+        """Return a source of the rows of these tables of a generation, as they were published.
+
+        Raises:
+            StateError: if there is no map of a table in time, or it is damaged.
+        """
+        maps = {name: map_path(self._folder, generation, name) for name in tables}
+        rows = RemoteRows.follow(maps, self._config, timeout_s=self._timeout_s)
+        with self._lock:
+            self._open[weakref.ref(rows, self._forgotten)] = rows.tables
+        return rows
+
+    def counts(self) -> dict[str, TableCounts]:
+        """Return what was looked up in each table so far, of all generations together."""
+        with self._lock:
+            found = dict(self._ended)
+            for tables in self._open.values():
+                for name, table in tables.items():
+                    found[name] = _sum(found.get(name), table.counts())
+        return found
+
+    def _forgotten(self, rows: weakref.ref[RemoteRows]) -> None:
+        # What collects garbage may be a thread that these tables wait for.
+        threading.Thread(target=self._close, args=(rows,), name="close-tables").start()
+
+    def _close(self, rows: weakref.ref[RemoteRows]) -> None:
+        with self._lock:
+            tables = self._open.pop(rows)
+            for name, table in tables.items():
+                self._ended[name] = _sum(self._ended.get(name), table.counts())
+        for table in tables.values():
+            table.close()
+
+
+def settings_of(tables: ShardTables) -> TableSettings:
+    """Return the settings of a shard's tables, with sources that follow the maps, if any."""
+    sources = None
     if tables.maps:
-        maps = {name: Path(path) for name, path in tables.maps.items()}
-        source = RemoteRows.follow(maps, tables.client, timeout_s=tables.wait_s)
-    return TableSettings(source, tables.sharding, tables.host_bytes)
+        sources = RemoteSources(Path(tables.maps), tables.client, timeout_s=tables.wait_s)
+    return TableSettings(sources, tables.sharding, tables.host_bytes)
+
+
+def _sum(one: TableCounts | None, other: TableCounts) -> TableCounts:
+    if one is None:
+        return other
+    return TableCounts(
+        lookups=one.lookups + other.lookups,
+        rows=one.rows + other.rows,
+        cached=one.cached + other.cached,
+        fetched=one.fetched + other.fetched,
+        defaulted=one.defaulted + other.defaulted,
+        failures=Counter(one.failures) + Counter(other.failures),
+    )

@@ -35,6 +35,8 @@ class NewRecord(NamedTuple):
     payload: bytes
     table: str = ""
     """Table whose rows it changes; empty for an item."""
+    patched: bool = False
+    """Whether the log has nothing but patches of the item, so that it is one of a snapshot's."""
 
 
 class LogRecord(NamedTuple):
@@ -58,6 +60,8 @@ class Head(NamedTuple):
     position: int
     expires_unix_ms: int
     """0: never."""
+    patched: bool = False
+    """Whether the log has nothing but patches of the item: only a snapshot can tell if it is."""
 
 
 class UpdateLog(Protocol):
@@ -82,8 +86,18 @@ class UpdateLog(Protocol):
     def num_partitions(self) -> int:
         """Return L, fixed when the log was created."""
 
-    def acquire(self, partition: int) -> int:
-        """Become the writer of a partition: return an epoch that fences every earlier one."""
+    def acquire(self, partition: int, epoch: int | None = None) -> int:
+        """Become the writer of a partition: return an epoch that fences every earlier one.
+
+        Nothing of an earlier append gets into the log from then on, also where its answer was lost.
+
+        Args:
+            partition: of the log.
+            epoch: that of the caller, who wants it renewed; None: whoever writes at present.
+
+        Raises:
+            Fenced: if ``epoch`` is given and is not the newest; nothing has changed.
+        """
 
     def append(
         self, partition: int, epoch: int, records: Sequence[NewRecord], logged_unix_ms: int
@@ -91,8 +105,8 @@ class UpdateLog(Protocol):
         """Store records, all or none, and return the position of the first.
 
         They are durable when this returns. Heads and row versions become those of the last record
-        of each item and table, in the same transaction. After ``LogUnavailable`` it is unknown
-        whether they are stored; ``heads`` tells.
+        of each item and table, in the same transaction. After ``LogUnavailable`` they may be stored
+        or not, or may yet be: ``heads`` and ``end`` tell only after the next ``acquire``.
 
         Raises:
             Fenced: if ``epoch`` is not the newest of the partition; nothing is stored.
@@ -206,8 +220,8 @@ def new_log_id() -> int:
     return secrets.randbits(62) + 1
 
 
-def checksum(record: LogRecord) -> int:
-    """Return the CRC32 of everything in a record, its position included."""
+def checksum(record: tuple[int, int, int, int, bool, bytes]) -> int:
+    """Return the CRC32 of everything in a ``LogRecord``, its position included."""
     position, item_id, version, logged_unix_ms, urgent, payload = record
     sealed = _SEALED.pack(position, item_id, version, logged_unix_ms, urgent)
     return zlib.crc32(payload, zlib.crc32(sealed))
@@ -294,7 +308,9 @@ def check_dense(
 def newest_heads(first: int, records: Sequence[NewRecord]) -> dict[int, Head]:
     """Return the heads that records leave behind whose first has the position ``first``."""
     return {
-        record.item_id: Head(record.version, record.deleted, position, record.expires_unix_ms)
+        record.item_id: Head(
+            record.version, record.deleted, position, record.expires_unix_ms, record.patched
+        )
         for position, record in enumerate(records, first)
         if not record.table
     }

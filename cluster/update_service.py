@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import grpc
@@ -17,8 +18,33 @@ from silvershard.shard.errors import RetrievalError
 SERVICE = retrieval_pb2.DESCRIPTOR.services_by_name["Updates"].full_name
 
 _SEQUENCER = update_pb2.DESCRIPTOR.services_by_name["Sequencer"].full_name
+_APPLY, _STREAM = f"/{_SEQUENCER}/Apply", f"/{_SEQUENCER}/StreamUpdates"
+# While calls wait for a sequencer, a move is noticed so soon.
+_LOOK_EVERY_S = 0.05
 # A sequencer that moved away has this long for what it still answers.
-_GRACE_S = 5.0
+_GRACE_S = 0.5
+
+
+class _Link:
+    """A sequencer, and the calls that wait for it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.calls: set[grpc.aio.Call] = set()
+        self.channel = grpc.aio.insecure_channel(address, options=LINK_OPTIONS)
+        self.apply = self.channel.unary_unary(_APPLY)
+        self.stream = self.channel.stream_stream(_STREAM)
+
+    async def close(self, grace_s: float) -> None:
+        """Break off what is not answered in time, and disconnect."""
+        until_s = time.monotonic() + grace_s
+        try:
+            while self.calls and time.monotonic() < until_s:
+                await asyncio.sleep(_LOOK_EVERY_S)
+        finally:
+            for call in tuple(self.calls):
+                call.cancel()
+            await self.channel.close()
 
 
 class UpdateService:
@@ -26,7 +52,8 @@ class UpdateService:
 
     Messages pass as they are: the sequencer alone reads them, and its answers and refusals are
     those of this service. A call that broke off may or may not be logged; sent again with the same
-    version it is harmless.
+    version it is harmless. Calls that wait for a sequencer that has moved, as one that hangs while
+    another took its place, break off.
     """
 
     def __init__(self, sequencer: Callable[[], str | None]) -> None:
@@ -36,8 +63,8 @@ class UpdateService:
             sequencer: returns host:port of the sequencer now; None: there is none.
         """
         self._sequencer = sequencer
-        self._address = ""
-        self._channel: grpc.aio.Channel | None = None
+        self._link: _Link | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -51,37 +78,73 @@ class UpdateService:
 
     async def aclose(self) -> None:
         """Disconnect; calls in flight fail."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
         for task in self._closing:
             task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close(0.0)
 
-    def _connected(self) -> grpc.aio.Channel:
-        """Return a channel to the sequencer.
+    def _connected(self) -> _Link:
+        """Return the link to the sequencer.
 
         Raises:
             Refusal: if there is none.
         """
         address = self._sequencer()
+        if self._link is not None and self._link.address != address:
+            self._leave(self._link)
         if not address:
             raise Refusal(
                 "UNAVAILABLE", "no sequencer takes updates at present", "SEQUENCER_UNAVAILABLE"
             )
-        if address != self._address or self._channel is None:
-            if self._channel is not None:
-                task = asyncio.create_task(self._channel.close(_GRACE_S))
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
-            self._channel = grpc.aio.insecure_channel(address, options=LINK_OPTIONS)
-            self._address = address
-        return self._channel
+        if self._link is None:
+            self._link = _Link(address)
+        return self._link
+
+    def _leave(self, link: _Link) -> None:
+        """Disconnect from a sequencer that has moved."""
+        self._link = None
+        task = asyncio.create_task(link.close(_GRACE_S))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    @contextlib.contextmanager
+    def _waiting(self, link: _Link, call: grpc.aio.Call) -> Iterator[None]:
+        """Have a call break off where its sequencer has moved.
+
+        Raises:
+            Refusal: instead of ``CancelledError`` where it did.
+        """
+        link.calls.add(call)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._notice_moves())
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _unknown("it has moved") from None
+        finally:
+            link.calls.discard(call)
+
+    async def _notice_moves(self) -> None:
+        """Leave a sequencer that has moved, as long as calls wait for one."""
+        while self._link is not None and self._link.calls:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._link is not None and self._link.address != self._sequencer():
+                self._leave(self._link)
 
     async def _apply(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            call = self._connected().unary_unary(f"/{_SEQUENCER}/Apply")
-            answer: bytes = await call(request, timeout=context.time_remaining())
+            link = self._connected()
+            call = link.apply(request, timeout=context.time_remaining())
+            with self._waiting(link, call):
+                answer: bytes = await call
         except grpc.aio.AioRpcError as error:
             await _pass_on(context, error)
         except RetrievalError as error:
@@ -90,20 +153,29 @@ class UpdateService:
 
     async def _stream(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         try:
-            stream = self._connected().stream_stream(f"/{_SEQUENCER}/StreamUpdates")
-        except RetrievalError as error:
-            await abort(context, error)
-        call = stream(timeout=context.time_remaining())
-        sender = asyncio.create_task(_send_on(context, call))
-        try:
-            while (answer := await call.read()) is not grpc.aio.EOF:
-                await context.write(answer)
+            link = self._connected()
+            call = link.stream(timeout=context.time_remaining())
+            sender = asyncio.create_task(_send_on(context, call))
+            try:
+                with self._waiting(link, call):
+                    while (answer := await call.read()) is not grpc.aio.EOF:
+                        await context.write(answer)
+            finally:
+                sender.cancel()
+                call.cancel()
+                await asyncio.gather(sender, return_exceptions=True)
         except grpc.aio.AioRpcError as error:
             await _pass_on(context, error)
-        finally:
-            sender.cancel()
-            call.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+        except RetrievalError as error:
+            await abort(context, error)
+
+
+def _unknown(reason: str) -> Refusal:
+    return Refusal(
+        "UNAVAILABLE",
+        f"the sequencer did not answer, so what became of the updates is unknown: {reason}",
+        "SEQUENCER_UNAVAILABLE",
+    )
 
 
 async def _send_on(context: grpc.aio.ServicerContext, call: grpc.aio.StreamStreamCall) -> None:
@@ -121,12 +193,6 @@ async def _pass_on(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcErro
         (key, value) for key, value in error.trailing_metadata() if key in (DETAILS, PUSHBACK)
     )
     if error.code() is grpc.StatusCode.UNAVAILABLE and not kept:
-        refusal = Refusal(
-            "UNAVAILABLE",
-            f"the sequencer did not answer, so what became of the updates is unknown: "
-            f"{error.details()}",
-            "SEQUENCER_UNAVAILABLE",
-        )
-        await abort(context, refusal)
+        await abort(context, _unknown(error.details() or ""))
     await context.abort(error.code(), error.details() or "", kept)
     raise AssertionError("abort always raises")

@@ -12,7 +12,6 @@ from typing import Any
 from silvershard.deploy.checks import run_checks
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import (
-    CANARY,
     LIVE,
     Alias,
     Control,
@@ -20,9 +19,9 @@ from silvershard.deploy.control_store import (
     Operation,
     wanted,
 )
-from silvershard.deploy.errors import CommandError, Refused, TimedOut
+from silvershard.deploy.errors import CheckFailed, CommandError, Refused, TimedOut
 from silvershard.deploy.launch import choose_generation
-from silvershard.deploy.log_pins import check_log, existing_log, pin_generations
+from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.memory_plan import (
     MemoryPlan,
     free_memory,
@@ -33,6 +32,7 @@ from silvershard.deploy.memory_plan import (
 )
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import ClusterRecord, StateDir
+from silvershard.deploy.state_log import check_missing, existing_log
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
 
@@ -52,6 +52,7 @@ def activate(
     dry_run: bool = False,
     timeout_s: float,
     report: Report,
+    operation_id: str = "",
 ) -> dict[str, Any]:
     """Let an alias name a generation in a running cluster; return what was done.
 
@@ -65,6 +66,7 @@ def activate(
         dry_run: plan and check, and change nothing.
         timeout_s: longest wait, after the checks.
         report: hears the plan, the checks and how far it is, a line at a time.
+        operation_id: names it in the control store; empty: a new name.
 
     Raises:
         Refused: if there is no room for it, or it does not pass its checks; nothing was loaded into
@@ -78,7 +80,8 @@ def activate(
     if generation == 0:
         if alias == LIVE:
             raise CommandError("the live generation must be one that is published, got none")
-        return _carried_out(state, store, "activate", 0, alias, "", dry_run, timeout_s, report)
+        operation = wanted("activate", 0, alias, "", operation_id)
+        return _carried_out(state, store, operation, dry_run, timeout_s, report)
     number, path = choose_generation(state, generation)
     outline = read_outline(path)
     live = read_outline(generation_dir(state.generations, record.generation))
@@ -106,17 +109,20 @@ def activate(
     ):
         report(f"{check.name}: {'' if check.passed else 'FAILED: '}{check.text}")
         if not check.passed:
-            raise Refused(
-                f"generation {number} does not pass its check of {check.name}: {check.text}"
-            )
+            raise CheckFailed(number, check.name, check.text)
     content = outline.content_hash
-    return _carried_out(
-        state, store, "activate", number, alias, content, dry_run, timeout_s, report
-    ) | {"mode": plan.mode}
+    operation = wanted("activate", number, alias, content, operation_id, allow_refused=allow_schema)
+    done = _carried_out(state, store, operation, dry_run, timeout_s, report)
+    return done | {"mode": plan.mode}
 
 
 def rollback(
-    state: StateDir, *, dry_run: bool = False, timeout_s: float, report: Report
+    state: StateDir,
+    *,
+    dry_run: bool = False,
+    timeout_s: float,
+    report: Report,
+    operation_id: str = "",
 ) -> dict[str, Any]:
     """Make the generation live again that was live before; return what was done.
 
@@ -138,7 +144,8 @@ def rollback(
             f"generation {previous}, which was live before, is not published in {state.root} any "
             "more: activate another one"
         )
-    return _carried_out(state, store, "rollback", previous, LIVE, "", dry_run, timeout_s, report)
+    operation = wanted("rollback", previous, LIVE, "", operation_id)
+    return _carried_out(state, store, operation, dry_run, timeout_s, report)
 
 
 def running(state: StateDir) -> ClusterRecord:
@@ -189,10 +196,11 @@ def _check_log(state: StateDir, config: Config, outline: Outline) -> None:
     """Return if a generation can be brought up to date, and let the log keep what that needs."""
     log = existing_log(state, config)
     if log is None:
+        check_missing(state, config, outline)
         return
     try:
         check_log(log, outline)
-        pin_generations(log, state.generations)
+        pin_generations(log, state)
     finally:
         log.close()
 
@@ -200,21 +208,20 @@ def _check_log(state: StateDir, config: Config, outline: Outline) -> None:
 def _carried_out(
     state: StateDir,
     store: ControlStore,
-    kind: Any,
-    generation: int,
-    alias: Alias,
-    content_hash: str,
+    operation: Operation,
     dry_run: bool,
     timeout_s: float,
     report: Report,
 ) -> dict[str, Any]:
     """Write what is wanted and wait until it is done."""
     began_s = time.monotonic()
-    operation = wanted(kind, generation, alias, content_hash)
-    before = store.read()
-    document = {"kind": kind, "alias": alias, "generation": generation, "before": before.live}
-    if alias == CANARY:
-        document["before"] = before.canary
+    alias, generation = operation.alias, operation.generation
+    document = {
+        "kind": operation.kind,
+        "alias": alias,
+        "generation": generation,
+        "before": getattr(store.read(), alias),
+    }
     if dry_run:
         return {**document, "done": False, "seconds": 0.0}
 
@@ -262,19 +269,12 @@ def _wait(
 @contextmanager
 def _cancelled_if_interrupted(store: ControlStore, operation_id: str) -> Iterator[None]:
     """End an operation whose command a person ends; one that times out goes on."""
-
-    def make(now: Control) -> Control:
-        going = now.current
-        if going is None or going.operation_id != operation_id:
-            return now
-        return now.with_operation(going.ended("cancelled", "its command was interrupted"))
-
     try:
         yield
     except Exception:
         raise
     except BaseException:
-        store.change(make)
+        store.call_off(operation_id, "its command was interrupted")
         raise
 
 

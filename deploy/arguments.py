@@ -67,6 +67,15 @@ def serving_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def new_log_option(parser: argparse.ArgumentParser) -> None:
+    """Declare what lets a state directory have another update log."""
+    parser.add_argument(
+        "--new-log",
+        action="store_true",
+        help="go on although the update log is another one or gone; says what is lost with it",
+    )
+
+
 def query_options(parser: argparse.ArgumentParser) -> None:
     """Declare what a question consists of."""
     parser.set_defaults(wrong_usage=parser.error)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from silvershard.model.audit import IndexAudit, recall
 from silvershard.model.compiled_request import compile_request
+from silvershard.model.planes import shortfall
 from silvershard.model.request import Request
 from silvershard.model.schema import Schema
 from silvershard.shard.errors import SnapshotError
@@ -121,7 +122,8 @@ def incompatibilities(live: Snapshot, new: Snapshot) -> list[str]:
         gone = [one for one in getattr(before, part) if one not in getattr(after, part)]
         problems += [f"{part}: {name} is gone" for name in gone]
     problems += _shorter(before, after)
-    return problems + _other_rows(live, new)
+    narrower = shortfall(live.spec.planes, new.spec.planes)
+    return problems + ([f"planes: {narrower}"] if narrower else [])
 
 
 def _missing(
@@ -149,22 +151,6 @@ def _shorter(before: Schema, after: Schema) -> list[str]:
         for one in before.item_features
         if most.get(one.name, one.max_length) < one.max_length
     ]
-
-
-def _other_rows(live: Snapshot, new: Snapshot) -> list[str]:
-    """Return what the table processes, which serve the rows of one generation, cannot serve."""
-    rows = [
-        {name: one.sha256 for name, one in snapshot.manifest.files.items() if "rows/" in name}
-        for snapshot in (live, new)
-    ]
-    if rows[0] == rows[1]:
-        return []
-    differ = sorted(name for name in rows[0].keys() | rows[1].keys() if _differs(name, *rows))
-    return [f"remote tables must be those of the live one, {', '.join(differ)} is not: start anew"]
-
-
-def _differs(name: str, one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    return one.get(name) != other.get(name)
 
 
 def _check_recall(snapshot: Snapshot, live: Snapshot | None, max_loss: float) -> Check:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
+    AdminSection,
     IndexSection,
     ModelSection,
     PathsSection,
@@ -58,18 +59,15 @@ class Config(BaseModel):
     swap: SwapSection = Field(
         default=SwapSection(), description="how one generation takes over from another"
     )
+    admin: AdminSection = Field(
+        default=AdminSection(), description="where the admin plane is reached"
+    )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        least = 2 * self.ping.every_ms
-        if self.tables.max_stale_ms < least:
-            raise ValueError(
-                f"tables.max_stale_ms must be at least twice ping.every_ms, {least}, "
-                f"got {self.tables.max_stale_ms}"
-            )
         self._check_tables()
         return self
 

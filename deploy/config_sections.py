@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from silvershard.cluster.listen import is_loopback
 from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.semantic_config import MAX_SEMANTIC_K
 
@@ -108,6 +109,35 @@ class ShardingSection(BaseModel):
             if device != "cpu":
                 raise ValueError(f"this version serves on cpu only, got {device!r}")
         return devices
+
+
+class AdminSection(BaseModel):
+    """Where operators and their programs reach the admin plane."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(default=True, description="serve the admin plane")
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="loopback address to bind; this version admits whoever can reach it",
+    )
+    port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="gRPC port of the admin plane; 0: any free one, which `status` shows",
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if not is_loopback(host):
+            raise ValueError(
+                "admin.host must be a loopback address, because the admin plane asks nobody who "
+                f"they are, got {host!r}"
+            )
+        return host
 
 
 class RuntimeSection(BaseModel):

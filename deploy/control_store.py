@@ -8,6 +8,7 @@ of the cluster makes it so and writes how far it is. What is there is durable.
 import os
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -21,13 +22,20 @@ from silvershard.shard.errors import StateError
 
 LIVE: Final = "live"
 CANARY: Final = "canary"
+WARM: Final = "warm"
+"""No name for requests: what is loaded beside the live one, to take over quickly."""
 
-Alias = Literal["live", "canary"]
+Alias = Literal["live", "canary", "warm"]
 OperationState = Literal["waiting", "running", "done", "failed", "cancelled", "abandoned"]
 
 _KEPT = 20
 """Operations that are remembered."""
 _BUSY_S = 5.0
+_CREATING = threading.Lock()
+_TABLE = (
+    "control (one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, "
+    "document TEXT NOT NULL)"
+)
 
 
 class Operation(BaseModel):
@@ -40,6 +48,9 @@ class Operation(BaseModel):
     generation: int = Field(ge=0, description="what the alias shall name; 0: nothing")
     alias: Alias = Field(default="live", description="which alias")
     content_hash: str = Field(default="", description="of the generation that was checked")
+    allow_refused: bool = Field(
+        default=False, description="go on although it refused updates that the live one took"
+    )
     state: OperationState = Field(default="waiting", description="how far it is")
     progress: str = Field(default="", description="what is being waited for")
     reason: str = Field(default="", description="why it was not done")
@@ -63,9 +74,12 @@ class Control(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(default=0, ge=0, description="grows by one with every change")
+    state_id: str = Field(default="", description="random name of its pins in an update log")
+    log_id: int = Field(default=0, ge=0, description="the update log that is its own; 0: none yet")
     live: int = Field(default=0, ge=0, description="generation that is served; 0: none yet")
     previous: int = Field(default=0, ge=0, description="served before it; 0: none")
     canary: int = Field(default=0, ge=0, description="served to those who ask for it; 0: none")
+    warm: int = Field(default=0, ge=0, description="held to become live quickly; 0: none")
     operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
 
     @property
@@ -78,7 +92,8 @@ class Control(BaseModel):
     def kept(self) -> set[int]:
         """Return the generations that must not be removed."""
         going = self.current
-        named = {self.live, self.previous, self.canary, going.generation if going else 0}
+        named = {self.live, self.previous, self.canary, self.warm}
+        named.add(going.generation if going else 0)
         return named - {0}
 
     def operation(self, operation_id: str) -> Operation | None:
@@ -93,11 +108,12 @@ class Control(BaseModel):
 
     def pointed(self, alias: Alias, generation: int) -> Self:
         """Return the document with an alias that names another generation."""
-        if alias == CANARY:
-            return self.model_copy(update={"canary": generation})
+        if alias != LIVE:
+            return self.model_copy(update={alias: generation})
         if generation == self.live:
             return self
-        changes = {"live": generation, "previous": self.live}
+        # What was warm was so for this moment, or is in the way of what is parked now.
+        changes = {"live": generation, "previous": self.live, "warm": 0}
         # What becomes live is no canary any more.
         if self.canary == generation:
             changes["canary"] = 0
@@ -122,7 +138,7 @@ class ControlStore:
         """
         if not self.path.is_file():
             return Control()
-        with self._opened() as database:
+        with opened(self.path, _TABLE) as database:
             row = database.execute("SELECT document FROM control").fetchone()
         try:
             return Control.model_validate_json(row[0]) if row else Control()
@@ -140,7 +156,7 @@ class ControlStore:
         """
         changed = control.model_copy(update={"version": control.version + 1})
         text = changed.model_dump_json()
-        with self._opened() as database:
+        with opened(self.path, _TABLE) as database:
             if control.version == 0:
                 done = database.execute(
                     "INSERT INTO control (one, version, document) VALUES (1, 1, ?) "
@@ -178,23 +194,50 @@ class ControlStore:
             except Conflict:
                 continue
 
-    @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection, each statement of which is durable when it has ended."""
-        try:
-            # SQLite would let others read what it makes.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            with closing(
-                sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)
-            ) as database:
-                database.execute("PRAGMA synchronous = FULL")
-                database.execute(
-                    "CREATE TABLE IF NOT EXISTS control (one INTEGER PRIMARY KEY CHECK (one = 1), "
-                    "version INTEGER NOT NULL, document TEXT NOT NULL) STRICT"
-                )
-                yield database
-        except (sqlite3.Error, OSError) as error:
-            raise StateError(f"control store {self.path}: {error}") from None
+    def call_off(self, operation_id: str, reason: str) -> Operation | None:
+        """End an operation that is going on; return what has become of it, None if it is unknown.
+
+        Raises:
+            StateError: if the file is damaged or cannot be written.
+        """
+
+        def make(now: Control) -> Control:
+            going = now.current
+            if going is None or going.operation_id != operation_id:
+                return now
+            return now.with_operation(going.ended("cancelled", reason))
+
+        return self.change(make).operation(operation_id)
+
+
+def _create(path: Path) -> None:
+    """Make the file if it is missing: SQLite would let others read what it makes."""
+    # To close a file drops all locks that other threads of this process hold on it, so it is only
+    # opened while nobody can have it open.
+    with _CREATING:
+        if not path.exists():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+@contextmanager
+def opened(path: Path, table: str) -> Iterator[sqlite3.Connection]:
+    """Give a connection to the file, each statement of which is durable when it has ended.
+
+    Args:
+        path: the file, which is made when missing.
+        table: name and columns of a table, which is made when missing.
+
+    Raises:
+        StateError: if the file is damaged or cannot be used.
+    """
+    try:
+        _create(path)
+        with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as database:
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute(f"CREATE TABLE IF NOT EXISTS {table} STRICT")
+            yield database
+    except (sqlite3.Error, OSError) as error:
+        raise StateError(f"control store {path}: {error}") from None
 
 
 def wanted(
@@ -202,13 +245,17 @@ def wanted(
     generation: int,
     alias: Alias,
     content_hash: str = "",
+    operation_id: str = "",
+    *,
+    allow_refused: bool = False,
 ) -> Operation:
-    """Return a new operation."""
+    """Return a new operation; it has a random name unless one is given."""
     return Operation(
-        operation_id=secrets.token_hex(8),
+        operation_id=operation_id or secrets.token_hex(8),
         kind=kind,
         generation=generation,
         alias=alias,
         content_hash=content_hash,
+        allow_refused=allow_refused,
         began_unix_s=time.time(),
     )

@@ -16,6 +16,7 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens_users import before
 from silvershard.deploy.operate import say
+from silvershard.deploy.publishing import num_clusters
 from silvershard.deploy.recipe import Prepared
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.tables import table
@@ -77,7 +78,7 @@ def run(
         "published",
         seconds["publish"],
         f"generation {published.generation}, {published.documents:,} films in "
-        f"{recipe.num_clusters(config, published.documents)} clusters",
+        f"{num_clusters(config, published.documents)} clusters",
     )
     record, seconds["up"] = operate.start(
         state, config, generation=published.generation, detached=False

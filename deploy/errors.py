@@ -31,6 +31,18 @@ class Refused(CommandError):
         super().__init__(message, ExitCode.REFUSED)
 
 
+class NotPublished(CommandError):
+    """A generation that a state directory does not hold."""
+
+
+class CheckFailed(Refused):
+    """A generation that does not pass one of its checks."""
+
+    def __init__(self, generation: int, check: str, text: str) -> None:
+        super().__init__(f"generation {generation} does not pass its check of {check}: {text}")
+        self.check = check
+
+
 class TimedOut(CommandError, TimeoutError):
     """A command that was not done in time."""
 

@@ -1,6 +1,6 @@
 """The verb ``freshness``: how far the update log is, and how far every shard process."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -13,6 +13,9 @@ from silvershard.deploy.state import SequencerRecord, ShardRecord, StateDir
 from silvershard.deploy.tables import pairs, table
 
 _TIMEOUT_S = 2.0
+# Publishing makes no list longer than four times the mean and leaves hardly an item elsewhere.
+_MAX_SKEW = 8.0
+_MAX_ASSIGNMENT_ERROR = 0.05
 
 
 def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
@@ -35,6 +38,7 @@ def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         "sequencer": sequencer,
         "shards": shards,
         "lag": max((one["lag"] for one in shards if "lag" in one), default=0),
+        "hints": _hints(shards, record.generation),
     }
     whole = "error" not in sequencer and not sequencer["blocked"]
     whole = whole and all("error" not in one for one in shards)
@@ -52,6 +56,7 @@ def _sequencer(record: SequencerRecord) -> dict[str, Any]:
             return {"error": f"no answer: {error.details() or error.code().name}"}
     return {
         "log_id": report.log_id,
+        "data_as_of": f"{report.log_id}:{','.join(str(one.end) for one in report.partitions)}",
         "generation": report.generation,
         "queued": report.queued,
         "partitions": [
@@ -93,12 +98,31 @@ def _held(held: Held) -> dict[str, Any]:
         "pages": held.pages,
         "free_pages": held.free_pages,
         "rejected": held.rejected,
+        "list_skew": round(held.list_skew, 2),
+        "assignment_error": round(held.assignment_error, 4),
     }
     if held.state == "failed":
         document["error"] = held.reason
     elif held.reason:
         document["trouble"] = held.reason
     return document
+
+
+def _hints(shards: Sequence[Mapping[str, Any]], live: int) -> list[str]:
+    """Return what an operator should do about clusters that no longer fit the live items."""
+    mine = [one for one in shards if one["generation"] == live and "list_skew" in one]
+    skew = max((one["list_skew"] for one in mine), default=0.0)
+    error = max((one["assignment_error"] for one in mine), default=0.0)
+    found = []
+    if skew > _MAX_SKEW:
+        found.append(f"the longest list is {skew:.1f} times the mean, more than {_MAX_SKEW:g}")
+    if error > _MAX_ASSIGNMENT_ERROR:
+        found.append(
+            f"{error:.1%} of the items stand in another cluster than the nearest, more than "
+            f"{_MAX_ASSIGNMENT_ERROR:.0%}"
+        )
+    advice = "`silvershard publish --recluster --activate` clusters the live items anew"
+    return [f"{one}: {advice}" for one in found]
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -114,6 +138,7 @@ def render(document: Mapping[str, Any]) -> str:
         ]
         facts = [
             ("log", f"{sequencer['log_id']}, positions {ends}"),
+            ("data as of now", f"publish --data-as-of {sequencer['data_as_of']}"),
             ("checked against", f"generation {sequencer['generation']}"),
             ("waiting", f"{sequencer['queued']:,}"),
             ("upserts", f"refused: {'; '.join(blocked)}" if blocked else "pass"),
@@ -128,12 +153,17 @@ def render(document: Mapping[str, Any]) -> str:
             one.get("lag", 0),
             f"{one['staleness_s']:.3f}" if "staleness_s" in one else "-",
             f"{one['free_pages']:,} of {one['pages']:,}" if one.get("pages") else "-",
+            f"{one['list_skew']:.1f}" if one.get("pages") else "-",
+            f"{one['assignment_error']:.1%}" if one.get("pages") else "-",
             one.get("error") or one.get("trouble") or "",
         )
         for one in document["shards"]
     ]
     headers = (
         *("shard", "generation", "state", "documents", "cut", "behind", "staleness s"),
-        *("free pages", "reason"),
+        *("free pages", "list skew", "assignment error", "reason"),
     )
-    return "\n\n".join([pairs(facts), table(headers, rows, max_width=100)])
+    shown = [pairs(facts), table(headers, rows, max_width=100)]
+    if document["hints"]:
+        shown.append("\n".join(f"hint: {one}" for one in document["hints"]))
+    return "\n\n".join(shown)

@@ -8,6 +8,7 @@ from silvershard.deploy.arguments import (
     Parents,
     generation_number,
     load_settings,
+    new_log_option,
     reporter,
     show,
     state_of,
@@ -57,6 +58,11 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
     what.add_argument(
         "--prune", type=int, metavar="KEEP", help="remove all but the newest ones and those in use"
     )
+    what.add_argument(
+        "--unpin",
+        metavar="STATE_ID",
+        help="let the update log forget what a state directory kept of it that is no more",
+    )
     snapshots.add_argument(
         "--generation",
         type=generation_number,
@@ -64,9 +70,10 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
         help="what --push copies (default the live one)",
     )
     text = "bring a generation back from a URL"
-    restore = verb("restore", text, _restore, state)
+    restore = verb("restore", text, _restore, state, config)
     restore.add_argument("url", metavar="URL", help="where --push copied it to")
     restore.add_argument("generation", type=generation_number, metavar="N|latest")
+    new_log_option(restore)
     for parser in (snapshots, restore):
         _dry_run(parser)
     text = "say how far the update log and every shard are; exit code 3 if updates are held up"
@@ -169,6 +176,10 @@ def _snapshots(options: argparse.Namespace) -> int:
         config = load_settings(options, state).config
         document = snapshots.prune(state, config, options.prune, dry_run=options.dry_run)
         show(options, document, lambda: snapshots.render_pruned(document))
+    elif options.unpin is not None:
+        config = load_settings(options, state).config
+        document = snapshots.unpin(state, config, options.unpin)
+        show(options, document, lambda: snapshots.render_unpinned(document))
     else:
         document = snapshots.listing(state)
         show(options, document, lambda: snapshots.render_listing(document))
@@ -178,10 +189,13 @@ def _snapshots(options: argparse.Namespace) -> int:
 def _restore(options: argparse.Namespace) -> int:
     from silvershard.deploy import snapshots
 
+    state = state_of(options)
     document = snapshots.restore(
-        state_of(options),
+        state,
+        load_settings(options, state).config,
         options.url,
         options.generation,
+        new_log=options.new_log,
         dry_run=options.dry_run,
         report=reporter(options),
     )

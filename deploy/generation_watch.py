@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import CANARY, LIVE, Control, ControlStore, Operation
+from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, ControlStore, Operation
 from silvershard.deploy.memory_plan import Mode, free_memory, held_by, plan_memory
+from silvershard.deploy.readiness import Key, Readiness, refusals
 from silvershard.deploy.shard_host import Connect, Held, Host, ShardHost
 from silvershard.deploy.shard_watch import ShardWatch
 from silvershard.deploy.state import GenerationRecord, GenerationRole, StateDir
@@ -25,9 +26,6 @@ from silvershard.shard.assignment import shard_partitions
 from silvershard.shard.errors import RetrievalError
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
-
-Key = tuple[int, int]
-"""Shard and replica."""
 
 
 class _Swap(NamedTuple):
@@ -83,6 +81,7 @@ class GenerationWatch:
         self._store = ControlStore(state.control_file)
         self._hosts: dict[Key, tuple[ShardEntry, Host]] = {}
         self._swap: _Swap | None = None
+        self._readiness = Readiness()
         self._parked = False
         """Whether the previous generation stays in memory."""
         self._drained_s = 0.0
@@ -97,7 +96,8 @@ class GenerationWatch:
             if going is not None:
                 reason = "the cluster ended before it was done"
                 now = now.with_operation(going.ended("abandoned", reason))
-            return now.pointed(LIVE, generation)
+            # What was warm is not any more, and nobody depends on it.
+            return now.pointed(LIVE, generation).pointed(WARM, 0)
 
         self._control = self._store.change(begin)
 
@@ -119,6 +119,12 @@ class GenerationWatch:
         if self._swap is not None and self._swap.commit_s is not None:
             beside.add(self._swap.operation.generation)
         return {one: str(self.path(one)) for one in sorted(beside) if self._is_served(one)}
+
+    @property
+    def wanted(self) -> set[int]:
+        """Return the generations that some process shall hold."""
+        replicas = range(self._config.sharding.replicas)
+        return set().union(*(self._wanted(replica) for replica in replicas))
 
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
@@ -231,6 +237,7 @@ class GenerationWatch:
         running = operation.model_copy(update={"state": "running", "progress": "loading"})
         self._control = self._store.change(lambda now: _replaced(now, running))
         self._swap = _Swap(running, mode, now_s + self._config.swap.timeout_s, load_s)
+        self._readiness = Readiness()
 
     def _may_begin(self, generation: int) -> bool:
         """Return whether the way is free; what is in it is on its way out then."""
@@ -266,7 +273,7 @@ class GenerationWatch:
         return plan.mode
 
     def _advance(self, swap: _Swap, watches: Sequence[ShardWatch]) -> None:
-        """Commit a swap when every process that counts has the generation prepared."""
+        """Commit a swap when every process that counts has the generation prepared and level."""
         generation = swap.operation.generation
         is_wave = swap.mode == "wave" and self.live != generation
         counted = [
@@ -279,9 +286,13 @@ class GenerationWatch:
         broken = [one.reason for one in held if one is not None and one.state == "failed"]
         prepared = sum(one is not None and one.state == "prepared" for one in held)
         shards = {one.shard for one in counted}
+        is_whole = prepared == len(counted) and shards == set(range(self._config.sharding.shards))
+        refused, behind = self._lacking(swap.operation) if is_whole else ("", "")
         if broken:
             self._end(swap.operation, f"a shard process cannot hold it: {broken[0]}")
-        elif prepared == len(counted) and shards == set(range(self._config.sharding.shards)):
+        elif refused:
+            self._end(swap.operation, f"{refused}; --allow-schema lets it through")
+        elif is_whole and not behind:
             if is_wave and swap.commit_s is None:
                 self._swap = swap._replace(commit_s=self._clock() + _MEET_S)
             elif swap.commit_s is None or self._clock() >= swap.commit_s:
@@ -290,13 +301,26 @@ class GenerationWatch:
             self._end(
                 swap.operation,
                 f"{prepared} of {len(counted)} processes had it prepared after "
-                f"{self._config.swap.timeout_s:g} s, swap.timeout_s",
+                f"{self._config.swap.timeout_s:g} s, swap.timeout_s{behind and f'; {behind}'}",
             )
         else:
             states = sorted({one.state for one in held if one is not None} - {"prepared"})
             doing = f"; {', '.join(states)}" if states else ""
-            progress = f"prepared {prepared} of {len(counted)}{doing}"
-            self._report(swap, progress)
+            # Positions change all the time, and every change of the store is one of a file.
+            doing = "; catches up with the live one" if behind else doing
+            self._report(swap, f"prepared {prepared} of {len(counted)}{doing}")
+
+    def _lacking(self, operation: Operation) -> tuple[str, str]:
+        """Return which updates the next live generation refused, and where it is behind."""
+        coming = operation.generation
+        if operation.alias != LIVE or coming == self.live:
+            return "", ""
+        reports = {key: host.held or {} for key, (_, host) in self._hosts.items()}
+        may_refuse = operation.allow_refused or operation.kind == "rollback"
+        return (
+            "" if may_refuse else refusals(reports, self.live, coming),
+            self._readiness.observe(reports, self.live, coming, self._clock()),
+        )
 
     def _report(self, swap: _Swap, progress: str) -> None:
         if swap.operation.progress == progress:
@@ -372,7 +396,7 @@ class GenerationWatch:
         if replica in self._is_late:
             is_drained = self._clock() >= self._drained_s
             return {control.live if is_drained else control.previous}
-        wanted = {control.live, control.canary}
+        wanted = {control.live, control.canary, control.warm}
         if not self._is_late and (self._parked or self._clock() < self._drained_s):
             wanted.add(control.previous)
         if swap is not None:

@@ -19,7 +19,7 @@ from silvershard.cluster.listen import is_loopback
 from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import ControlStore
-from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
+from silvershard.deploy.errors import CommandError, ExitCode, NotPublished, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
 from silvershard.deploy.serve import Launch, Progress
 from silvershard.deploy.state import RAY_DIR_PREFIX, ClusterRecord, StateDir, remove_ray_dir
@@ -79,11 +79,11 @@ def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
             there, else the newest.
 
     Raises:
-        CommandError: if there is none, saying how to make one.
+        NotPublished: if there is none, saying how to make one.
     """
     published = list_generations(state.generations)
     if not published:
-        raise CommandError(
+        raise NotPublished(
             f"no generation is published in {state.root}: "
             "run `silvershard train` and then `silvershard publish`"
         )
@@ -92,7 +92,7 @@ def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
         wanted = live if live in published else 0
     generation = wanted or published[-1]
     if generation not in published:
-        raise CommandError(
+        raise NotPublished(
             f"generation {generation} is not published in {state.root}; "
             f"there {'is' if len(published) == 1 else 'are'} {', '.join(map(str, published))}"
         )
@@ -105,6 +105,7 @@ def start(
     *,
     generation: int | None = None,
     detached: bool = True,
+    admit: Callable[[Path], None] = lambda _: None,
     verify: Callable[[Path], None] | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> ClusterRecord:
@@ -116,6 +117,7 @@ def start(
         generation: its number, or 0 or None as for ``choose_generation``.
         detached: keep it running after this process; otherwise it ends with this process, however
             that ends.
+        admit: checks the snapshot before anything is started, and raises what is against it.
         verify: checks the snapshot while the processes start, and raises what is wrong with it.
         report: hears what is being waited for.
 
@@ -131,6 +133,7 @@ def start(
     launched = Launch(config=config, generation=number, snapshot=str(snapshot))
     ray_dir = ""
     try:
+        admit(snapshot)
         state.clean_leftovers()
         ray_dir = _make_ray_dir()
         guard, progress = _spawn(state, launched, ray_dir, lock, detached=detached)

@@ -8,17 +8,16 @@ Shapes: S shards, R replicas.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.cluster.update_log import open_log
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.generation_watch import GenerationWatch
-from silvershard.deploy.log_pins import log_url, pin_generations
+from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
@@ -26,9 +25,10 @@ from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, 
 from silvershard.deploy.shard_host import Connect, ShardHost
 from silvershard.deploy.shard_watch import ActorWatch, ShardHandle, ShardWatch
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
-from silvershard.deploy.table_tier import StartTables, TableTier
+from silvershard.deploy.state_log import log_url, made_log
+from silvershard.deploy.table_tier import StartTables, TableTiers
 from silvershard.shard.errors import RemoteError
-from silvershard.shard.table_files import RowFile
+from silvershard.shard.outline import read_outline
 
 TICK_S = 0.1
 _CENSUS_S = 1.0
@@ -70,7 +70,6 @@ class LocalCluster:
         model: str = "",
         guard: Process | None = None,
         ray_dir: str = "",
-        tables: Sequence[RowFile] = (),
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
         start_sequencer: Callable[[], SequencerHandle] | None = None,
@@ -88,7 +87,6 @@ class LocalCluster:
             model: logical name of the model in it; by default that of the settings.
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
-            tables: the remote tables of the generation.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
@@ -96,6 +94,8 @@ class LocalCluster:
             canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
+        self.admin = ""
+        """``host:port`` of the admin plane, for the record; empty: there is none."""
         self._state = state
         self._config = config
         self._snapshot = snapshot
@@ -107,7 +107,7 @@ class LocalCluster:
         self._canary = canary
         self._report = report
         self._router = RouterWatch(state, config)
-        self._tables = TableTier(state, config, tables, start_tables)
+        self._tables = TableTiers(state, config, start_tables)
         self._generations = GenerationWatch(state, config, generation, connect=connect)
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
@@ -142,11 +142,12 @@ class LocalCluster:
         """Start tables, sequencer and R actors per shard, all at once.
 
         Raises:
+            Refused: if the update log is not that of the state directory, or is gone.
             ConfigError: if the update log would not keep what it acknowledges.
             LogUnavailable: if the update log cannot be reached or made.
         """
         self._report("shards")
-        self._tables.start()
+        self._tables.hold(self._generations.wanted)
         if self._log_url:
             self._make_log()
             self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
@@ -158,10 +159,12 @@ class LocalCluster:
         ]
 
     def _make_log(self) -> None:
-        """Make the update log where there is none, and let it keep what generations need."""
-        log = open_log(self._log_url, self._config.updates.partitions)
+        """Make the update log where there never was one; let it keep what generations need."""
+        outline = read_outline(self._snapshot)
+        log = made_log(self._state, self._config, outline)
         try:
-            pin_generations(log, self._state.generations)
+            check_log(log, outline)
+            pin_generations(log, self._state)
         finally:
             log.close()
 
@@ -243,6 +246,7 @@ class LocalCluster:
 
     def poll(self) -> None:
         """Look at everything once, repair the router, and keep map and record true."""
+        self._tables.hold(self._generations.wanted)
         self._tables.poll()
         for one in self._shards:
             one.poll()
@@ -303,6 +307,7 @@ class LocalCluster:
             tables=self._tables.records,
             sequencer=self._sequencer.record if self._sequencer else None,
             generations=self._generations.records,
+            admin=self.admin,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,

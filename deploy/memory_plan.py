@@ -41,7 +41,8 @@ class MemoryPlan(NamedTuple):
     old_bytes: int
     """What giving up the live generation frees, in all processes."""
     new_bytes: int
-    """What the new generation takes at most while it is loaded, in all processes."""
+    """What the new generation takes at most while it is loaded, in all processes, with those that
+    serve its remote tables."""
     check_bytes: int
     """What one process takes that loads all of it to check it."""
     free_bytes: int
@@ -69,7 +70,7 @@ def plan_memory(
     """
     if config.swap.memory_mib:
         free_bytes = min(free_bytes, max((config.swap.memory_mib << 20) - held_bytes, 0))
-    new_bytes = loaded_bytes(config, new) if live is not None else 0
+    new_bytes = loaded_bytes(config, new) + row_bytes(live, new) if live is not None else 0
     old_bytes = min(loaded_bytes(config, live), held_bytes) if live is not None else 0
     mode: Mode = "beside"
     reason = ""
@@ -109,6 +110,15 @@ def loaded_bytes(config: Config, outline: Outline) -> int:
         for at in range(shards)
     ]
     return config.sharding.replicas * sum(each)
+
+
+def row_bytes(live: Outline, new: Outline) -> int:
+    """Return what the rows of remote tables take that no table process has yet."""
+    held, wanted = (
+        {name: one.checksums[name] for name in one.sizes if name.startswith("rows/")}
+        for one in (live, new)
+    )
+    return 0 if held == wanted else sum(new.sizes[name] for name in wanted)
 
 
 def _process_bytes(outline: Outline, partitions: Iterable[int], headroom: float) -> int:

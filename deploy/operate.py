@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tqdm import tqdm
 
-from silvershard.cluster import shard_pb2, shard_pb2_grpc
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, table_pb2, table_pb2_grpc
 from silvershard.deploy import launch
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
-from silvershard.deploy.log_pins import check_log, existing_log
+from silvershard.deploy.log_pins import check_log
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.shard_host import held_from
 from silvershard.deploy.state import ClusterRecord, StateDir
+from silvershard.deploy.state_log import check_missing, existing_log
 from silvershard.deploy.tables import pairs, table
 from silvershard.shard.outline import read_outline
 
@@ -67,12 +68,14 @@ def verify_log(state: StateDir, config: Config, path: Path) -> None:
     """Check that a generation can be brought up to date from the update log, if there is one.
 
     Raises:
-        Refused: if it was published from another log, or the log was trimmed beyond its cut.
+        Refused: if the log is not that of the state directory or of the generation, or is gone, or
+            was trimmed beyond its cut.
         LogUnavailable: if the log cannot be reached.
         SnapshotError: if the generation has no manifest.
     """
     log = existing_log(state, config)
     if log is None:
+        check_missing(state, config, read_outline(path))
         return
     try:
         check_log(log, read_outline(path))
@@ -87,8 +90,11 @@ def start(
     began_s = time.perf_counter()
     bar = PhaseBar("starting the cluster")
 
-    def verify(path: Path) -> None:
+    def admit(path: Path) -> None:
+        bar.phase("update log")
         verify_log(state, config, path)
+
+    def verify(path: Path) -> None:
         verify_snapshot(path, config.sharding.shards)
 
     try:
@@ -97,6 +103,7 @@ def start(
             config,
             generation=generation,
             detached=detached,
+            admit=admit,
             verify=verify,
             report=bar.phase,
         )
@@ -149,6 +156,9 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     if sequencer:
         for shard in document["shards"]:
             shard["behind"] = _behind(shard, record.generation)
+        for tables in document["tables"]:
+            if tables["state"] == "serving":
+                tables |= _followed(tables["addresses"].values())
     if document["tables"]:
         document["lookups"] = _lookups(document["shards"])
     serving = {
@@ -194,6 +204,22 @@ def _behind(shard: dict[str, Any], generation: int) -> int | None:
     return held.behind if held is not None else None
 
 
+def _followed(addresses: Iterable[str]) -> dict[str, Any]:
+    """Return how far behind the update log a table process is, and why if it does not follow."""
+    behind, trouble = 0, ""
+    for address in addresses:
+        with grpc.insecure_channel(address) as channel:
+            try:
+                found = table_pb2_grpc.TableStub(channel).Inspect(
+                    table_pb2.TableInspect(), timeout=_HEALTH_TIMEOUT_S
+                )
+            except grpc.RpcError:
+                return {}
+        behind = max(behind, found.end - found.position)
+        trouble = trouble or found.trouble
+    return {"behind": behind, "reason": trouble}
+
+
 def _inspected(address: str) -> Any:
     """Return what a shard process says of itself, None if it says nothing."""
     with grpc.insecure_channel(address) as channel:
@@ -227,6 +253,7 @@ def _described(record: ClusterRecord) -> dict[str, Any]:
         "documents": record.documents,
         "coverage": record.coverage,
         "map_version": record.map_version,
+        "admin": record.admin,
         "uptime_s": round(time.time() - record.since_unix_s, 1),
         "daemon": {"pid": record.guard.pid, "state": "running"},
         "router": record.router.model_dump(),
@@ -247,6 +274,7 @@ def render_cluster(document: dict[str, Any]) -> str:
     facts = [
         ("cluster", document["state"]),
         ("address", document["address"]),
+        ("admin", document["admin"] or "-"),
         ("model", f"{document['model']}, generation {document['generation']}"),
         ("documents", f"{document['documents']:,}"),
         ("coverage", f"{document['coverage']:.4f}"),
@@ -305,16 +333,21 @@ def _tables_table(records: Sequence[dict[str, Any]]) -> str:
     rows = [
         (
             str(one["shard"]),
+            ", ".join(map(str, one["generations"])) or "-",
             one["state"],
             str(one["pid"] or "-"),
             one["rows"],
+            one.get("behind"),
             one["restarts"],
             ", ".join(one["addresses"]) or "-",
             one["reason"],
         )
         for one in records
     ]
-    headers = ("tables", "state", "pid", "rows", "restarts", "of", "reason")
+    headers = (
+        *("tables", "generations", "state", "pid", "rows", "behind", "restarts", "of"),
+        "reason",
+    )
     return table(headers, rows, max_width=100)
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
@@ -30,29 +30,25 @@ from silvershard.deploy import movielens, movielens_texts, movielens_users
 from silvershard.deploy.config import Config
 from silvershard.deploy.distributed import train_on_processes
 from silvershard.deploy.errors import CommandError
+from silvershard.deploy.log_cut import FROM_START, LogCut
 from silvershard.deploy.movielens import MovieLens, Popularity, Split
 from silvershard.deploy.movielens_users import Moments
+from silvershard.deploy.publishing import index_options, num_clusters, served_model
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.text_recipe import training_texts
 from silvershard.deploy.training_files import TrainingFiles
 from silvershard.deploy.users import write_users
 from silvershard.model.catalogue import Catalogue
-from silvershard.model.clustering import default_clusters
 from silvershard.model.registry import build
-from silvershard.model.remote_split import split_remote
-from silvershard.model.remote_tables import StoredRows
 from silvershard.model.request import FeatureValues, Request
 from silvershard.model.schema import Schema
 from silvershard.model.semantic_config import SemanticSpec
 from silvershard.model.semantic_source import SemanticSource
-from silvershard.model.spec import SearchDefaults
 from silvershard.model.training import Trained, Watch, train
 from silvershard.model.training_config import TrainingConfig
 from silvershard.model.training_data import Interactions
 from silvershard.model.training_texts import TrainingTexts
-from silvershard.model.two_tower import TwoTower
 from silvershard.shard.publish import PHASES, Published, publish_generation
-from silvershard.shard.table_placement import connect_tables
 
 BUILDER = "two_tower"
 WEIGHTS = "model.safetensors"
@@ -155,7 +151,7 @@ def prepare(
         report(f"split: {parts.summary}")
     popular = movielens.popularity(found, parts)
     chosen = training or config.training
-    schema = movielens.schema(chosen.user_features, texts=chosen.text is not None)
+    schema = schema_of(chosen)
     texts = movielens_texts.columns(found, parts) if chosen.text else None
     items = movielens.catalogue(found, popular.counts, popular.means, texts)
     items.validate(schema)
@@ -173,11 +169,9 @@ def prepare(
     )
 
 
-def num_clusters(config: Config, documents: int) -> int:
-    """Return the clusters of an index: as configured, or a power of two near 2.6 root of items."""
-    if config.index.clusters:
-        return config.index.clusters
-    return default_clusters(documents)
+def schema_of(training: TrainingConfig) -> Schema:
+    """Return what the items and users of a model consist of that was trained so."""
+    return movielens.schema(training.user_features, texts=training.text is not None)
 
 
 def train_model(
@@ -380,33 +374,25 @@ def _load_centroids(directory: Path, description: ModelDescription) -> Tensor | 
         raise CommandError(f"{file} cannot be used: {error}; train again") from None
 
 
-def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedModel) -> Published:
-    """Write the next generation, and the histories of the users beside it."""
-    items = len(prepared.catalogue)
-    clusters = num_clusters(config, items)
-    if loaded.centroids is not None:
-        clusters = len(loaded.centroids)
-        if config.index.clusters not in (0, clusters):
-            raise CommandError(
-                f"index.clusters must be 0 or {clusters}, which were trained with the towers, "
-                f"got {config.index.clusters}; set it so, or train again"
-            )
-    model, settings = loaded.model, loaded.description.config
-    remote_rows: Mapping[str, Tensor] = {}
-    if config.tables.remote:
-        try:
-            split = split_remote(cast(TwoTower, model), config.tables.remote)
-        except ValueError as error:
-            raise CommandError(f"tables.remote: {error}") from None
-        model, remote_rows = split.model, split.records
-        settings = split.model.config.model_dump(mode="json")
-    if config.index.table_precision != "float32":
-        try:
-            quantized = cast(TwoTower, model).quantized(config.index.table_precision)
-        except ValueError as error:
-            raise CommandError(f"index.table_precision: {error}") from None
-        model, settings = quantized, quantized.config.model_dump(mode="json")
-    connect_tables(model, StoredRows(remote_rows), remote_rows.__getitem__)
+def publish(
+    state: StateDir,
+    config: Config,
+    prepared: Prepared,
+    loaded: LoadedModel,
+    at: LogCut = FROM_START,
+) -> Published:
+    """Write the next generation, and the histories of the users beside it.
+
+    Args:
+        state: where they go.
+        config: settings.
+        prepared: the data.
+        loaded: the model.
+        at: place in the update log up to which its updates are in the data.
+    """
+    description = loaded.description
+    options = index_options(config, len(prepared.catalogue), loaded.semantic, loaded.centroids)
+    served = served_model(config, loaded.model, description.config)
     bar = tqdm(total=len(PHASES), desc="publishing", delay=2, leave=False)
 
     def on_phase(phase: str) -> None:
@@ -415,28 +401,18 @@ def publish(state: StateDir, config: Config, prepared: Prepared, loaded: LoadedM
 
     published = publish_generation(
         state.generations,
-        name=loaded.description.name,
-        model=model,
-        builder=loaded.description.builder,
-        config=settings,
+        name=description.name,
+        model=served.model,
+        builder=description.builder,
+        config=served.config,
         catalogue=prepared.catalogue,
         schema=prepared.schema,
-        defaults=SearchDefaults(
-            probes=max(round(config.index.probe_share * clusters), 1),
-            ann_k=config.index.ann_k,
-            semantic_k=config.index.semantic_k if loaded.semantic else 0,
-        ),
-        num_clusters=clusters,
-        planned_shards=max(config.index.planned_shards, config.sharding.shards),
-        page_slots=config.index.page_slots,
-        false_positive_rate=config.index.false_positive_rate,
-        seed=config.model.seed,
-        centroids=loaded.centroids,
-        remote_rows=remote_rows,
-        semantic=loaded.semantic,
-        golden_requests=config.index.golden_requests,
+        remote_rows=served.remote_rows,
         golden_users=_golden_users(prepared),
+        log_id=at.log_id,
+        cut=at.cut,
         on_phase=on_phase,
+        **options,
     )
     bar.close()
     data = prepared.data

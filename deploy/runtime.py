@@ -39,6 +39,8 @@ def prepare_ray(token_file: Path, *, threads: int) -> None:
         RAY_COLOR_PREFIX="0",
         # Ray would kill the largest worker on a full machine; here every worker is a shard.
         RAY_memory_monitor_refresh_ms="0",
+        # Ray runs workers at nice 15 by default, so that any other process would starve the shards.
+        RAY_worker_niceness="0",
         RAY_timeout_ms_task_wait_for_death_info="50",
         OMP_NUM_THREADS=str(threads),
     )

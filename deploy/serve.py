@@ -138,6 +138,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
     teller.tell(Progress(phase="starting Ray"))
     prepare_ray(state.token_file, threads=threads_per_shard(config.sharding))
     # It imports ray, which reads the environment that was just set.
+    from silvershard.deploy.admin_server import AdminServer
     from silvershard.deploy.launcher import LocalCluster
 
     tables = row_files(Path(launch.snapshot))
@@ -149,7 +150,6 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         config,
         generation=launch.generation,
         snapshot=Path(launch.snapshot),
-        tables=tables,
         model=_model_of(Path(launch.snapshot)),
         guard=identify(guard_pid),
         ray_dir=ray_dir,
@@ -170,6 +170,8 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         # Ray has put a handler of its own in place.
         signal.signal(signal.SIGTERM, _exit_now)
         stack.callback(cluster.stop)
+        if config.admin.enabled:
+            cluster.admin = stack.enter_context(AdminServer(state, config)).address
         cluster.start_shards()
         cluster.wait_until_ready(config.runtime.start_timeout_s)
         stop = threading.Event()

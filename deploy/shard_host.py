@@ -30,6 +30,13 @@ class Held(NamedTuple):
     free_pages: int
     rejected: int
     """Updates that it could not apply."""
+    refused: tuple[tuple[int, str], ...] = ()
+    """The newest items among them that it could not take, and why."""
+    list_skew: float = 0.0
+    """Longest list over mean list of its clusters; 0 without items, or where it follows no log."""
+    assignment_error: float = 0.0
+    """Share of its items that stand in another cluster than the nearest, as ``AssignmentSample``
+    defines it."""
 
     @property
     def behind(self) -> int:
@@ -142,6 +149,9 @@ def held_from(report: shard_pb2.ShardReport) -> dict[int, Held]:
             pages=one.pool.pages,
             free_pages=one.pool.free_pages,
             rejected=one.updates.rejected,
+            refused=tuple((item.item_id, item.reason) for item in one.refused),
+            list_skew=one.pool.longest_list / one.pool.mean_list if one.pool.mean_list else 0.0,
+            assignment_error=one.pool.assignment_error,
         )
         for one in report.generations
     }

@@ -7,16 +7,25 @@ from typing import Any
 
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import ControlStore
-from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.errors import CommandError, ExitCode, NotPublished
 from silvershard.deploy.launch import choose_generation
-from silvershard.deploy.log_pins import existing_log, pin_generations, pin_name, trim_log
+from silvershard.deploy.log_pins import (
+    check_cut,
+    drop_pins,
+    other_pins,
+    pin_generation,
+    pin_generations,
+    release_pins,
+    trim_log,
+)
 from silvershard.deploy.memory_plan import mib
 from silvershard.deploy.state import StateDir
+from silvershard.deploy.state_log import check_stopped, existing_log, leave_log
 from silvershard.deploy.tables import table
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.generations import generation_dir, list_generations
 from silvershard.shard.repository import Copied, Repository
-from silvershard.shard.snapshot import MANIFEST, open_snapshot
+from silvershard.shard.snapshot import MANIFEST, Manifest, open_snapshot
 
 Report = Callable[[str], None]
 
@@ -29,6 +38,8 @@ def listing(state: StateDir) -> dict[str, Any]:
         roles.setdefault(control.current.generation, "staged")
     return {
         "state_dir": str(state.root),
+        "state_id": control.state_id,
+        "log_id": control.log_id,
         "snapshots": [
             _described(state, number, roles.get(number, ""))
             for number in list_generations(state.generations)
@@ -85,35 +96,83 @@ def push(
 
 
 def restore(
-    state: StateDir, url: str, generation: int, *, dry_run: bool, report: Report
+    state: StateDir,
+    config: Config,
+    url: str,
+    generation: int,
+    *,
+    new_log: bool = False,
+    dry_run: bool,
+    report: Report,
 ) -> dict[str, Any]:
     """Bring a generation from a URL into the state directory; return what was copied.
 
     Args:
         state: where it goes.
+        config: settings; the log is theirs.
         url: of the copies.
         generation: its number; 0 is the newest that is there.
+        new_log: go on with the update log that the settings name, whatever log it is of.
         dry_run: say what would be copied only.
-        report: hears the name of each file.
+        report: hears the name of each file, and what is lost with the log that is left.
 
     Raises:
+        Refused: if the update log is another one, or was trimmed beyond its cut; nothing is copied.
         RepositoryError: if the URL cannot be read, or does not hold the generation.
         SnapshotError: if the copy is damaged, or other content has its number here.
     """
     repository = Repository(url)
     present = repository.generations()
     if not present:
-        raise CommandError(
+        raise NotPublished(
             f"{url} holds no generation: copy one with `silvershard snapshots --push`"
         )
     number = generation or present[-1]
+    if number not in present:
+        raise NotPublished(
+            f"{url} holds no generation {number}; there "
+            f"{'is' if len(present) == 1 else 'are'} {', '.join(map(str, present))}"
+        )
+    here = number in list_generations(state.generations)
+    path = generation_dir(state.generations, number)
+    manifest = open_snapshot(path).manifest if here else repository.manifest(number)
     if dry_run:
-        here = number in list_generations(state.generations)
+        if not new_log:
+            _check_log(state, config, manifest, report)
         return {"generation": number, "url": url, "present": here, "done": False}
     with state.working("restore"):
+        if new_log:
+            check_stopped(state)
+        else:
+            _check_log(state, config, manifest, report, pin=True)
         state.generations.mkdir(mode=0o700, exist_ok=True)
         copied = repository.fetch(number, state.generations, lambda name: report(f"copying {name}"))
+        if new_log:
+            for line in leave_log(state, config):
+                report(line)
+            _check_log(state, config, open_snapshot(path).manifest, report, pin=True)
     return _copied(copied, url)
+
+
+def _check_log(
+    state: StateDir, config: Config, manifest: Manifest, report: Report, *, pin: bool = False
+) -> None:
+    """Return if a generation can be brought up to date; let the log keep what that needs."""
+    number = manifest.spec.generation
+    log = existing_log(state, config)
+    if log is None:
+        if manifest.log_id:
+            report(
+                f"generation {number} holds updates of log {manifest.log_id}, which is not here: "
+                "name it with updates.log before the next `silvershard up`"
+            )
+        return
+    try:
+        check_cut(log, number, manifest.log_id, manifest.cut)
+        if pin:
+            pin_generation(log, state, number, manifest.cut)
+    finally:
+        log.close()
 
 
 def _copied(copied: Copied, url: str) -> dict[str, Any]:
@@ -139,6 +198,7 @@ def prune(state: StateDir, config: Config, keep: int, *, dry_run: bool) -> dict[
         raise CommandError(f"at least 1 generation must be kept, got {keep}", ExitCode.USAGE)
     removed: list[int] = []
     trimmed: list[int] = []
+    others: dict[str, dict[int, tuple[int, ...]]] = {}
     with state.working("prune"):
         log = existing_log(state, config)
         try:
@@ -149,15 +209,46 @@ def prune(state: StateDir, config: Config, keep: int, *, dry_run: bool) -> dict[
                 for number in removed:
                     _remove(state, number)
                 if log is not None:
-                    for number in removed:
-                        log.unpin(pin_name(number))
-                    pin_generations(log, state.generations)
+                    pin_generations(log, state)
+                    drop_pins(log, state)
                     trimmed = trim_log(log) if kept & set(present) else []
+                    others = other_pins(log, state)
         finally:
             if log is not None:
                 log.close()
     stay = [number for number in present if number in kept]
-    return {"removed": removed, "kept": stay, "log_start": trimmed, "done": not dry_run}
+    return {
+        "removed": removed,
+        "kept": stay,
+        "log_start": trimmed,
+        "other_pins": others,
+        "done": not dry_run,
+    }
+
+
+def unpin(state: StateDir, config: Config, name: str) -> dict[str, Any]:
+    """Let the update log forget what a state directory kept that is no more.
+
+    Args:
+        state: another directory with the same log.
+        config: its settings.
+        name: of the one that is no more, as ``prune`` shows it.
+
+    Raises:
+        CommandError: if there is no log, or no pin of that name.
+        Refused: if it is the name of ``state`` itself.
+        LogUnavailable: if the log cannot be reached.
+    """
+    log = existing_log(state, config)
+    if log is None:
+        raise CommandError(f"there is no update log in {state.root}")
+    try:
+        released = release_pins(log, state, name)
+    finally:
+        log.close()
+    if not released:
+        raise CommandError(f"the update log has no pins of a state directory {name}")
+    return {"state_id": name, "released": released}
 
 
 def _remove(state: StateDir, generation: int) -> None:
@@ -219,4 +310,16 @@ def render_pruned(document: Mapping[str, Any]) -> str:
     kept = ", ".join(map(str, document["kept"])) or "nothing"
     log = document["log_start"]
     rest = f"; the update log begins after {', '.join(map(str, log))}" if log else ""
-    return f"{did} {numbers}, kept {kept}{rest}"
+    others = "".join(
+        f"\nstate directory {name} keeps it for its generations {', '.join(map(str, pins))}"
+        for name, pins in document["other_pins"].items()
+    )
+    return f"{did} {numbers}, kept {kept}{rest}{others}"
+
+
+def render_unpinned(document: Mapping[str, Any]) -> str:
+    """Return what was released for people."""
+    return (
+        f"released {document['released']} pins of state directory {document['state_id']}; the next "
+        "`silvershard snapshots --prune` trims the log"
+    )

@@ -76,6 +76,7 @@ class TableRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(ge=0, description="index of the part")
+    generations: tuple[int, ...] = Field(default=(), description="generations whose rows they are")
     state: ShardPhase = Field(description="where it is in its life")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     rows: int = Field(default=0, ge=0, description="rows that it holds, of all tables")
@@ -144,6 +145,7 @@ class ClusterRecord(BaseModel):
     generations: tuple[GenerationRecord, ...] = Field(
         default=(), description="every generation that a shard process holds"
     )
+    admin: str = Field(default="", description="host:port of the admin plane; empty: none")
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
         default=(), description="all processes below the driver, for cleaning up after a crash"
@@ -221,9 +223,10 @@ class StateDir:
         """Return the map that the router follows."""
         return self.root / "shard_map.json"
 
-    def table_map_file(self, table: str) -> Path:
-        """Return the map of a remote table that the shards follow."""
-        return self.root / "tables" / f"{table}.json"
+    @property
+    def tables_dir(self) -> Path:
+        """Return where the maps of remote tables are, which the shards follow."""
+        return self.root / "tables"
 
     @property
     def router_file(self) -> Path:
@@ -375,7 +378,7 @@ class StateDir:
         """Remove what describes a running cluster."""
         for path in (self.record_file, self.shard_map_file, self.router_file, self.token_file):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.root / "tables", ignore_errors=True)
+        shutil.rmtree(self.tables_dir, ignore_errors=True)
 
     def clean_leftovers(self, *, grace_s: float = 2.0) -> int:
         """End what a crashed cluster left behind; return how many processes that were.

@@ -1,22 +1,32 @@
 """The processes of remote tables: started, watched, and named in the maps that the shards follow.
 
-Each process holds a part of every table; the maps are one small file per table.
+Each process holds a part of every table of a generation; the maps are one small file per table.
+Generations whose rows are the same share their processes.
 
-Shapes: S processes.
+Shapes: L log partitions, S processes.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import shutil
+import sys
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from typing import Any
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from silvershard.cluster.table_config import ShardTables
-from silvershard.cluster.table_map import TableEntry, TableShardMap
+from silvershard.cluster.table_config import ShardTables, TableHolding, TableRows
+from silvershard.cluster.table_map import TableEntry, TableShardMap, map_path
 from silvershard.deploy.config import Config
 from silvershard.deploy.shard_watch import ActorWatch, Handle
 from silvershard.deploy.state import StateDir, TableRecord
-from silvershard.shard.table_files import RowFile
+from silvershard.deploy.state_log import log_url
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.generations import generation_dir
+from silvershard.shard.outline import read_outline
+from silvershard.shard.table_files import RowFile, row_files
 
 
 class TableHost(BaseModel):
@@ -29,8 +39,56 @@ class TableHost(BaseModel):
     tables: dict[str, TableEntry] = Field(description="its entry in the map of each table")
 
 
-StartTables = Callable[[int], Handle[TableHost]]
-"""Starts the process of a part of all tables and returns its handle."""
+StartTables = Callable[[int, Path], Handle[TableHost]]
+"""Starts the process of a part of the tables that a file names, and returns its handle."""
+
+
+class PublishedRows(NamedTuple):
+    """The remote tables of a generation as they were published."""
+
+    generation: int
+    files: tuple[RowFile, ...]
+    checksums: tuple[str, ...]
+    """Of the files."""
+    log_id: int
+    """Update log that the cut is of; 0: none."""
+    cut: tuple[int, ...]
+    """``(L,)`` positions up to which changes are in the rows; empty: none are."""
+
+    def lead_to(self, later: "PublishedRows") -> bool:
+        """Return whether these rows, kept up to date, are also those of another generation.
+
+        They are where the bytes are the same and nothing that the other one has still to replay
+        came before: then no change lies between the two that left a trace.
+        """
+        if (self.checksums, self.files_by_name) != (later.checksums, later.files_by_name):
+            return False
+        if self.log_id not in (0, later.log_id):
+            return False
+        return all(mine <= its for mine, its in zip_longest(self.cut, later.cut, fillvalue=0))
+
+    @property
+    def files_by_name(self) -> tuple[str, ...]:
+        """Return the names of the tables."""
+        return tuple(one.name for one in self.files)
+
+
+def published_rows(path: Path) -> PublishedRows:
+    """Return the remote tables of the generation in a directory.
+
+    Raises:
+        SnapshotError: if the manifest or a file cannot be read.
+    """
+    outline = read_outline(path)
+    return PublishedRows(
+        generation=outline.generation,
+        files=tuple(row_files(path)),
+        checksums=tuple(
+            outline.checksums[name] for name in sorted(outline.sizes) if name.startswith("rows/")
+        ),
+        log_id=outline.log_id,
+        cut=outline.cut,
+    )
 
 
 class TableWatch(ActorWatch[TableHost]):
@@ -55,104 +113,217 @@ class TableWatch(ActorWatch[TableHost]):
 
 
 class TableTier:
-    """All processes of the remote tables of a generation; none where it has no such table."""
+    """The processes that hold one set of rows, for the generations that have it."""
 
     def __init__(
         self,
         state: StateDir,
         config: Config,
-        files: Sequence[RowFile],
-        start: StartTables | None = None,
+        rows: PublishedRows,
+        holding: Path,
+        start: StartTables,
     ) -> None:
-        """Prepare the processes.
+        """Start all processes at once.
 
         Args:
             state: where the maps go.
             config: settings.
-            files: the remote tables of the generation.
-            start: starts a process; by default as a Ray actor that serves ``files``.
+            rows: what they hold, of at least one table.
+            holding: file that tells them so.
+            start: starts a process.
         """
+        self.rows = rows
         self._state = state
         self._config = config
-        self._files = {one.name: one for one in files}
-        self._plans = {one.name: one.plan(config.tables.shards) for one in files}
-        self._start = start or self._start_actor
-        self._maps: dict[str, TableShardMap] = {}
-        self.watches: list[TableWatch] = []
+        self._holding = holding
+        self._plans = {one.name: one.plan(config.tables.shards) for one in rows.files}
+        self._maps: dict[tuple[int, str], TableShardMap] = {}
+        self._users: dict[int, PublishedRows] = {}
+        self._write_holding()
+        num_processes = max(plan.num_shards for plan in self._plans.values())
+        self.watches = [
+            TableWatch(shard, start(shard, holding), config.runtime)
+            for shard in range(num_processes)
+        ]
 
     @property
-    def num_processes(self) -> int:
-        """Return S."""
-        return max((plan.num_shards for plan in self._plans.values()), default=0)
+    def generations(self) -> list[int]:
+        """Return the generations that use it."""
+        return sorted(self._users)
 
-    @property
-    def records(self) -> tuple[TableRecord, ...]:
-        """Return every process as the launcher sees it now."""
-        return tuple(one.record for one in self.watches)
-
-    def for_shards(self) -> ShardTables:
-        """Return what a shard is told of embedding tables, these and its own."""
-        tables = self._config.tables
-        return ShardTables(
-            maps={name: str(self._state.table_map_file(name)) for name in self._files},
-            client=tables.client(self._config.ping),
-            wait_s=self._config.runtime.start_timeout_s,
-            sharding=tables.sharding,
-            host_bytes=tables.host_budget_mib << 20,
+    def use(self, rows: PublishedRows) -> None:
+        """Serve a generation whose rows these lead to."""
+        self._users[rows.generation] = rows
+        map_path(self._state.tables_dir, rows.generation, "").parent.mkdir(
+            mode=0o700, parents=True, exist_ok=True
         )
 
-    def start(self) -> None:
-        """Start all processes at once."""
-        if self._files:
-            self._state.table_map_file("").parent.mkdir(mode=0o700, exist_ok=True)
-        self.watches = [
-            TableWatch(shard, self._start(shard), self._config.runtime)
-            for shard in range(self.num_processes)
-        ]
+    def leave(self, generation: int) -> None:
+        """Serve a generation no more."""
+        del self._users[generation]
+        for key in [one for one in self._maps if one[0] == generation]:
+            del self._maps[key]
+        shutil.rmtree(map_path(self._state.tables_dir, generation, "").parent, ignore_errors=True)
+        if self._users and self.rows.generation not in self._users:
+            # Its files may go. What starts again must find others with the same rows.
+            self.rows = min(self._users.values(), key=lambda one: (one.cut, one.generation))
+            self._write_holding()
 
-    def _start_actor(self, shard: int) -> Handle[TableHost]:
-        from silvershard.cluster import table_actor
-        from silvershard.deploy.ray_shard import RayShard
-
-        # ray.remote turns the class into something that its type does not say.
-        actor_class: Any = table_actor.TableActor
-        tables = [
-            {"plan": plan.model_dump(), "path": str(self._files[name].path)}
-            for name, plan in self._plans.items()
-            if shard < plan.num_shards
-        ]
-        return RayShard(actor_class.options(name=f"table-{shard}").remote(shard, tables), TableHost)
+    def _write_holding(self) -> None:
+        TableHolding(
+            tables=tuple(
+                TableRows(plan=self._plans[one.name], path=str(one.path)) for one in self.rows.files
+            ),
+            log_url=log_url(self._state, self._config),
+            log_id=self.rows.log_id,
+            cut=self.rows.cut,
+        ).write_atomic(self._holding)
 
     def poll(self) -> None:
         """Look at every process once, and keep the maps true."""
         for one in self.watches:
             one.poll()
-        for name in self._files:
-            self._write_map(name)
+        for generation, rows in self._users.items():
+            for file in rows.files:
+                self._write_map(generation, file)
 
-    def _write_map(self, table: str) -> None:
-        plan, before = self._plans[table], self._maps.get(table)
+    def _write_map(self, generation: int, file: RowFile) -> None:
+        key = (generation, file.name)
+        plan, before = self._plans[file.name], self._maps.get(key)
         entries = tuple(
-            one.entry.tables[table]
+            one.entry.tables[file.name]
             for one in self.watches
-            if one.entry is not None and table in one.entry.tables
+            if one.entry is not None and file.name in one.entry.tables
         )
         if before is not None and before.entries == entries:
             return
         if before is None and len(entries) < plan.num_shards:
             # The first map is whole, so that no shard begins with default rows.
             return
-        self._maps[table] = TableShardMap(
+        self._maps[key] = TableShardMap(
             version=before.version + 1 if before else 1,
             plan=plan,
             entries=entries,
-            default_row=self._files[table].default_row,
+            default_row=file.default_row,
         )
-        self._maps[table].write_atomic(self._state.table_map_file(table))
+        path = map_path(self._state.tables_dir, generation, file.name)
+        self._maps[key].write_atomic(path)
+
+    def end(self) -> None:
+        """End all processes for good."""
+        for generation in self.generations:
+            self.leave(generation)
+        self._holding.unlink(missing_ok=True)
+        with ExitStack() as rest:
+            for one in self.watches:
+                rest.callback(one.end)
+
+
+class TableTiers:
+    """The processes of the remote tables of all generations that shards hold."""
+
+    def __init__(self, state: StateDir, config: Config, start: StartTables | None = None) -> None:
+        """Prepare without a process.
+
+        Args:
+            state: where generations are and the maps go.
+            config: settings.
+            start: starts a process; by default as a Ray actor.
+        """
+        self._state = state
+        self._config = config
+        self._start = start or _start_actor
+        self._rows: dict[int, PublishedRows] = {}
+        self._tiers: list[TableTier] = []
+        self._num_started = 0
+        self._said = ""
+
+    @property
+    def watches(self) -> list[TableWatch]:
+        """Return every process."""
+        return [one for tier in self._tiers for one in tier.watches]
+
+    @property
+    def records(self) -> tuple[TableRecord, ...]:
+        """Return every process as the launcher sees it now."""
+        return tuple(
+            one.record.model_copy(update={"generations": tuple(tier.generations)})
+            for tier in self._tiers
+            for one in tier.watches
+        )
+
+    def for_shards(self) -> ShardTables:
+        """Return what a shard is told of embedding tables, these and its own."""
+        tables = self._config.tables
+        return ShardTables(
+            maps=str(self._state.tables_dir),
+            client=tables.client(self._config.ping),
+            wait_s=self._config.runtime.start_timeout_s,
+            sharding=tables.sharding,
+            host_bytes=tables.host_budget_mib << 20,
+        )
+
+    def hold(self, generations: Collection[int]) -> None:
+        """Start processes for the rows of these generations, and end what none of them needs.
+
+        A generation that cannot be read has none; the shards say what is wrong with it.
+        """
+        for number in sorted(self._rows.keys() - set(generations)):
+            self._drop(number)
+        for number in sorted(set(generations) - self._rows.keys()):
+            try:
+                rows = published_rows(generation_dir(self._state.generations, number))
+            except SnapshotError as error:
+                self._say(str(error))
+                continue
+            self._rows[number] = rows
+            if rows.files:
+                self._tier_for(rows).use(rows)
+
+    def _tier_for(self, rows: PublishedRows) -> TableTier:
+        for tier in self._tiers:
+            if tier.rows.lead_to(rows):
+                return tier
+        self._num_started += 1
+        self._state.tables_dir.mkdir(mode=0o700, exist_ok=True)
+        holding = self._state.tables_dir / f"tier-{self._num_started:06d}.json"
+        self._tiers.append(TableTier(self._state, self._config, rows, holding, self._start))
+        return self._tiers[-1]
+
+    def _drop(self, generation: int) -> None:
+        del self._rows[generation]
+        for tier in self._tiers:
+            if generation in tier.generations:
+                tier.leave(generation)
+                if not tier.generations:
+                    self._tiers.remove(tier)
+                    tier.end()
+                return
+
+    def poll(self) -> None:
+        """Look at every process once, and keep the maps true."""
+        for tier in self._tiers:
+            tier.poll()
 
     def end(self) -> None:
         """End all processes for good."""
         with ExitStack() as rest:
-            for one in self.watches:
-                rest.callback(one.end)
-        self.watches = []
+            for tier in self._tiers:
+                rest.callback(tier.end)
+        self._tiers = []
+        self._rows = {}
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            print(json.dumps({"event": "tables", "message": text}), file=sys.stderr)
+
+
+def _start_actor(shard: int, holding: Path) -> Handle[TableHost]:
+    from silvershard.cluster import table_actor
+    from silvershard.deploy.ray_shard import RayShard
+
+    # ray.remote turns the class into something that its type does not say.
+    actor_class: Any = table_actor.TableActor
+    actor = actor_class.options(name=f"{holding.stem}-{shard}").remote(shard, str(holding))
+    return RayShard(actor, TableHost)

@@ -1,7 +1,8 @@
 """Sends batches of updates to a cluster, several at a time, those of one item in their order.
 
-A batch waits until no batch that is still under way has one of its items. What the cluster refuses
-for a while is sent again, with all that follows it for the same item.
+A batch waits until no batch that is still under way has one of its items. An upsert may be refused
+for a while, as long as there is no room; then it is sent again. So what follows an upsert for the
+same item waits for what becomes of it, and the last record of a file is what its item ends with.
 """
 
 import random
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from silvershard.cluster import ApplyResult, RequestRefused
+from silvershard.cluster import ApplyResult, ItemUpsert, RequestRefused
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.update_files import Entry
 from silvershard.deploy.update_json import ItemUpdate
@@ -135,8 +136,9 @@ class Feed:
         progress_s, pause_s = self._clock(), _FIRST_PAUSE_S
         while left:
             told_s: float | None = None
+            now, behind = _in_turn(left)
             try:
-                result = self._apply([update for _, update in left])
+                result = self._apply([update for _, update in now])
             except RequestRefused as error:
                 if error.code not in RETRIED:
                     raise
@@ -148,13 +150,13 @@ class Feed:
                 middle = len(left) // 2
                 return rejected | self._send(left[:middle]) | self._send(left[middle:])
             else:
-                again, refused, reason = _outcome(left, result)
+                again, refused, reason = _outcome(now, result)
                 rejected |= refused
-                if len(again) < len(left):
+                left = sorted([*again, *behind], key=lambda one: one[0])
+                if len(again) < len(now):
                     progress_s, pause_s = self._clock(), _FIRST_PAUSE_S
-                left = again
-                if not left:
-                    break
+                if not again:
+                    continue
             if self._left.is_set():
                 raise CommandError("the ingest has ended")
             if self._clock() - progress_s > self._give_up_s:
@@ -164,22 +166,33 @@ class Feed:
         return rejected
 
 
+def _in_turn(left: Sequence[_Numbered]) -> tuple[list[_Numbered], list[_Numbered]]:
+    """Return what can be sent at once, and what has to wait for an upsert of its item in that."""
+    now: list[_Numbered] = []
+    behind: list[_Numbered] = []
+    upserted: set[int] = set()
+    for number, update in left:
+        if update.item_id in upserted:
+            behind.append((number, update))
+            continue
+        now.append((number, update))
+        if isinstance(update, ItemUpsert):
+            upserted.add(update.item_id)
+    return now, behind
+
+
 def _outcome(
     sent: Sequence[_Numbered], result: ApplyResult
 ) -> tuple[list[_Numbered], dict[int, str], str]:
     """Return what is to be sent again, what is rejected for good, and why the former."""
-    rejections = {one.index: one for one in result.rejected}
     again: list[_Numbered] = []
     refused: dict[int, str] = {}
-    behind: set[int] = set()
     reason = ""
-    for index, (number, update) in enumerate(sent):
-        one = rejections.get(index)
-        if update.item_id in behind or (one is not None and one.code in RETRIED):
-            # What follows for the item was decided without this, so it is decided again.
-            behind.add(update.item_id)
+    for one in result.rejected:
+        number, update = sent[one.index]
+        if one.code in RETRIED:
             again.append((number, update))
-            reason = reason or (one.reason if one is not None else "")
-        elif one is not None:
+            reason = reason or one.reason
+        else:
             refused[number] = f"{one.code}: {one.reason}"
     return again, refused, reason

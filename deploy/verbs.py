@@ -23,6 +23,7 @@ from silvershard.deploy import change, generation_verbs, ingest
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
+    new_log_option,
     parents,
     query_options,
     reporter,
@@ -32,6 +33,7 @@ from silvershard.deploy.arguments import (
 )
 from silvershard.deploy.config import Config, to_yaml
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import ConfigError, DeadlineExceeded, RemoteError, RetrievalError
 
 _Change = Callable[[argparse.Namespace, Callable[[], str]], dict[str, Any]]
@@ -104,6 +106,19 @@ def _arguments() -> argparse.ArgumentParser:
         help="instead: the live generation as the update log left it, in new clusters",
     )
     publish.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="model that `train` left (default DIR/model of the state directory; with --recluster "
+        "that of the live generation)",
+    )
+    publish.add_argument(
+        "--data-as-of",
+        metavar="start|now|POSITIONS",
+        help="what the data hold of the update log, the rest of which is replayed: nothing "
+        "(default), all, or as far as `silvershard freshness` said when they were exported",
+    )
+    publish.add_argument(
         "--activate", action="store_true", help="make it live in the running cluster then"
     )
     text = "start a cluster on this machine and keep it running"
@@ -115,6 +130,8 @@ def _arguments() -> argparse.ArgumentParser:
         help="what to serve (default what was live last, else latest)",
     )
     serving_options(up)
+    new_log_option(publish)
+    new_log_option(up)
     text = "stop the cluster and wait until its last process is gone"
     verb("down", text, _down, state, config, timeout)
     verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
@@ -194,10 +211,12 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from silvershard.deploy import activate, recipe, recluster
+    from silvershard.deploy import activate, log_cut, recipe, recluster
 
-    if options.recluster and options.data:
-        raise CommandError("--recluster reads no data: leave --data out", ExitCode.USAGE)
+    if options.recluster and (options.data or options.data_as_of):
+        raise CommandError(
+            "--recluster reads no data: leave --data and --data-as-of out", ExitCode.USAGE
+        )
     state = state_of(options)
     config = load_settings(options, state).config
     report = reporter(options)
@@ -205,17 +224,19 @@ def _publish(options: argparse.Namespace) -> int:
         # What cannot be done in the end should be said before the work.
         activate.running(state)
     with state.working("publish"):
+        if options.new_log:
+            _leave_log(options, state, config)
         if options.recluster:
-            published = recluster.republish(state, config, report)
+            published = recluster.republish(state, config, report, model=options.model)
         else:
-            recluster.check_from_data(state, config)
-            loaded = recipe.load_model(state.model_dir)
+            at = log_cut.cut_of_data(state, config, options.data_as_of or log_cut.START)
+            loaded = recipe.load_model(options.model or state.model_dir)
             source = loaded.description.data.path
             data = options.data or (Path(source) if source else None)
             prepared = recipe.prepare(
                 config, data=data, report=report, training=loaded.description.training
             )
-            published = recipe.publish(state, config, prepared, loaded)
+            published = recipe.publish(state, config, prepared, loaded, at)
     document = recipe.describe_published(published)
     next_step = f"silvershard activate {published.generation}, or silvershard up"
     done = f"published generation {published.generation}, {published.documents:,} items"
@@ -239,9 +260,19 @@ def _up(options: argparse.Namespace) -> int:
 
     state = state_of(options)
     config = load_settings(options, state, **{"runtime.start_timeout_s": options.timeout}).config
+    if options.new_log:
+        _leave_log(options, state, config)
     document = operate.up(state, config, generation=options.generation)
     show(options, document, lambda: operate.render_cluster(document))
     return ExitCode.OK
+
+
+def _leave_log(options: argparse.Namespace, state: StateDir, config: Config) -> None:
+    from silvershard.deploy import state_log
+
+    report = reporter(options)
+    for line in state_log.leave_log(state, config):
+        report(line)
 
 
 def _down(options: argparse.Namespace) -> int:

@@ -38,7 +38,8 @@ class Located(NamedTuple):
 class _Table:
     """Cells of a power of two; an empty cell is zero.
 
-    So a key is its id plus one, modulo 2**64, and a slot is kept plus one.
+    So a key is its id plus one, modulo 2**64, and a slot is kept plus one. A key without slot and
+    version was forgotten; its cell is taken until the table is replaced.
     """
 
     def __init__(self, size: int) -> None:
@@ -85,11 +86,12 @@ class _Table:
 
 
 class IdMap:
-    """Slot and version of every id that an index has ever held.
+    """Slot and version of every id that an index holds, and the version of ids that it held.
 
     It grows without a pause: a table of twice the size takes over, and with every change a bounded
     number of cells moves there. As cells keep the order of their hashes, so much of the new memory
-    is touched for the first time as is moved. An id that was deleted keeps its version, for ever.
+    is touched for the first time as is moved. An id that was deleted keeps its version until it is
+    forgotten; where many were, a table of the same size takes over without them.
     """
 
     def __init__(self, item_ids: _Ids, slots: _Ids) -> None:
@@ -108,7 +110,9 @@ class IdMap:
         cells = self._table.insert(item_ids + 1)
         self._table.slots[cells] = slots + 1
         self.num_ids = len(item_ids)
-        """Ids that are held or were once."""
+        """Ids that are held, or were and are not forgotten."""
+        self._num_forgotten = 0
+        """Ids that only take a cell."""
 
     def touch(self) -> None:
         """Make the system give the memory of the versions now, before the first change.
@@ -150,11 +154,11 @@ class IdMap:
             slots: ``(n,)`` int64; -1 keeps the version of an id that is held no more.
             versions: ``(n,)`` int64.
         """
-        expected = self.num_ids + len(item_ids)
-        if 8 * expected > _FULL_EIGHTHS * len(self._table):
+        taken = self.num_ids + self._num_forgotten + len(item_ids)
+        if 8 * taken > _FULL_EIGHTHS * len(self._table):
             self._move(len(self._table))
-            size = 2 * len(self._table)
-            while 8 * expected > _GROWN_EIGHTHS * size:
+            size = len(self._table)
+            while 8 * (self.num_ids + len(item_ids)) > _GROWN_EIGHTHS * size:
                 size *= 2
             self._old, self._table, self._moved = self._table, _Table(size), 0
         self._move(_MOVED_PER_CALL + _MOVED_PER_ID * len(item_ids))
@@ -162,9 +166,26 @@ class IdMap:
         for table, own in self._by_table(keys):
             before = table.used
             cells = table.insert(keys[own])
+            unknown = np.count_nonzero((table.slots[cells] == 0) & (table.versions[cells] == 0))
+            self.num_ids += int(unknown)
+            self._num_forgotten -= int(unknown) - (table.used - before)
             table.slots[cells] = slots[own] + 1
             table.versions[cells] = versions[own]
-            self.num_ids += table.used - before
+
+    def forget(self, item_ids: _Ids, versions: _Ids) -> None:
+        """Forget those of some distinct ids that are not held and were last seen at a version.
+
+        Args:
+            item_ids: ``(n,)`` int64 >= 0.
+            versions: ``(n,)`` int64 >= 1.
+        """
+        keys = item_ids + 1
+        for table, own in self._by_table(keys):
+            cells = table.find(keys[own])
+            gone = (table.slots[cells] == 0) & (table.versions[cells] == versions[own])
+            table.versions[cells[gone]] = 0
+            self.num_ids -= int(np.count_nonzero(gone))
+            self._num_forgotten += int(np.count_nonzero(gone))
 
     def _move(self, cells: int) -> None:
         """Move the keys that begin at the next cells of the smaller table, at least ``cells``."""
@@ -174,12 +195,16 @@ class IdMap:
         size = len(old)
         end = min(self._moved + cells, size)
         # Behind an empty cell are no keys that begin before it. The last run goes on at the front.
-        at = np.arange(self._moved, end)
         while old.keys[end % size] != 0:
-            at = np.append(at, end % size)
             end += 1
+        place = np.arange(self._moved, end)
+        at = place % size
         first = old.first(old.keys[at])
-        at = at[(old.keys[at] != 0) & (first >= self._moved)]
+        # Keys of the last run that stand at the front move with that run, not with the first.
+        at = at[(old.keys[at] != 0) & (first >= self._moved) & (first <= place)]
+        known = (old.slots[at] != 0) | (old.versions[at] != 0)
+        self._num_forgotten -= int(len(at) - np.count_nonzero(known))
+        at = at[known]
         there = self._table.insert(old.keys[at])
         self._table.slots[there] = old.slots[at]
         self._table.versions[there] = old.versions[at]

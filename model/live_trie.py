@@ -10,6 +10,7 @@ Shapes: N pages of G slots, L levels, V codes of a level.
 Source: O'Neil et al., "The Log-Structured Merge-Tree (LSM-Tree)", Acta Informatica 33, 1996.
 """
 
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -49,7 +50,15 @@ class LiveTrie(nn.Module):
         self._building: Future[CodeTrie] | None = None
         self._since: list[SlotChange] = []
         """Changes since what is being built was read."""
-        part.watchers.append(self._changed)
+        # Weak: the part goes with its last user, which no collection has to find out.
+        owner = weakref.ref(self)
+
+        def follow(change: SlotChange) -> None:
+            trie = owner()
+            if trie is not None:
+                trie._changed(change)
+
+        part.watchers.append(follow)
 
     def tries(self) -> list[CodeTrie]:
         """Return tries that hold every live item once, and perhaps some that are not live."""

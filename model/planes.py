@@ -10,6 +10,7 @@ import hashlib
 import math
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from silvershard.kernels.filter_ops import PAD_TERM
+from silvershard.model.bloom_width import LEAST_RATE, MAX_HASHES, choose_width
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
 from silvershard.model.dtypes import INT64_MAX, ValueType
 from silvershard.model.schema import Schema, SchemaError
@@ -27,13 +29,10 @@ from silvershard.model.schema import Schema, SchemaError
 LIVE_PLANE = 0
 FIRST_EXACT_PLANE = 1
 TERM_SLOTS_MULTIPLE = 4
-MAX_HASHES = 16
 MAX_CATEGORIES = 127
 """Category attributes of a generation; every term key carries the number of its attribute."""
 ATTRIBUTE_SHIFT = 56
 """A term key is ``number of the attribute << ATTRIBUTE_SHIFT | hash of the value``."""
-# Rates are sums of alternating sign in float64: below this they are rounding noise.
-_LEAST_RATE = 1e-9
 
 TermValue = int | str
 NumberValue = int | float
@@ -81,7 +80,7 @@ class PlaneDictionary(BaseModel):
     )
     first_bloom_plane: int = pydantic.Field(ge=1, description="first plane after the exact ones")
     num_bloom_planes: int = pydantic.Field(
-        ge=0, description="width of the Bloom signature; 0: every value has an exact plane"
+        ge=0, description="width of the Bloom signature; 0: values without a plane are refused"
     )
     num_hashes: int = pydantic.Field(ge=1, le=MAX_HASHES, description="Bloom planes set per value")
     seed: int = pydantic.Field(ge=0, le=INT64_MAX, description="seed of term keys and positions")
@@ -215,31 +214,38 @@ def choose_planes(
     num_hashes: int = 5,
     max_bloom_planes: int = 4096,
     seed: int = 0,
+    previous: Sequence[PlaneDictionary] = (),
 ) -> PlaneDictionary:
     """The dictionary of a catalogue; it depends on the set of items, never on their order.
 
     Values on at least ``min_exact_share`` of the items get exact planes, the most frequent first.
-    All others share the fewest Bloom planes that meet the target.
+    All others share the fewest Bloom planes that meet the target, and no fewer than it takes when
+    every item has one such value, because items to come may have what none has today.
+
+    A slot holds a quarter more rare values than the widest item has, at least one more. The new
+    dictionary holds every item that a ``previous`` one holds: their values keep exact planes, and
+    slots are no narrower.
 
     Args:
         schema: what the catalogue holds.
         catalogue: all items of the generation, validated.
         target_false_positive_rate: largest expected share of items, over the whole catalogue, that
             a rare term may pass wrongly before verification; in (0, 1).
-        max_exact_planes: most exact planes.
+        max_exact_planes: most exact planes; the previous ones have more if they had more.
         min_exact_share: share of the items below which a value is rare, in [0, 1].
         num_hashes: Bloom planes set per value, 1 to 16.
         max_bloom_planes: most Bloom planes.
         seed: seed of term keys and Bloom positions.
+        previous: of generations whose updates this one must take too.
 
     Raises:
         ValueError: if an argument is out of range, if the target needs more than
             ``max_bloom_planes``, if there are more than ``MAX_CATEGORIES`` category attributes, or
             if two values share a term key (another seed cures that).
     """
-    if not _LEAST_RATE <= target_false_positive_rate < 1:
+    if not LEAST_RATE <= target_false_positive_rate < 1:
         raise ValueError(
-            f"target_false_positive_rate must be in [{_LEAST_RATE:g}, 1), "
+            f"target_false_positive_rate must be in [{LEAST_RATE:g}, 1), "
             f"got {target_false_positive_rate}"
         )
     if not 0 <= min_exact_share <= 1:
@@ -268,7 +274,9 @@ def choose_planes(
         (pair for pair, count in counts.items() if count >= min_exact_share * len(catalogue)),
         key=lambda pair: (-counts[pair], pair[0], str(pair[1])),
     )
-    exact = set(frequent[:max_exact_planes])
+    exact = {pair for one in previous for pair in _exact_values(one, schema)}
+    fresh = [pair for pair in frequent if pair not in exact]
+    exact |= set(fresh[: max(max_exact_planes - len(exact), 0)])
     exact_planes: dict[str, dict[str, int]] = {item.name: {} for item in schema.categories}
     for plane, (name, value) in enumerate(
         sorted(exact, key=lambda pair: (pair[0], str(pair[1]))), start=FIRST_EXACT_PLANE
@@ -281,10 +289,12 @@ def choose_planes(
     items_by_terms = Counter(
         {terms: items for terms, items in enumerate(np.bincount(rare_terms).tolist()) if items}
     )
-    num_bloom_planes, rate = _choose_width(
+    num_bloom_planes, rate = choose_width(
         items_by_terms, num_hashes, target_false_positive_rate, max_bloom_planes
     )
     widest = int(rare_terms.max(initial=0))
+    widest += max(-(-widest // 4), 1)
+    terms_width = -(-widest // TERM_SLOTS_MULTIPLE) * TERM_SLOTS_MULTIPLE
     return PlaneDictionary(
         dtypes={attribute.name: attribute.dtype for attribute in schema.attributes},
         exact_planes=exact_planes,
@@ -293,8 +303,26 @@ def choose_planes(
         num_hashes=num_hashes,
         seed=seed,
         columns={attribute.name: index for index, attribute in enumerate(schema.numbers)},
-        terms_width=-(-widest // TERM_SLOTS_MULTIPLE) * TERM_SLOTS_MULTIPLE,
+        terms_width=max([terms_width, *(one.terms_width for one in previous)]),
         false_positive_rate=rate,
+    )
+
+
+def shortfall(before: PlaneDictionary, after: PlaneDictionary) -> str:
+    """What a dictionary lacks to hold every item that another one holds, empty if nothing.
+
+    Attributes that only one of them has, or with values of another type, do not count.
+    """
+    lost = 0
+    for name, values in before.exact_planes.items():
+        if before.dtypes[name] == after.dtypes.get(name) and name in after.exact_planes:
+            lost += len(values.keys() - after.exact_planes[name].keys())
+    needed = before.terms_width + lost
+    if after.terms_width >= needed:
+        return ""
+    return (
+        f"terms_width must be at least {needed}, for {before.terms_width} rare values and {lost} "
+        f"that lose their planes, got {after.terms_width}"
     )
 
 
@@ -368,6 +396,16 @@ def _term_key(seed: int, number: int, attribute: str, value: TermValue) -> int:
     return number << ATTRIBUTE_SHIFT | int.from_bytes(digest, "little") >> 64 - ATTRIBUTE_SHIFT
 
 
+def _exact_values(dictionary: PlaneDictionary, schema: Schema) -> list[tuple[str, TermValue]]:
+    """The values with exact planes of the attributes that a schema still has as they were."""
+    return [
+        (one.name, value if one.dtype == "string" else int(value))
+        for one in schema.categories
+        if dictionary.dtypes.get(one.name) == one.dtype
+        for value in dictionary.exact_planes.get(one.name, {})
+    ]
+
+
 class _HeldValues(NamedTuple):
     """The distinct values of an attribute and the items that have them, m pairs."""
 
@@ -412,75 +450,3 @@ def _refuse_collisions(
         if other != pair:
             first, second = sorted(f"{name}:{value!r}" for name, value in (other, pair))
             raise ValueError(f"{first} and {second} share the term key {key}; change seed={seed}")
-
-
-def _choose_width(
-    items_by_terms: Counter[int], num_hashes: int, target: float, max_planes: int
-) -> tuple[int, float]:
-    """The fewest Bloom planes that meet the target and the rate they are expected to give."""
-    if not any(items_by_terms):
-        return 0, 0.0
-    narrow, wide = 0, min(num_hashes, max_planes)
-    while (rate := _false_positive_rate(items_by_terms, num_hashes, wide)) > target:
-        if wide >= max_planes:
-            total = sum(terms * items for terms, items in items_by_terms.items())
-            best, hashes = min(
-                (_false_positive_rate(items_by_terms, other, max_planes), other)
-                for other in range(1, MAX_HASHES + 1)
-            )
-            raise ValueError(
-                f"a false-positive rate of {target} cannot be reached: {total} rare values on "
-                f"{items_by_terms.total()} items, at most {max(items_by_terms)} on one, give "
-                f"{rate:.3g} with max_bloom_planes={max_planes} and num_hashes={num_hashes}, and "
-                f"at best {best:.3g} with num_hashes={hashes}; raise target_false_positive_rate, "
-                "max_bloom_planes or max_exact_planes, or lower min_exact_share"
-            )
-        narrow, wide = wide, min(2 * wide, max_planes)
-    while wide - narrow > 1:
-        middle = (narrow + wide) // 2
-        if _false_positive_rate(items_by_terms, num_hashes, middle) > target:
-            narrow = middle
-        else:
-            wide = middle
-    return wide, _false_positive_rate(items_by_terms, num_hashes, wide)
-
-
-def _false_positive_rate(items_by_terms: Counter[int], num_hashes: int, num_planes: int) -> float:
-    """Expected share of items whose signature holds all positions of a term they do not have.
-
-    Hash positions are taken as independent and uniform, and two of one term may fall together.
-    """
-    distinct = _distinct_positions(num_hashes, num_planes)
-    total = 0.0
-    for terms in sorted(items_by_terms):
-        balls = terms * num_hashes
-        passed = sum(
-            share * _all_covered(positions, balls, num_planes)
-            for positions, share in distinct.items()
-        )
-        total += items_by_terms[terms] * passed
-    return min(total / items_by_terms.total(), 1.0)
-
-
-def _distinct_positions(num_hashes: int, num_planes: int) -> dict[int, float]:
-    """How likely the positions of one term fall on 1, 2, ... distinct planes."""
-    shares = {0: 1.0}
-    for _ in range(num_hashes):
-        following: dict[int, float] = {}
-        for count, share in shares.items():
-            again = share * count / num_planes
-            following[count] = following.get(count, 0.0) + again
-            following[count + 1] = following.get(count + 1, 0.0) + share - again
-        shares = following
-    return {count: share for count, share in shares.items() if share > 0}
-
-
-def _all_covered(positions: int, balls: int, num_planes: int) -> float:
-    """How likely ``balls`` uniform draws cover ``positions`` given planes."""
-    covered = sum(
-        math.comb(positions, missed)
-        * (-1.0 if missed % 2 else 1.0)
-        * (1 - missed / num_planes) ** balls
-        for missed in range(positions + 1)
-    )
-    return min(max(covered, 0.0), 1.0)

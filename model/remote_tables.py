@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from silvershard.model.bags import Bags, Sequences, check_lookup
 from silvershard.model.errors import FieldError
 from silvershard.model.placement import Precision, check_tables, record_bytes
-from silvershard.model.quantized_rows import restore_rows
+from silvershard.model.quantized_rows import quantize_rows, restore_rows
 from silvershard.model.record_pool import RecordPool
 
 PRECISION: Precision = "int8"
@@ -39,6 +39,17 @@ class RowSource(Protocol):
         """Return the rows ``(n,)`` int64 of each table, which may repeat, in order.
 
         All tables are asked at the same time. It does not fail because rows are out of reach.
+        """
+        ...
+
+    def write(self, table: str, version: int, rows: Tensor, values: Tensor) -> None:
+        """Give new rows of a table from now on.
+
+        Args:
+            table: its name.
+            version: of this change; those of one table only grow.
+            rows: ``(n,)`` int64, distinct.
+            values: ``(n, D)`` float32.
         """
         ...
 
@@ -105,6 +116,21 @@ class RemoteTables(nn.Module):
         """Take the rows of every lookup from this source from now on."""
         self._source = source
 
+    def write(self, table: str, version: int, rows: Tensor, values: Tensor) -> bool:
+        """Let the source give new rows of a table; return whether it is one of these.
+
+        Arguments are those of ``RowSource``.
+
+        Raises:
+            RuntimeError: if no source is connected.
+        """
+        if table not in self.rows:
+            return False
+        if self._source is None:
+            raise RuntimeError(f"table {table} is remote and no source is connected")
+        self._source.write(table, version, rows, values)
+        return True
+
     def forward(self, bags: Mapping[str, Bags], sequences: Mapping[str, Sequences]) -> Looked:
         """Return what a batch of users looks up in these tables.
 
@@ -163,3 +189,7 @@ class StoredRows:
             )
             for name, wanted in rows.items()
         }
+
+    def write(self, table: str, version: int, rows: Tensor, values: Tensor) -> None:
+        """Replace rows of a table in place."""
+        self._records[table][rows] = quantize_rows(values, PRECISION)

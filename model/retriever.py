@@ -171,16 +171,20 @@ class Retriever(nn.Module):
         self.merge = Merge()
         self.spec = spec
         self._searched: list[IvfIndex] = []
+        self._tables: list[Tensor] = []
+        """The page tables of what is searched; an index that outgrows its own replaces it."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         # A move to another device replaces the buffers.
-        self._searched = []
+        self._searched, self._tables = [], []
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
     def _search_indexes(self) -> list[IvfIndex]:
-        """Return the parts with the global centroids, checked once."""
-        if not self._searched:
+        """Return the parts with the global centroids, checked once for every page table."""
+        tables = [part.page_table for part in self.indexes]
+        if list(map(id, tables)) != list(map(id, self._tables)):
+            self._tables = tables
             self._searched = [
                 IvfIndex(
                     centroids=self.centroids,

@@ -217,13 +217,14 @@ class TwoTower(nn.Module):
             self.session_table.weight(SESSION).copy_(self.user_tables.weight(HISTORY_TABLE))
 
     @torch.no_grad()
-    def update_rows(self, table: str, rows: Tensor, values: Tensor) -> bool:
-        """Write rows of a table of the user tower in place; return whether it is in this model.
+    def update_rows(self, table: str, rows: Tensor, values: Tensor, version: int = 1) -> bool:
+        """Write rows of a table of the user tower in place; return whether there is such a table.
 
         Args:
-            table: its name; the rows of a remote table are left to their source.
+            table: its name; the source of a remote table is told of the change and its version.
             rows: ``(n,)`` int64, distinct, all of them in the table.
             values: ``(n, D)`` float32.
+            version: of the change.
 
         Raises:
             ValueError: if the values do not fit the precision of the table.
@@ -236,7 +237,7 @@ class TwoTower(nn.Module):
             else:
                 part.weight(table).index_copy_(0, rows, values)
             return True
-        return False
+        return self.remote is not None and self.remote.write(table, version, rows, values)
 
     def vocabulary(self, feature: str) -> Vocabulary:
         """The known ids of an item feature."""

@@ -15,16 +15,15 @@ from silvershard.model.catalogue import NULL_INT
 from silvershard.model.index import LIVE_PLANE, IndexTensors, ItemIndex
 from silvershard.model.planes import FIRST_EXACT_PLANE
 from silvershard.model.spec import ServingSpec
+from silvershard.shard.page_pool import TABLE_MULTIPLE
 from silvershard.shard.partition import hash_ids
 from silvershard.shard.snapshot import PartitionData
 
 _SHUFFLE_SEED = 1
-# A list may grow to so many times the longest one, and to so many pages in any case. Rows are no
-# wider, since the scan reads their empty ends: at 64 probes a width of 64 costs 2 us a query, one
-# of 256 10 to 15 us.
-_GROWTH = 4
-_LEAST_ROOM = 32
-_TABLE_MULTIPLE = 8
+# A list may grow to so many times the longest one before the table is widened. Rows are no wider,
+# since the scan reads their empty ends: at 64 probes a width of 64 costs 2 us a query, one of 256
+# 10 to 15 us.
+_GROWTH = 2
 
 
 def build_index(
@@ -74,7 +73,7 @@ def build_index(
     schema, planes = spec.item_schema, spec.planes
     terms = [one.bits.terms for one in partitions]
     tensors = IndexTensors(
-        page_table=_page_table(pages, first_page, num_pages if spare else 0),
+        page_table=_page_table(pages, first_page, grows=spare > 0),
         codes=lay([one.codes for one in partitions], 0, (spec.dim,), torch.int8),
         scales=lay([one.scales for one in partitions], 0, (), torch.float32),
         item_ids=lay([item_ids] if partitions else [], -1, (), torch.int64),
@@ -104,20 +103,17 @@ def build_index(
     return ItemIndex(tensors)
 
 
-def _page_table(pages: Tensor, first_page: Tensor, num_pages: int) -> Tensor:
+def _page_table(pages: Tensor, first_page: Tensor, *, grows: bool) -> Tensor:
     """Return the pages of every cluster, ``(C, X)`` int32 with X at least 1.
 
     Args:
         pages: ``(C,)`` int64 pages of every cluster.
         first_page: ``(C,)`` int64 the first of them.
-        num_pages: N, where rows must have room to grow; 0 where they stay as they are.
+        grows: whether rows have room to grow.
     """
     width = max(int(pages.max()), 1)
-    if num_pages:
-        # Every page finds a place even if all of them are in use.
-        fewest = max(_LEAST_ROOM, -(-2 * num_pages // len(pages)))
-        width = min(max(_GROWTH * width, fewest), num_pages)
-        width = -(-width // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
+    if grows:
+        width = -(-_GROWTH * width // TABLE_MULTIPLE) * TABLE_MULTIPLE
     column = torch.arange(width)
     table = first_page[:, None] + column
     return torch.where(column < pages[:, None], table, -1).to(torch.int32)

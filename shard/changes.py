@@ -5,12 +5,15 @@ codes.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 from torch import Tensor
 
 from silvershard.model.planes import ItemBits
+
+NOTHING_TO_PATCH: Final = "there is no such item to patch"
+"""Why a patch of an item is refused that is not there."""
 
 
 class NewItems(NamedTuple):

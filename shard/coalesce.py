@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from silvershard.model.planes import PlaneDictionary
+from silvershard.shard.changes import NOTHING_TO_PATCH
 from silvershard.shard.mutations import Delete, ItemMutation, Patch, Upsert, count_rare
 
 Rejection = tuple[int, str]
@@ -55,7 +56,7 @@ def coalesce(mutations: Iterable[ItemMutation], planes: PlaneDictionary | None) 
         elif last is None:
             own.append(Step(mutation))
         elif isinstance(last, Delete):
-            rejected.append((mutation.item_id, "there is no such item to patch"))
+            rejected.append((mutation.item_id, NOTHING_TO_PATCH))
         elif isinstance(last, Upsert):
             values = last.values.patched(mutation.values)
             rare = 0 if planes is None else count_rare(values, planes)

@@ -10,6 +10,7 @@ Shapes: B requests, H heads, R candidates per head, K results, L partitions of t
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ from silvershard.shard.fields import FieldStore, FieldValue
 from silvershard.shard.live_index import LiveIndex
 from silvershard.shard.page_pool import PoolUsage
 from silvershard.shard.updater import Prepared, ShardUpdater
+
+_DELETES_KNOWN = 1 << 18
+"""Deleted ids that stay known with their versions, of 36 bytes each."""
 
 
 class _OpenQuery(NamedTuple):
@@ -73,6 +77,9 @@ class ShardExecutor:
         self._open: dict[str, _OpenQuery] = {}
         self._parts: Sequence[LiveIndex] = held.parts if isinstance(held, LiveParts) else ()
         self._any_retired = False
+        self._deleted: deque[tuple[LiveIndex, Tensor, Tensor]] = deque()
+        """Ids and versions of deletes up to the cut, the oldest first."""
+        self._num_deleted = 0
         self.shard = shard
         self.num_shards = num_shards
         self.documents = retriever.documents
@@ -132,9 +139,28 @@ class ShardExecutor:
                 rejected += part.apply(changes).rejected
         live.updater.write_rows(prepared.rows)
         self._reclaim()
+        if sum(cut) > sum(self.cut):
+            self._forget_deleted(prepared)
         self.cut = cut
         self.documents = sum(part.documents for part in live.parts)
         return rejected
+
+    def _forget_deleted(self, prepared: Prepared) -> None:
+        """Forget the ids whose deletes came with an earlier cut, but for the last ones.
+
+        Nothing from before a cut comes again, so nothing older than its deletes does; the last ones
+        stay known all the same. An urgent delete came ahead of its turn, under an earlier cut, and
+        counts when it comes once more in its turn.
+        """
+        while self._num_deleted > _DELETES_KNOWN:
+            part, item_ids, versions = self._deleted.popleft()
+            part.forget(item_ids, versions)
+            self._num_deleted -= len(item_ids)
+        for wave in prepared.waves:
+            for part, changes in zip(self._parts, wave, strict=True):
+                if len(changes.deletes):
+                    self._deleted.append((part, changes.deletes, changes.delete_versions))
+                    self._num_deleted += len(changes.deletes)
 
     def _reclaim(self) -> None:
         """Let the parts reuse the slots that no open query can reach."""
@@ -156,15 +182,18 @@ class ShardExecutor:
             UpdatesUnsupported: if it was loaded to stay as it is.
         """
         each = [part.usage() for part in self._live.parts]
+        live_slots = sum(one.live_slots for one in each)
+        away = sum(one.assignment_error * one.live_slots for one in each)
         return PoolUsage(
             pages=sum(one.pages for one in each),
             free_pages=sum(one.free_pages for one in each),
-            live_slots=sum(one.live_slots for one in each),
+            live_slots=live_slots,
             retired_slots=sum(one.retired_slots for one in each),
             dead_slots=sum(one.dead_slots for one in each),
             longest_list=max(one.longest_list for one in each),
             mean_list=sum(one.mean_list for one in each) / len(each),
             overflowed=sum(one.overflowed for one in each),
+            assignment_error=away / max(live_slots, 1),
         )
 
     def encode(self, features: Sequence[Mapping[str, FeatureValues]]) -> Encoded:
@@ -200,13 +229,6 @@ class ShardExecutor:
         if query is None:
             raise CandidatesExpired(key)
         return self._retriever.close(query.work, query.candidates, cutoffs)
-
-    def open_and_close(
-        self, key: str, work: Work, cutoffs: Cutoffs, expires_at_s: float
-    ) -> RoundTwo:
-        """Run both rounds at once, for a replica that takes over when the cutoffs are known."""
-        self.open(key, work, expires_at_s)
-        return self.close(key, cutoffs)
 
     def release(self, key: str) -> None:
         """Give up the candidates of a query; unknown keys are ignored."""

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silvershard.model.registry import build
-from silvershard.model.remote_tables import RowSource
 from silvershard.model.retriever import Centroids, Retriever
 from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import ServingSpec
@@ -22,18 +21,26 @@ from silvershard.shard.live_index import LiveIndex
 from silvershard.shard.mutations import updatable_tables
 from silvershard.shard.partition import part_of, shard_partitions
 from silvershard.shard.snapshot import PartitionData, Snapshot, open_snapshot
-from silvershard.shard.table_placement import TableSettings, connect_tables, place_tables
+from silvershard.shard.table_placement import (
+    RowSources,
+    TableSettings,
+    connect_tables,
+    place_tables,
+    remote_tables,
+)
 from silvershard.shard.updater import ShardUpdater
 
 _FIELD_TYPES = {"int": np.int64, "float": np.float64, "string": object}
 
 
-def load_model(snapshot: Snapshot, source: RowSource | None = None) -> tuple[nn.Module, Centroids]:
+def load_model(
+    snapshot: Snapshot, sources: RowSources | None = None
+) -> tuple[nn.Module, Centroids]:
     """Return the model with its weights, and the centroids.
 
     Args:
         snapshot: the generation.
-        source: where the rows of its remote tables are; None: they are loaded with the model.
+        sources: where the rows of its remote tables are; None: they are loaded with the model.
 
     Raises:
         SnapshotError: if the builder is not registered here, or the tensors are not those it makes.
@@ -43,6 +50,8 @@ def load_model(snapshot: Snapshot, source: RowSource | None = None) -> tuple[nn.
     try:
         model = build(builder.name, builder.config)
         _load_state(model, state)
+        remote = remote_tables(model)
+        source = sources.open(snapshot.spec.generation, remote) if sources and remote else None
         connect_tables(model, source, snapshot.load_rows)
     except (ValueError, RuntimeError) as error:
         raise SnapshotError(str(snapshot.path), f"model {builder.name!r}: {error}") from None
@@ -161,7 +170,7 @@ def _load_shard(
     snapshot = open_snapshot(path)
     owned = shard_partitions(shard, num_shards, snapshot.spec.num_partitions)
     settings = tables or TableSettings()
-    model, centroids = load_model(snapshot, settings.source)
+    model, centroids = load_model(snapshot, settings.sources)
     place_tables(model, devices, settings)
     held: list[list[PartitionData]] = [[] for _ in devices]
     for number in owned:

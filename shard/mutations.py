@@ -23,6 +23,7 @@ from silvershard.model.schema import Schema, UserFeature
 from silvershard.model.spec import ServingSpec
 from silvershard.model.two_tower_config import SESSION, TwoTowerConfig
 from silvershard.shard.errors import MutationError
+from silvershard.shard.plain_values import are_plain
 
 Scalar = int | float | str
 
@@ -149,7 +150,7 @@ def check(
         MutationError: naming the field, what was required and what was got.
     """
     checked = conform(mutation, spec.item_schema, tables)
-    if isinstance(checked, Upsert | Patch):
+    if isinstance(checked, (Upsert, Patch)) and checked.values.attributes:
         _check_rare(checked.values, spec.planes)
     return checked
 
@@ -169,6 +170,8 @@ def conform(mutation: Mutation, schema: Schema, tables: Mapping[str, tuple[int, 
     Raises:
         MutationError: naming the field, what was required and what was got.
     """
+    if _is_plain(mutation, schema):
+        return mutation
     version = _int64("version", mutation.version, least=1)
     if isinstance(mutation, RowChange):
         return _checked_rows(mutation, version, tables)
@@ -206,6 +209,26 @@ def _check_rare(values: ItemValues, planes: PlaneDictionary) -> None:
             f"must have at most terms_width={planes.terms_width} values without a plane of their "
             f"own, got {rare}; publish a new generation",
         )
+
+
+def _is_plain(mutation: Mutation, schema: Schema) -> bool:
+    """Return True for what the checks below would return as it is, and quickly so for most."""
+    if isinstance(mutation, RowChange) or not _is_int(mutation.version, least=1):
+        return False
+    if not _is_int(mutation.item_id, least=0):
+        return False
+    if isinstance(mutation, Delete):
+        return type(mutation.urgent) is bool
+    if isinstance(mutation, Upsert) and (
+        mutation.embedding is not None or not _is_int(mutation.expires_unix_ms, least=0)
+    ):
+        return False
+    values = mutation.values
+    return are_plain(values.attributes, values.signals, values.fields, values.features, schema)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return type(value) is int and least <= value <= INT64_MAX
 
 
 class _Checker:

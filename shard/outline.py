@@ -23,6 +23,8 @@ class Outline(NamedTuple):
     """``(P,)`` items of each partition."""
     sizes: dict[str, int]
     """Bytes of each file."""
+    checksums: dict[str, str]
+    """SHA-256 of each file."""
     log_id: int
     """Update log that the cut is of; 0: none."""
     cut: tuple[int, ...]
@@ -51,6 +53,7 @@ def read_outline(path: Path) -> Outline:
             content_hash=str(document["content_hash"]),
             partition_documents=tuple(map(int, spec["partition_documents"])),
             sizes={str(name): int(one["size"]) for name, one in document["files"].items()},
+            checksums={str(name): str(one["sha256"]) for name, one in document["files"].items()},
             log_id=int(document.get("log_id", 0)),
             cut=tuple(map(int, document.get("cut", ()))),
         )

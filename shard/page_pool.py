@@ -2,14 +2,15 @@
 
 A slot is dead, live, or retired: no longer live, but read by queries that are still open. A page
 with neither live nor retired slots goes back to the free ones. The pages of a cluster stand at the
-front of its row of the page table.
+front of its row of the page table, which is replaced by a wider one when a cluster outgrows it.
 
-Shapes: n items, N pages of G slots, W = G / 64 words, C clusters owning at most X pages each.
+Shapes: n items, N pages of G slots, W = G / 64 words, C clusters, X columns of the page table.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +18,8 @@ _Ints = NDArray[np.int64]
 _Mask = NDArray[np.bool_]
 
 NO_PAGE = -1
+TABLE_MULTIPLE = 8
+"""A page table has so many columns or a multiple, as the scan skips so many empty ones at once."""
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = np.uint64(_GAMMA)
 _ALL_ONES = (1 << 64) - 1
@@ -39,7 +42,10 @@ class PoolUsage(NamedTuple):
     mean_list: float
     """Live items per cluster."""
     overflowed: int
-    """Live items that stand in a page of another cluster, because their own had no room."""
+    """Live items that stand in a page of another cluster, because no page was free."""
+    assignment_error: float = 0.0
+    """Share of live items, of a sample, that stand in pages of a cluster that is not the nearest
+    one, as ``AssignmentSample`` defines it."""
 
 
 def scrambled(values: _Ints, salt: int) -> NDArray[np.uint64]:
@@ -60,13 +66,14 @@ class PagePool:
     """The slots and pages of one part of an index.
 
     Args:
-        page_table: ``(C, X)`` int32, changed in place; its pages stand at the front of its rows,
-            and C X is at least N.
+        page_table: ``(C, X)`` int32, changed in place; its pages stand at the front of its rows.
         live: ``(N, W)`` int64 the live plane, read here and written by whoever writes the slots.
         centroids: ``(C, D)`` float32, which say what the nearest clusters are.
     """
 
     def __init__(self, page_table: Tensor, live: Tensor, centroids: Tensor) -> None:
+        self.page_table = page_table
+        """``(C, X)`` int32; a call of ``take`` may put a wider one in its place."""
         self._table: NDArray[np.int32] = page_table.numpy()
         self._live_words: NDArray[np.uint64] = live.numpy().view(np.uint64)
         self._centroids = centroids
@@ -75,7 +82,7 @@ class PagePool:
         self._held = self._live_words.copy()
         self._live = np.bitwise_count(self._live_words).sum(1, dtype=np.int64)  # (N,)
         self._used = self._live.copy()
-        clusters, width = self._table.shape
+        clusters = len(self._table)
         self._owner = np.full(self._num_pages, -1, dtype=np.int64)
         at, place = np.nonzero(self._table >= 0)
         self._owner[self._table[at, place]] = at
@@ -87,7 +94,6 @@ class PagePool:
         self._free = np.zeros(self._num_pages, dtype=np.int64)
         self._free[: len(free)] = free[::-1]
         self._draining = np.zeros(self._num_pages, dtype=np.bool_)
-        self._width = width
 
     @property
     def dead_slots(self) -> int:
@@ -118,14 +124,14 @@ class PagePool:
         dead = np.zeros(len(self._items), dtype=np.int64)
         owned = np.flatnonzero((self._owner >= 0) & ~self._draining)
         np.add.at(dead, self._owner[owned], self._page_slots - self._used[owned])
-        can_grow = (self._owned < self._width) & (self._num_free > 0)
-        room: _Mask = ((dead > 0) | can_grow)[clusters]
+        room: _Mask = (dead > 0)[clusters] | (self._num_free > 0)
         return room
 
     def take(self, item_ids: _Ints, clusters: _Ints, salt: int) -> _Ints:
         """Return a dead slot for every item, which is live from now on, ``(n,)`` int64.
 
-        An item stands in a page of its cluster, else in one of the nearest cluster with room.
+        An item stands in a page of its cluster; where this has no room and no page is free, in one
+        of the nearest cluster with room.
         Which slot it gets depends on the set of items, the salt and the slots taken before, never
         on the order of the items.
 
@@ -197,13 +203,13 @@ class PagePool:
         room = (self._page_slots - self._used[pages]) * ~self._draining[pages]
         lacking = wanted - np.bincount(which, room, len(clusters)).astype(np.int64)
         more = np.maximum(-(-lacking // self._page_slots), 0)
-        more = np.minimum(more, self._width - self._owned[clusters])
         # The first ones are served first.
         ahead = more.cumsum() - more
         more = np.clip(self._num_free - ahead, 0, more)
         total = int(more.sum())
         if not total:
             return
+        self._widen(int((self._owned[clusters] + more).max()))
         which = np.repeat(np.arange(len(clusters)), more)
         rank = np.arange(total) - (more.cumsum() - more)[which]
         fresh = self._free[self._num_free - total : self._num_free][::-1]
@@ -212,22 +218,32 @@ class PagePool:
         self._owner[fresh] = clusters[which]
         self._owned[clusters] += more
 
+    def _widen(self, longest: int) -> None:
+        """Make the rows of the page table long enough for so many pages, with room for half more.
+
+        It takes some 0.5 ms per 4 MB of the new table, a few times in the life of an index.
+        """
+        clusters, width = self._table.shape
+        if longest <= width:
+            return
+        wider = -(-(longest + longest // 2) // TABLE_MULTIPLE) * TABLE_MULTIPLE
+        table = torch.full((clusters, wider), NO_PAGE, dtype=torch.int32)
+        table[:, :width] = self.page_table
+        self.page_table = table
+        self._table = table.numpy()
+
     def _hosts(self, clusters: _Ints) -> _Ints:
-        """Return the nearest clusters with room for items whose own have none, ``(n,)`` int64."""
+        """Return the nearest clusters with room for items, ``(n,)`` int64, when no page is free."""
         owned = np.flatnonzero(self._owner >= 0)
         room = np.zeros(len(self._items), dtype=np.int64)
         np.add.at(room, self._owner[owned], self._page_slots - self._used[owned])
-        places, spare = self._width - self._owned, self._num_free
         nearest: dict[int, _Ints] = {}
         hosts = np.empty_like(clusters)
         for at, cluster in enumerate(clusters.tolist()):
             if cluster not in nearest:
                 distances = (self._centroids - self._centroids[cluster]).square().sum(1)
                 nearest[cluster] = distances.argsort(stable=True).numpy()
-            with_room = (room > 0) | ((places > 0) & (spare > 0))
-            host = int(nearest[cluster][with_room[nearest[cluster]].argmax()])
-            if room[host] == 0:
-                room[host], places[host], spare = self._page_slots, places[host] - 1, spare - 1
+            host = int(nearest[cluster][(room > 0)[nearest[cluster]].argmax()])
             room[host] -= 1
             hosts[at] = host
         return hosts

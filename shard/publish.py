@@ -16,18 +16,25 @@ from silvershard.kernels import quantize_rows
 from silvershard.model.brute_force import BruteForce
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.clustering import assign_clusters, spherical_kmeans
-from silvershard.model.planes import ItemBits, PlaneReport, choose_planes, encode_items
+from silvershard.model.planes import (
+    ItemBits,
+    PlaneDictionary,
+    PlaneReport,
+    choose_planes,
+    encode_items,
+)
 from silvershard.model.request import Request
 from silvershard.model.retriever import Centroids, RetrievalModel, Retriever
 from silvershard.model.schema import Schema, check_model
 from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults, ServingSpec
 from silvershard.shard.build import build_index
-from silvershard.shard.generations import list_generations
+from silvershard.shard.errors import SnapshotError
+from silvershard.shard.generations import generation_dir, list_generations
 from silvershard.shard.golden import Embedded, Golden, ItemTower, check_exact, check_generation
 from silvershard.shard.golden_requests import draw_requests
 from silvershard.shard.partition import choose_num_partitions, partition_of
-from silvershard.shard.snapshot import Builder, PartitionData
+from silvershard.shard.snapshot import Builder, PartitionData, open_snapshot
 from silvershard.shard.snapshot_writer import write_snapshot
 
 PHASES = (
@@ -79,6 +86,9 @@ def publish_generation(
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Published:
     """Embed, cluster, encode and write a catalogue as the next generation.
+
+    It holds every item that fits another generation of the repository with the same name, so that
+    no update is refused which one of those took.
 
     Args:
         repository: directory of generations.
@@ -150,6 +160,7 @@ def publish_generation(
         target_false_positive_rate=false_positive_rate,
         max_exact_planes=max_exact_planes,
         seed=seed,
+        previous=_kept_planes(repository, name),
     )
     num_partitions = choose_num_partitions(planned_shards)
     owner = partition_of(torch.from_numpy(catalogue.item_ids), num_partitions)
@@ -230,6 +241,19 @@ def publish_generation(
         mean_list=len(catalogue) / num_clusters,
         planes=planes.report(),
     )
+
+
+def _kept_planes(repository: Path, name: str) -> list[PlaneDictionary]:
+    """Return the planes of the generations of a model; one that nobody can load has none."""
+    kept = []
+    for generation in list_generations(repository):
+        try:
+            spec = open_snapshot(generation_dir(repository, generation)).spec
+        except SnapshotError:
+            continue
+        if spec.model == name:
+            kept.append(spec.planes)
+    return kept
 
 
 def _check_finite(what: str, module: nn.Module) -> None:

@@ -4,10 +4,12 @@ Shapes: C clusters, D embedding dimension, W bytes of a record.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,12 +32,35 @@ from silvershard.shard.snapshot import (
     PartitionData,
     canonical,
     content_hash,
+    open_snapshot,
     sha256_of,
 )
 from silvershard.shard.table_files import RECORDS, row_path
 
 # Where TorchRec keeps pooled tables, and tables of sequences.
 _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
+
+
+def without_log(path: Path) -> None:
+    """Let a generation go on from the very start of any update log; its content stays as it is.
+
+    Raises:
+        SnapshotError: if its manifest is missing or damaged.
+    """
+    open_snapshot(path)
+    document = json.loads((path / MANIFEST).read_bytes())
+    del document["checksum"]
+    partial = path.parent / f".{path.name}.{os.getpid()}.manifest.tmp"
+    partial.write_bytes(_sealed({**document, "log_id": 0, "cut": []}))
+    _sync(partial)
+    partial.replace(path / MANIFEST)
+    _sync(path)
+
+
+def _sealed(document: dict[str, Any]) -> bytes:
+    """Return the content of a manifest, with its checksum."""
+    checksum = hashlib.sha256(canonical(document)).hexdigest()
+    return canonical({**document, "checksum": checksum})
 
 
 def _table_name(key: str) -> str | None:
@@ -101,7 +126,7 @@ def write_snapshot(
             (staging / GOLDEN).write_bytes(golden)
             files[GOLDEN] = FileEntry(sha256=sha256_of(staging / GOLDEN), size=len(golden))
         _share_files(repository, staging, files)
-        document = Manifest(
+        manifest = Manifest(
             format=FORMAT,
             code_version=code_version,
             created_unix_s=created_unix_s,
@@ -111,9 +136,8 @@ def write_snapshot(
             files=files,
             log_id=log_id,
             cut=cut,
-        ).model_dump(mode="json")
-        document["checksum"] = hashlib.sha256(canonical(document)).hexdigest()
-        (staging / MANIFEST).write_bytes(canonical(document))
+        )
+        (staging / MANIFEST).write_bytes(_sealed(manifest.model_dump(mode="json")))
         check(staging)
         commit_directory(staging, target)
     except BaseException:

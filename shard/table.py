@@ -1,19 +1,20 @@
-"""One shard of an embedding table in memory: rows are taken and replaced, and changes are counted.
+"""One shard of an embedding table in memory: rows are replaced, and read as of any late version.
 
 Shapes: n rows, D embedding dimension, W bytes of a record.
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
 
 from silvershard.model.request import RequestError
-from silvershard.shard.errors import SnapshotError
+from silvershard.shard.errors import SnapshotError, StateError
 from silvershard.shard.table_files import RECORDS
 from silvershard.shard.table_plan import TablePlan
 from silvershard.shard.table_rows import (
@@ -25,37 +26,38 @@ from silvershard.shard.table_rows import (
     whole,
 )
 
-CHANGES_KEPT = 1 << 14
-"""Replaced rows that a shard can name; whoever lags behind further must forget all it knows."""
+UNDO_BYTES = 16 << 20
+"""Memory of a shard for what rows were before: a dozen of the largest changes that a log takes."""
 
 _BLOCK_ROWS = 1 << 16
-# A reader waits for one slice of an update at most: 1,024 rows of 68 bytes take 0.1 ms.
+# A reader waits for one slice of a change at most: 1,024 rows of 68 bytes take 0.1 ms.
 _SLICE_ROWS = 1024
-
-_NONE = np.empty(0, dtype=np.int64)
-
-
-class TableRead(NamedTuple):
-    """Rows with what the reader must know to keep them."""
-
-    records: Records
-    """``(n, W)``, each row wholly of one update."""
-    version: int
-    """Rows replaced so far: the records hold all of these changes, and may hold later ones."""
-    changed: Ints | None
-    """Positions replaced after the version that the reader knew; None: too many to name."""
+# Of an undo entry besides its record: the version that replaced the row, and its place.
+_ENTRY_BYTES = 16
 
 
 class TableShard:
-    """The rows at the positions of ``span``, and a count of replaced rows, which is the version.
+    """The rows at the positions of ``span`` as of the row changes of a log up to some version.
 
-    Any thread may call. A row is read wholly before or wholly after an update of it: a record is
-    contiguous, and a lock is held while records are copied in or out, since numpy lets other
-    threads run meanwhile. An update of many rows is applied in slices, between which others read.
+    Any thread may read, and one thread at a time applies changes. Versions are those of the log: of
+    one table each change has a larger one than the last. A change replaces rows in place, and what
+    they were before is kept for a while, so that a reader whose own version is a bit behind gets
+    the rows of exactly that version, whatever is applied meanwhile.
+
+    A lock is held while records are copied in or out, since numpy lets other threads run. A change
+    of many rows is applied in slices, between which others read what was there before it.
     """
 
-    def __init__(self, plan: TablePlan, shard: int, records: Records) -> None:
+    def __init__(
+        self, plan: TablePlan, shard: int, records: Records, *, undo_bytes: int = UNDO_BYTES
+    ) -> None:
         """Take over the records ``(n, W)`` of a shard, in order of position; they are not copied.
+
+        Args:
+            plan: of the table.
+            shard: index of the shard.
+            records: as of version 0.
+            undo_bytes: memory for what rows were before; the oldest gives way.
 
         Raises:
             RequestError: if there is no such shard, or the records are not those of one.
@@ -67,8 +69,15 @@ class TableShard:
         check_records(records)
         self._records = whole(records)
         self._lock = threading.Lock()
-        self._version = 0
-        self._changes = np.zeros(CHANGES_KEPT, dtype=np.int64)
+        self._row_version = 0
+        self._num_kept = max(undo_bytes // (plan.record_bytes + _ENTRY_BYTES), _SLICE_ROWS)
+        self._num_undone = 0
+        """Rows replaced so far; each one's entry lies at its number modulo ``_num_kept``."""
+        self._lost_version = 0
+        """Newest version of which an entry gave way."""
+        # Before the first change nothing is kept.
+        self._undo_versions = self._undo_places = np.empty(0, dtype=np.int64)
+        self._undo_records = whole(np.empty((0, plan.record_bytes), dtype=np.uint8))
 
     @classmethod
     def from_blocks(
@@ -162,64 +171,107 @@ class TableShard:
         return int(self._records.nbytes)
 
     @property
-    def version(self) -> int:
-        """Return how many rows were replaced so far."""
-        return self._version
+    def row_version(self) -> int:
+        """Return the newest version that is wholly applied, 0 before the first."""
+        return self._row_version
 
-    def take(self, positions: Ints) -> Records:
-        """Return the records ``(n, W)`` at positions ``(n,)``, which may repeat.
+    @property
+    def oldest_version(self) -> int:
+        """Return the oldest version that rows can be read at."""
+        return self._lost_version
 
-        Raises:
-            RequestError: if a position is not of this shard.
-        """
-        return self.read(positions, self._version).records
-
-    def read(self, positions: Ints, seen_version: int) -> TableRead:
-        """Return rows and the changes since a version, as of one moment.
+    def take(self, positions: Ints, at: int | None = None) -> Records:
+        """Return the records ``(n, W)`` at positions ``(n,)``, which may repeat, of one version.
 
         Args:
-            positions: ``(n,)`` int64, may repeat, may be none.
-            seen_version: the version up to which the reader knows what changed.
+            positions: int64, may be none.
+            at: the version; by default the newest.
 
         Raises:
             RequestError: if a position is not of this shard.
+            StateError: if that version is not applied yet, or is too long ago.
         """
         places = self._places(positions)
         with self._lock:
+            version = self._row_version if at is None else at
+            if not self._lost_version <= version <= self._row_version:
+                raise StateError(
+                    f"rows of table {self.plan.name} can be had as of versions "
+                    f"{self._lost_version} to {self._row_version}, {version} was asked for"
+                )
             found = self._records.take(places)
-            version, changed = self._version, self._changed_since(seen_version)
-        return TableRead(split(found, self.plan.record_bytes), version, changed)
+            self._undo(found, places, version)
+        return split(found, self.plan.record_bytes)
 
-    def update(self, rows: Ints, values: npt.NDArray[np.float32]) -> None:
-        """Replace rows of this shard in place by float values.
+    def apply(self, version: int, rows: Ints, values: npt.NDArray[np.float32]) -> None:
+        """Replace rows; those of other shards are passed over.
+
+        A version that is not above the last one came before and is ignored.
 
         Args:
-            rows: ``(n,)`` int64, numbers of rows in the table; of a repeated row the last counts.
+            version: of the change.
+            rows: ``(n,)`` int64, numbers of rows in the table, none twice.
             values: ``(n, D)``.
 
         Raises:
-            RequestError: if a row is not of this shard or a value is refused; nothing changes.
+            RequestError: if a row is not of the table or a value is refused; nothing changes.
         """
+        if version <= self._row_version:
+            return
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.plan.num_rows):
             raise RequestError("rows", f"must be from 0 to {self.plan.num_rows - 1}")
-        self.put(self.plan.positions(rows), quantize_rows(values, self.plan.dim))
-
-    def put(self, positions: Ints, records: Records) -> None:
-        """Replace the rows at positions ``(n,)`` by records ``(n, W)``.
-
-        Raises:
-            RequestError: if a position is not of this shard or a record is refused; nothing
-                changes.
-        """
-        places = self._places(positions)
-        _check_shape("records", records, (len(positions), self.plan.record_bytes))
-        check_records(records)
-        fresh = whole(records)
+        if values.shape != (len(rows), self.plan.dim):
+            raise RequestError("values", f"must be of {len(rows)} rows, got {values.shape}")
+        places = self.plan.positions(rows) - self.span.start
+        mine = np.flatnonzero((places >= 0) & (places < len(self.span)))
+        places, fresh = places[mine], whole(quantize_rows(values[mine], self.plan.dim))
         for start in range(0, len(places), _SLICE_ROWS):
             part = slice(start, start + _SLICE_ROWS)
             with self._lock:
-                self._records[places[part]] = fresh[part]
-                self._note(positions[part])
+                self._replace(version, places[part], fresh[part])
+        with self._lock:
+            self._row_version = version
+
+    def _replace(self, version: int, places: Ints, fresh: npt.NDArray[np.void]) -> None:
+        """Replace rows, and note what they were; one that stays as it is needs no note."""
+        width = self.plan.record_bytes
+        differ = (split(self._records[places], width) != split(fresh, width)).any(axis=1)
+        places, fresh = places[differ], fresh[differ]
+        if not len(places):
+            return
+        if not len(self._undo_versions):
+            self._undo_versions = np.zeros(self._num_kept, dtype=np.int64)
+            self._undo_places = np.zeros(self._num_kept, dtype=np.int64)
+            self._undo_records = whole(
+                np.zeros((self._num_kept, self.plan.record_bytes), dtype=np.uint8)
+            )
+        ring = np.arange(self._num_undone, self._num_undone + len(places)) % self._num_kept
+        self._lost_version = max(self._lost_version, int(self._undo_versions[ring].max(initial=0)))
+        self._undo_versions[ring] = version
+        self._undo_places[ring] = places
+        self._undo_records[ring] = self._records[places]
+        self._num_undone += len(places)
+        self._records[places] = fresh
+
+    def _undo(self, found: npt.NDArray[np.void], places: Ints, version: int) -> None:
+        """Put into ``found`` what the rows at ``places`` were as of a version."""
+        first = max(self._num_undone - self._num_kept, 0)
+        first = (
+            bisect_right(
+                range(first, self._num_undone),
+                version,
+                key=lambda number: int(self._undo_versions[number % self._num_kept]),
+            )
+            + first
+        )
+        if first == self._num_undone:
+            return
+        ring = np.arange(first, self._num_undone) % self._num_kept
+        # Of a row that changed several times the earliest entry counts.
+        changed, entry = np.unique(self._undo_places[ring], return_index=True)
+        near = np.minimum(changed.searchsorted(places), len(changed) - 1)
+        hit = np.flatnonzero(changed[near] == places)
+        found[hit] = self._undo_records[ring[entry[near[hit]]]]
 
     def _places(self, positions: Ints) -> Ints:
         """Return where positions lie in this shard."""
@@ -236,18 +288,6 @@ class TableShard:
                 f"of table {self.plan.name}, got {positions.min()} to {positions.max()}",
             )
         return places
-
-    def _note(self, positions: Ints) -> None:
-        ring = np.arange(self._version, self._version + len(positions)) % CHANGES_KEPT
-        self._changes[ring] = positions
-        self._version += len(positions)
-
-    def _changed_since(self, version: int) -> Ints | None:
-        if version == self._version:
-            return _NONE
-        if not 0 < self._version - version <= CHANGES_KEPT:
-            return None
-        return self._changes[np.arange(version, self._version) % CHANGES_KEPT]
 
 
 def _check_shape(field: str, records: Records, shape: tuple[int, int]) -> None:

@@ -1,8 +1,9 @@
 """Where the embedding tables of a loaded model lie: on devices of this process, or elsewhere."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -21,16 +22,34 @@ from silvershard.model.two_tower import TwoTower
 _log = logging.getLogger(__name__)
 
 
+class RowSources(Protocol):
+    """Where the rows of the remote tables of any generation are."""
+
+    def open(self, generation: int, tables: Collection[str]) -> RowSource:
+        """Return a source of the rows of these tables of a generation, as they were published.
+
+        It belongs to one model: updates of rows reach it through that model alone.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TableSettings:
     """What is decided about the tables of a process."""
 
-    source: RowSource | None = None
+    sources: RowSources | None = None
     """Of the rows of remote tables; None: they are loaded with the model."""
     sharding: Mapping[str, Sharding] = field(default_factory=dict)
     """How quantised tables are cut over several devices, by table; others as the planner says."""
     host_bytes: int = 0
     """Budget of the quantised tables; 0: most of the memory that is free."""
+
+
+def remote_tables(model: nn.Module) -> list[str]:
+    """Return the names of the remote tables of a model."""
+    return [
+        name for part in model.modules() if isinstance(part, RemoteTables) for name in part.rows
+    ]
 
 
 def connect_tables(

@@ -23,6 +23,13 @@ from silvershard.shard.coalesce import Rejection, Step, coalesce
 from silvershard.shard.embedding import embed_values, embedding_problems
 from silvershard.shard.errors import MutationError
 from silvershard.shard.item_columns import to_catalogue
+from silvershard.shard.mutation_batch import (
+    MutationBatch,
+    SignalColumns,
+    in_columns,
+    item_of,
+    with_signals,
+)
 from silvershard.shard.mutations import (
     Delete,
     ItemMutation,
@@ -37,7 +44,7 @@ from silvershard.shard.partition import part_of, partition_of
 
 
 class _Tower(Protocol):
-    def update_rows(self, table: str, rows: Tensor, values: Tensor) -> bool: ...
+    def update_rows(self, table: str, rows: Tensor, values: Tensor, version: int) -> bool: ...
 
 
 class Prepared(NamedTuple):
@@ -76,27 +83,30 @@ class ShardUpdater:
     """
 
     def __init__(
-        self, retriever: Retriever, owned: range, tables: Mapping[str, tuple[int, int]]
+        self,
+        retriever: Retriever,
+        owned: range,
+        tables: Mapping[str, tuple[int, int]],
     ) -> None:
         self._retriever = retriever
         self._owned = owned
         self._tables = tables
         self._row_versions: dict[str, int] = {}
+        self._no_patches = self._patched_items(())
 
     @property
     def num_parts(self) -> int:
         """Return how many parts the documents of the shard are split over."""
         return len(self._retriever.parts)
 
-    def parts_of(self, item_ids: Sequence[int]) -> NDArray[np.int64]:
+    def parts_of(self, item_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the part of the shard that holds each item, -1 where another shard does."""
-        ids = torch.tensor(item_ids, dtype=torch.int64)
+        ids = torch.from_numpy(np.asarray(item_ids, dtype=np.int64))
         partitions = partition_of(ids, self._retriever.spec.num_partitions).numpy()
         mine = (partitions >= self._owned.start) & (partitions < self._owned.stop)
         parts: NDArray[np.int64] = np.where(mine, part_of(partitions, self.num_parts), -1)
         return parts
 
-    @torch.inference_mode()
     def prepare(self, mutations: Sequence[Mutation]) -> Prepared:
         """Return what this shard commits of some mutations in log order; any thread may ask.
 
@@ -104,16 +114,28 @@ class ShardUpdater:
         another schema, an embedding that is not finite or beyond float16, a patch of an item that
         is deleted, or one that gives an upsert more rare values than fit.
         """
+        return self.prepare_batch(MutationBatch(list(enumerate(mutations))))
+
+    @torch.inference_mode()
+    def prepare_batch(self, batch: MutationBatch) -> Prepared:
+        """Return what ``prepare`` does of the mutations of a batch; those in columns are quick."""
+        spec = self._retriever.spec
+        signals, mutations = in_columns(batch, spec.item_schema.signals)
         items, rows, rejected = self._checked(mutations)
         kept, embedded, row_of = self._embed(items, rejected)
-        waves, refused = coalesce(kept, self._retriever.spec.planes)
+        waves, refused = coalesce(kept, spec.planes)
+        parts_of_signals = self.parts_of(signals.item_ids)
+        if (parts_of_signals >= 0).any() and not waves:
+            waves = [[]]
         by_part = []
-        for steps in waves:
+        for wave, steps in enumerate(waves):
             parts = self.parts_of([step.mutation.item_id for step in steps]).tolist()
             by_part.append(
                 tuple(
                     self._changes(
                         [step for step, at in zip(steps, parts, strict=True) if at == part],
+                        # Their items stand nowhere else: any wave would do.
+                        signals.only((parts_of_signals == part) & (wave == 0)),
                         embedded,
                         row_of,
                     )
@@ -126,14 +148,17 @@ class ShardUpdater:
         """Write rows of the tables of this shard's model, on the thread that encodes users.
 
         A change whose version is not above the last one of its table came before and is ignored.
-        Rows of remote tables lie elsewhere.
+        Rows of remote tables lie elsewhere, and are looked up as of the last version from then on.
         """
         for change in changes:
             if change.version <= self._row_versions.get(change.table, 0):
                 continue
             self._row_versions[change.table] = change.version
             cast(_Tower, self._retriever.model).update_rows(
-                change.table, torch.tensor(change.rows), torch.from_numpy(change.values)
+                change.table,
+                torch.tensor(change.rows),
+                torch.from_numpy(change.values),
+                change.version,
             )
 
     def _checked(
@@ -141,7 +166,7 @@ class ShardUpdater:
     ) -> tuple[list[ItemMutation], list[RowChange], list[Rejection]]:
         """Return the mutations of this shard's items, those of tables, and what is refused."""
         spec = self._retriever.spec
-        ids = [-1 if isinstance(one, RowChange) else one.item_id for one in mutations]
+        ids = [item_of(one) for one in mutations]
         items: list[ItemMutation] = []
         rows: list[RowChange] = []
         rejected: list[Rejection] = []
@@ -200,7 +225,11 @@ class ShardUpdater:
         )
 
     def _changes(
-        self, steps: Sequence[Step], embedded: _Embedded, row_of: Mapping[int, int]
+        self,
+        steps: Sequence[Step],
+        signals: SignalColumns,
+        embedded: _Embedded,
+        row_of: Mapping[int, int],
     ) -> Changes:
         """Return the changes of one part."""
         upserts: list[Upsert] = []
@@ -224,9 +253,10 @@ class ShardUpdater:
             embedded.cache[at],
             None if semantic is None else semantic[at],
         )
+        patched = self._patched_items(patches) if patches else self._no_patches
         return Changes(
             upserts=self._new_items(upserts, mine),
-            patches=self._patched_items(patches),
+            patches=with_signals(patched, signals) if len(signals.item_ids) else patched,
             deletes=_int64([one.item_id for one in deletes]),
             delete_versions=_int64([one.version for one in deletes]),
         )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -135,73 +135,137 @@ def make_redis(
         server.kill()
 
 
+class _Entry(NamedTuple):
+    """Of a journal: a change that can be undone, or the sync that covers what came before."""
+
+    time: int
+    kind: int
+    inode: int
+    offset: int
+    size: int
+    names: list[str]
+    data: bytes
+    pid: int
+
+
 class Unsynced:
     """Loses what processes wrote below ``folder`` and did not sync, as a power cut would.
 
     It covers what runs in ``environment`` (see ``unsynced.c``).
     """
 
-    _ENTRY = struct.Struct("<6Q")
+    _HEADER = struct.Struct("<7Q")
     _WRITE, _SYNC, _CREATE, _RENAME, _UNLINK = range(1, 6)
 
     def __init__(self, library: Path, directory: Path) -> None:
         self.folder = directory / "data"
         self.folder.mkdir()
         self._journal = directory / "journal"
+        self._lies = directory / "journal.lies"
+        self._synced: dict[int, int] = {}
+        """When each file was synced last, by processes whose journals are there no more."""
         self.environment = {
             "LD_PRELOAD": str(library),
+            # Ray takes the variable away from its workers otherwise.
+            "RAY_LD_PRELOAD_ON_WORKERS": "1",
             "UNSYNCED_FOLDER": str(self.folder),
             "UNSYNCED_JOURNAL": str(self._journal),
         }
 
-    def _entries(self) -> Iterator[tuple[int, int, int, int, int, list[str], bytes]]:
-        with self._journal.open("rb") as file:
-            while header := file.read(self._ENTRY.size):
-                at = file.tell() - self._ENTRY.size
-                kind, inode, offset, size, paths, data = self._ENTRY.unpack(header)
-                names = os.fsdecode(file.read(paths)).split("\0")
-                yield at, kind, inode, offset, size, names, file.read(data)
+    def lie(self) -> None:
+        """Let the disk say from now on that it has synced what it has not."""
+        self._lies.touch()
 
-    def lose(self, kept: Callable[[int], int] = lambda count: 0) -> int:
-        """Undo what is not synced, and return of how many changes; every process has ended.
+    def be_honest(self) -> None:
+        """Let the disk sync again what it says that it has."""
+        self._lies.unlink(missing_ok=True)
+
+    def wait_for_change(self, pid: int, timeout_s: float) -> None:
+        """Return as soon as a process begins a change, or when the time is up."""
+        journal = self._journal.with_name(f"{self._journal.name}.{pid}")
+        before, give_up_s = journal.stat().st_size, time.monotonic() + timeout_s
+        while journal.stat().st_size == before and time.monotonic() < give_up_s:
+            pass
+
+    def _entries(self) -> list[_Entry]:
+        found: list[_Entry] = []
+        for path in self._journal.parent.glob(f"{self._journal.name}.*"):
+            if path.suffix[1:].isdigit():
+                content, at = path.read_bytes(), 0
+                # A process that was killed may have left the last entry without its end, and the
+                # change unmade.
+                while at + self._HEADER.size <= len(content):
+                    kind, inode, offset, size, paths, data, time_ns = self._HEADER.unpack_from(
+                        content, at
+                    )
+                    names = at + self._HEADER.size
+                    at = names + paths + data
+                    if at <= len(content):
+                        text = os.fsdecode(content[names : names + paths]).split("\0")
+                        kept = content[names + paths : at]
+                        pid = int(path.suffix[1:])
+                        found.append(_Entry(time_ns, kind, inode, offset, size, text, kept, pid))
+        return sorted(found)
+
+    def lose(self, kept: Callable[[int], int] = lambda count: 0, *, pid: int | None = None) -> int:
+        """Undo what is not synced, and return of how many changes.
 
         Args:
             kept: how many of the first unsynced changes of a file reached the disk all the same.
+            pid: the process whose changes are lost; it must have ended. By default those of all
+                processes, each of which must have ended then.
         """
-        entries = list(self._entries())
-        covered: dict[int, int] = {}
-        for _, kind, inode, offset, *_ in entries:
-            if kind == self._SYNC:
-                covered[inode] = max(covered.get(inode, 0), offset)
+        entries = self._entries()
+        covered = self._synced
+        for one in entries:
+            if one.kind == self._SYNC:
+                covered[one.inode] = max(covered.get(one.inode, 0), one.time)
         lost = [
-            entry
-            for entry in entries
-            if entry[1] != self._SYNC and entry[0] >= covered.get(entry[2], 0)
+            one
+            for one in entries
+            if one.kind != self._SYNC
+            and one.time > covered.get(one.inode, 0)
+            and pid in (None, one.pid)
         ]
-        counts = Counter(entry[2] for entry in lost if entry[1] == self._WRITE)
+        since = {one.inode: one.time for one in reversed(lost)}
+        # What others wrote over it would be undone with it, in a way that no power cut does.
+        assert not [
+            one
+            for one in entries
+            if one.kind == self._WRITE
+            and one.time > since.get(one.inode, one.time)
+            and pid not in (None, one.pid)
+        ]
+        counts = Counter(one.inode for one in lost if one.kind == self._WRITE)
         left = {inode: kept(count) for inode, count in counts.items()}
-        saved = [*self._journal.parent.glob(f"{self._journal.name}.*")]
+        numbered = "*" if pid is None else str(pid)
+        journals = [
+            path
+            for path in self._journal.parent.glob(f"{self._journal.name}.{numbered}")
+            if path.suffix[1:].isdigit()
+        ]
+        saved = [*self._journal.parent.glob(f"{self._journal.name}.{numbered}-*")]
         files = [path for path in (*self.folder.rglob("*"), *saved) if path.is_file()]
         by_inode = {path.stat().st_ino: path for path in files}
         undone = 0
-        for _, kind, inode, offset, size, _names, data in reversed(lost):
-            if kind == self._WRITE:
-                counts[inode] -= 1
-                if inode in by_inode and counts[inode] >= left[inode]:
+        for one in reversed(lost):
+            if one.kind == self._WRITE:
+                counts[one.inode] -= 1
+                if one.inode in by_inode and counts[one.inode] >= left[one.inode]:
                     undone += 1
-                    with by_inode[inode].open("r+b") as file:
-                        file.seek(offset)
-                        file.write(data)
-                        file.truncate(size)
-        for _, kind, _, _, _, names, _ in reversed(lost):
-            if kind == self._CREATE:
-                Path(names[0]).unlink(missing_ok=True)
-            elif kind == self._RENAME:
-                os.rename(names[1], names[0])
-            if kind in (self._RENAME, self._UNLINK) and names[2]:
-                os.link(names[2], names[1] or names[0])
-            undone += kind != self._WRITE
-        for path in (*saved, self._journal):
+                    with by_inode[one.inode].open("r+b") as file:
+                        file.seek(one.offset)
+                        file.write(one.data)
+                        file.truncate(one.size)
+        for one in reversed(lost):
+            if one.kind == self._CREATE:
+                Path(one.names[0]).unlink(missing_ok=True)
+            elif one.kind == self._RENAME:
+                os.rename(one.names[1], one.names[0])
+            if one.kind in (self._RENAME, self._UNLINK) and one.names[2]:
+                os.link(one.names[2], one.names[1] or one.names[0])
+            undone += one.kind != self._WRITE
+        for path in (*saved, *journals):
             path.unlink()
         return undone
 

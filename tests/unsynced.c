@@ -2,11 +2,13 @@
  *
  *     UNSYNCED_FOLDER=/data UNSYNCED_JOURNAL=/elsewhere/journal LD_PRELOAD=./unsynced.so program
  *
- * The journal survives kill -9. Undoing, newest first, every entry that no later sync covers gives
- * the files as a power cut could have left them. Entries are written before the change they undo;
- * a sync covers what was in the journal when it began, once it has returned. A file that was created,
+ * Every process has a journal of its own, named by its number, which survives kill -9; the times of
+ * the entries order those of several. Undoing, newest first, every entry that no later sync covers
+ * gives the files as a power cut could have left them. Entries are written before the change they
+ * undo; a sync covers what was noted before it began, once it has returned. A file that was created,
  * renamed or unlinked stays so only after a sync of the folder that it is in, or was in. The shared
- * memory of SQLite is no data.
+ * memory of SQLite is no data. While the file UNSYNCED_JOURNAL.lies exists the disk lies: what it
+ * says is synced is not.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -20,17 +22,18 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WRITE = 1, SYNC, CREATE, RENAME, UNLINK };
 
 struct entry {
-  uint64_t kind, inode, offset, size, paths, data;
+  uint64_t kind, inode, offset, size, paths, data, time;
 };
 
 #define MAX_FDS 65536
 static char tracked[MAX_FDS];
-static char folder[PATH_MAX], journal_path[PATH_MAX];
+static char folder[PATH_MAX], journal_path[PATH_MAX], lies_path[PATH_MAX];
 static int journal = -1;
 static atomic_long saved_count;
 
@@ -39,8 +42,9 @@ static atomic_long saved_count;
 __attribute__((constructor)) static void start(void) {
   const char *below = getenv("UNSYNCED_FOLDER"), *path = getenv("UNSYNCED_JOURNAL");
   if (!below || !path || !realpath(below, folder)) return;
-  strncpy(journal_path, path, PATH_MAX - 1);
-  journal = REAL(open)(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  snprintf(journal_path, PATH_MAX, "%.3000s.%d", path, getpid());
+  snprintf(lies_path, PATH_MAX, "%.3000s.lies", path);
+  journal = REAL(open)(journal_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   if (journal < 0) abort();
 }
 
@@ -77,6 +81,12 @@ static int absolute(int at, const char *name, char *path) {
   return is_below(path);
 }
 
+static uint64_t now(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1000000000ull + time.tv_nsec;
+}
+
 static void note(struct entry entry, const char *paths, const void *data) {
   struct iovec parts[3] = {{&entry, sizeof entry},
                            {(void *)paths, entry.paths},
@@ -97,11 +107,11 @@ static uint64_t folder_of(const char *path) {
 static void note_names(int kind, const char *first, const char *second, const char *lost) {
   char paths[3 * PATH_MAX], saved[PATH_MAX + 64] = "";
   if (lost && !access(lost, F_OK)) {
-    snprintf(saved, sizeof saved, "%s.%d-%ld", journal_path, getpid(), saved_count++);
+    snprintf(saved, sizeof saved, "%s-%d-%ld", journal_path, getpid(), saved_count++);
     if (REAL(link)(lost, saved)) abort();
   }
   int length = snprintf(paths, sizeof paths, "%s%c%s%c%s", first, 0, second, 0, saved);
-  note((struct entry){kind, folder_of(*second ? second : first), 0, 0, length, 0}, paths, NULL);
+  note((struct entry){kind, folder_of(*second ? second : first), 0, 0, length, 0, now()}, paths, NULL);
 }
 
 static void note_write(int fd, uint64_t offset, uint64_t length) {
@@ -116,7 +126,7 @@ static void note_write(int fd, uint64_t offset, uint64_t length) {
     if (reader < 0 || pread(reader, before, kept, offset) != (ssize_t)kept) abort();
     REAL(close)(reader);
   }
-  note((struct entry){WRITE, status.st_ino, offset, size, 0, kept}, NULL, before);
+  note((struct entry){WRITE, status.st_ino, offset, size, 0, kept, now()}, NULL, before);
   free(before);
 }
 
@@ -217,11 +227,12 @@ int ftruncate64(int fd, off64_t length) {
 }
 
 static int synced(int fd, int (*sync)(int)) {
-  struct stat status, before;
-  int noted = fd >= 0 && fd < MAX_FDS && tracked[fd] && !fstat(fd, &status) && !fstat(journal, &before);
+  struct stat status;
+  int noted = fd >= 0 && fd < MAX_FDS && tracked[fd] && !fstat(fd, &status);
+  uint64_t began = now();
   int failed = sync(fd);
-  if (noted && !failed) {
-    note((struct entry){SYNC, status.st_ino, before.st_size, 0, 0, 0}, NULL, NULL);
+  if (noted && !failed && access(lies_path, F_OK)) {
+    note((struct entry){SYNC, status.st_ino, 0, 0, 0, 0, began}, NULL, NULL);
   }
   return failed;
 }

@@ -115,7 +115,9 @@ class FakeLink:
 
     async def encode(self, users: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
         self.demands.append(demand)
-        return await self._call("encode", remaining_s, lambda: self.executor.encode(users))
+        return await self._call(
+            "encode", remaining_s, lambda: (self.executor.encode(users), self._saw)
+        )
 
     async def count(self, scan: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
         self.demands.append(demand)
@@ -134,26 +136,6 @@ class FakeLink:
 
     async def close(self, key: str, cutoffs: Any, remaining_s: float) -> Any:
         return await self._call("close", remaining_s, lambda: self.executor.close(key, cutoffs))
-
-    async def open_and_close(
-        self,
-        key: str,
-        work: Any,
-        cutoffs: Any,
-        remaining_s: float,
-        demand: Demand = ANYTHING,
-    ) -> Any:
-        self.opened.append(key)
-        self.demands.append(demand)
-        expires_at_s = asyncio.get_running_loop().time() + remaining_s
-        return await self._call(
-            "open_and_close",
-            remaining_s,
-            lambda: (
-                self.executor.open_and_close(key, work, cutoffs, expires_at_s),
-                self._saw,
-            ),
-        )
 
     async def fields(self, key: str, item_ids: Any, names: Any, remaining_s: float) -> Any:
         def look_up() -> Any:

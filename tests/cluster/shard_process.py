@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from silvershard.cluster.hosting import ready
-from silvershard.cluster.shard_loader import ShardLoader, reach_log
+from silvershard.cluster.log_reach import reach_log
+from silvershard.cluster.shard_loader import ShardLoader
 from silvershard.cluster.shard_server import ShardServer
 
 

@@ -1,10 +1,12 @@
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from silvershard.cluster.batcher import Batcher
+from silvershard.cluster.consistency import ANY, Consistency, UpdateToken
 from silvershard.cluster.coordinator import Query
 from silvershard.model.request import Request
 from silvershard.shard.errors import Overloaded
@@ -261,3 +263,39 @@ def test_an_error_of_the_run_is_the_fate_of_each(virtual: Any, runner: Runner) -
         batcher.submit([query(virtual, 0), query(virtual, 1)], runner.run)
     )
     assert fates == [runner.error, runner.error]
+
+
+def demanding(virtual: Any, k: int) -> Query:
+    return replace(query(virtual, k), consistency=Consistency((UpdateToken(9, 0, k),)))
+
+
+def test_nobody_waits_for_the_updates_of_others(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=4, max_batch=2)
+    waits = Runner()
+    waits.gate.clear()
+
+    async def run(queries: Sequence[Query]) -> list[Any]:
+        kind = waits if queries[0].consistency != ANY else runner
+        return await kind.run(queries)
+
+    async def scene() -> None:
+        late = asyncio.ensure_future(batcher.submit([demanding(virtual, k) for k in range(5)], run))
+        await settle()
+        # Half of what may run is left to those that demand nothing.
+        assert waits.batches == [[0, 1], [2, 3]]
+        assert await batcher.submit([query(virtual, 7)], run) == [7]
+        assert not late.done()
+        waits.gate.set()
+        assert await late == [0, 1, 2, 3, 4]
+        assert waits.batches == [[0, 1], [2, 3], [4]]
+        assert await batcher.submit([demanding(virtual, 5), query(virtual, 6)], run) == [5, 6]
+        assert (waits.batches[-1], runner.batches[-1]) == ([5], [6])
+
+    virtual.run_until_complete(scene())
+
+
+def test_even_the_only_batch_that_may_run_may_wait_for_updates(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1)
+    assert virtual.run_until_complete(batcher.submit([demanding(virtual, 3)], runner.run)) == [3]

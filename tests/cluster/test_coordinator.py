@@ -298,9 +298,24 @@ def test_an_answer_tells_the_cut_and_the_staleness_of_its_slowest_shard(make_ben
     fate = bench.ask(bench.request())
     assert fate.freshness == Freshness((UpdateToken(9, 0, 6), UpdateToken(9, 1, 1)), 0.5)
     # The slowest of those that answered, and of no other.
+    bench.links[1][0].faults["encode"] = [ShardUnavailable(1, "gone")]
     bench.links[1][0].faults["open"] = [ShardUnavailable(1, "gone")]
     fate = bench.ask(bench.request())
     assert fate.freshness == Freshness((UpdateToken(9, 0, 7), UpdateToken(9, 1, 1)), 0.0)
+
+
+def test_who_encoded_the_users_counts_among_those_that_answered(make_bench: Any) -> None:
+    bench = make_bench(1, replicas=2, lagging_s=1.0)
+    behind, ahead = bench.links[0]
+    behind.seen = Seen(9, (4,), 1.5, behind.executor.documents)
+    ahead.seen = Seen(9, (6,), 0.0, ahead.executor.documents)
+    # It may have made the embeddings from rows of tables that have changed since.
+    behind.faults["open"] = [ShardUnavailable(0, "gone")]
+    fate = bench.ask(bench.request())
+    assert behind.calls[0] == "encode"
+    assert "open" in ahead.calls
+    assert fate.freshness == Freshness((UpdateToken(9, 0, 4),), 1.5)
+    assert fate.coverage.reasons == ("UPDATES_LAGGING",)
 
 
 def test_a_generation_without_a_log_tells_none(make_bench: Any) -> None:
@@ -368,9 +383,17 @@ def test_when_no_shard_is_fresh_the_reason_is_that(make_bench: Any) -> None:
 
 
 @pytest.mark.parametrize("op", ["encode", "count", "open"])
-def test_tokens_of_another_log_refuse_their_requests_alone(make_bench: Any, op: str) -> None:
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        Refusal("FAILED_PRECONDITION", "of another log", "FOREIGN_TOKEN"),
+        RequestError("consistency.after", "beyond the log"),
+    ],
+)
+def test_tokens_that_no_shard_can_meet_refuse_their_requests_alone(
+    make_bench: Any, op: str, foreign: Exception
+) -> None:
     bench = make_bench(2)
-    foreign = Refusal("FAILED_PRECONDITION", "of another log", "FOREIGN_TOKEN")
 
     def refuse(link: Any) -> Any:
         return lambda: foreign if link.demands[-1].consistency == TOKENS else None
@@ -398,16 +421,23 @@ def test_a_shard_that_lags_is_served_and_named(make_bench: Any) -> None:
 
 
 def test_coverage_weighs_documents_as_the_shards_count_them_now(make_bench: Any) -> None:
-    bench = make_bench(2)
+    bench = make_bench(2, replicas=2)
     published = list(bench.coordinator.documents)
-    for link, documents in zip(bench.all_links, (100, 900), strict=True):
-        link.seen = Seen(9, (5,), 0.0, documents)
-    bench.links[0][0].faults["open"] = [ShardUnavailable(0, "gone")]
+    for link, (cut, documents) in zip(
+        bench.all_links, ((5, None), (5, None), (5, 700), (6, 900)), strict=True
+    ):
+        link.seen = None if documents is None else Seen(9, (cut,), 0.0, documents)
+    for link in bench.links[0]:
+        link.faults["open"] = [ShardUnavailable(0, "gone")]
+    # A shard that has not said yet how many it has counts as published, the other as its replica
+    # that is furthest says.
+    assert bench.coordinator.documents == [published[0], 900]
     fate = bench.ask(bench.request())
-    # The lost shard has not said yet how many it has.
-    assert fate.coverage.documents == 900 / (900 + published[0])
-    assert bench.ask(bench.request()).answer.counts.addressed == 1000
-    bench.links[1][0].faults["open"] = [ShardUnavailable(1, "gone")]
+    assert fate.coverage.documents == 700 / (700 + published[0])
+    bench.links[0][0].seen = Seen(9, (5,), 0.0, 100)
+    assert bench.ask(bench.request()).answer.counts.addressed == 800
+    # What a shard said last is what is missing without it.
+    bench.links[0] = []
     fate = bench.ask(bench.request())
-    assert fate.coverage.documents == 0.1
+    assert fate.coverage.documents == 700 / (700 + 100)
     assert bench.coordinator.documents == [100, 900]

@@ -24,6 +24,16 @@ def test_until_a_shard_has_reported_there_is_no_room(feed: FeedBlock) -> None:
     assert feed.refusal(1) == "shard 1 has not said yet how much room it has"
 
 
+def test_a_shard_that_has_reported_once_stays_known(feed: FeedBlock) -> None:
+    assert feed.unknown(3) == {0, 1, 2}
+    feed.report([report(10, 0), report(10, 0, shard=2)])
+    feed.reserve(1, 0)
+    assert feed.unknown(3) == {1}
+    feed.report([report(10, 0, shard=1)])
+    assert feed.unknown(3) == set()
+    assert feed.unknown(4) == {3}
+
+
 def test_accepted_items_take_room_until_they_are_reported(feed: FeedBlock) -> None:
     feed.report([report(80, 0)])
     accept(feed, 10)

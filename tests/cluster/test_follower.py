@@ -265,27 +265,63 @@ def test_without_the_log_it_waits_says_so_once_and_goes_on(
     [LogTrimmed("test://", 0, 0, 7), LogDamaged("test://", "record 3 is damaged")],
     ids=["trimmed", "damaged"],
 )
-def test_what_cannot_be_read_ends_the_following_with_the_reason(
-    make: Any, shard: Shard, error: Exception
+def test_what_cannot_be_read_is_looked_at_again_and_only_loading_ends_with_it(
+    make: Any, shard: Shard, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = MemoryLog()
+    log.add("r0")
+    follower = make(log, clock=time.monotonic)
+    follower.start()
+    until(lambda: shard.names == ["r0"])
     log.error = error
-    follower = make(log)
-    told = threading.Event()
-    follower.start(lambda: told.set() if follower.failure else None)
-    assert told.wait(10)
-    assert follower.failure == str(error)
-    assert shard.commits == []
+    log.add("r1")
+    until(lambda: follower.trouble == str(error))
+    aged_s = follower.staleness_s
+    until(lambda: follower.staleness_s > aged_s)
+    assert follower.failure == ""
+    assert follower.lag.cut == (1,)
+    assert caplog.text.count("cannot follow for now") == 1
     with pytest.raises(type(error)):
         make(log).catch_up()
+    log.error = None
+    until(lambda: shard.names == ["r0", "r1"])
+    until(lambda: follower.trouble == "")
 
 
 def test_a_log_that_lost_what_was_applied_is_not_followed(make: Any, shard: Shard) -> None:
     log = MemoryLog(2)
     log.add("r0", partition=1)
+    follower = make(log, cut=(0, 5))
     with pytest.raises(LogDamaged, match="partition 1 ends at 1, but 5 was applied already"):
-        make(log, cut=(0, 5)).step()
+        follower.step()
+    for number in range(9):
+        log.add(f"other{number}", partition=1)
+    with pytest.raises(LogDamaged, match="position 5 of partition 1 is not what was applied"):
+        follower.step()
     assert shard.commits == []
+
+
+def test_a_log_that_grew_again_is_followed_only_if_it_holds_what_was_applied(
+    make: Any, shard: Shard
+) -> None:
+    log = MemoryLog()
+    for number in range(3):
+        log.add(f"r{number}")
+    follower = make(log)
+    follower.step()
+    whole = list(log.records[0])
+    log.records[0] = whole[:1]
+    with pytest.raises(LogDamaged, match="ends at 1, but 3 was applied"):
+        follower.step()
+    for number in range(3):
+        log.add(f"other{number}")
+    with pytest.raises(LogDamaged, match="position 3 of partition 0 is not what was applied"):
+        follower.step()
+    assert shard.names == ["r0", "r1", "r2"]
+    log.records[0] = whole
+    log.add("r3")
+    assert follower.step() is False
+    assert shard.names == ["r0", "r1", "r2", "r3"]
 
 
 def test_a_bug_ends_the_following_and_is_logged(
@@ -314,6 +350,33 @@ def test_a_full_pool_is_waited_for_while_queries_are_open(
     follower = make(log)
     assert follower.step() is False
     assert shard.commits == [(["r0"], (1,))]
+    assert follower.trouble == ""
+
+
+def test_urgent_deletes_pass_a_batch_that_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("silvershard.cluster.follower._ROOM_RETRY_S", 0.001)
+    log = MemoryLog()
+    log.add("r0")
+    log.add("take-down of the batch", urgent=True)
+
+    class Full(Shard):
+        def commit(self, prepared: list[str], cut: tuple[int, ...]) -> list[tuple[int, str]]:
+            if "r0" in prepared and "later take-down" not in self.names:
+                if len(log.records[0]) == 2:
+                    log.add("later take-down", urgent=True)
+                raise PoolExhausted(3, 0, 2)
+            return super().commit(prepared, cut)
+
+    shard = Full()
+    follower = Follower(log, shard, shard.commit, decode)  # type: ignore[arg-type]
+    follower.step()
+    follower.step()
+    assert shard.commits == [
+        (["take-down of the batch", "later take-down"], (0,)),
+        (["r0", "take-down of the batch"], (2,)),
+        (["later take-down"], (3,)),
+    ]
+    assert follower.counts.urgent == 2
     assert follower.trouble == ""
 
 

@@ -8,10 +8,12 @@ from silvershard.cluster.freshness import (
     ANYTHING,
     Demand,
     Seen,
+    check_end,
     check_tokens,
     is_met,
     slowest,
 )
+from silvershard.model.request import RequestError
 
 LOG = 9
 
@@ -65,6 +67,13 @@ def test_tokens_of_another_log_are_refused(
 def test_tokens_of_the_log_and_a_staleness_alone_are_fine() -> None:
     check_tokens(after((0, 1), (1, 7)), LOG, 2)
     check_tokens(Consistency(max_staleness_s=1.0), 0, 0)
+
+
+def test_a_token_beyond_the_end_of_the_log_is_refused_with_both() -> None:
+    check_end(after((0, 5), (1, 7)), (5, 7))
+    with pytest.raises(RequestError, match=r"at most 7 in log partition 1.*ends, got 8") as raised:
+        check_end(after((0, 5), (1, 8)), (5, 7))
+    assert raised.value.field == "consistency.after"
 
 
 def test_an_answer_is_as_fresh_as_its_slowest_shard_in_every_partition() -> None:

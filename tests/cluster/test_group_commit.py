@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.group_commit import MAX_GROUP, GroupCommit
 from silvershard.cluster.sequencer import Outcome, Write
 from silvershard.shard.errors import DeadlineExceeded, LogUnavailable, StateError
@@ -15,9 +14,8 @@ LATER_S = 1e9
 
 
 def writes(*item_ids: int) -> list[Write]:
-    message = retrieval_pb2.Mutation()
     return [
-        Write(at, "delete", 0, item_id, 0, "", 0, None, False, 0, message)
+        Write(at, "delete", item_id, "", 0, None, False, 0, b"", 0, 0)
         for at, item_id in enumerate(item_ids)
     ]
 

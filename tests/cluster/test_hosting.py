@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from silvershard.cluster.hosting import (
     seen_from,
     seen_to,
 )
+from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
     GenerationError,
     LogTrimmed,
+    Overloaded,
     ReplicaStale,
     ShardUnavailable,
     SnapshotError,
@@ -71,6 +74,7 @@ class Follows:
         self.lag = Lag((0,), (7,), 0.0, 0.0)
         self.counts = UpdateCounts(batches=2, records=9, urgent=1, rejected=3)
         self.failure = self.trouble = ""
+        self.refused = ((11, "no room for its values"),)
         self.progressed: Callable[[], None] = lambda: None
         self.started = self.stopped = False
         self.may_catch_up = threading.Event()
@@ -270,6 +274,7 @@ def test_the_report_holds_what_a_supervisor_needs(bench: Bench) -> None:
     assert (report.pool.pages, report.pool.free_pages, report.pool.dead_slots) == (10, 4, 20)
     assert (report.pool.longest_list, report.pool.mean_list) == (3, 1.5)
     assert (report.updates.records, report.updates.rejected) == (9, 3)
+    assert [(one.item_id, one.reason) for one in report.refused] == [(11, "no room for its values")]
     bench.followers[3].trouble = "the log is away"
     assert bench.hosting.find(3).report().reason == "the log is away"
 
@@ -378,6 +383,68 @@ def test_tokens_of_another_log_are_refused_at_once(bench: Bench, run: Any) -> No
         with pytest.raises(Refusal, match="follows no update log"):
             await bench.hosting.wait(static, demand(1), bench.now_s())
         await bench.hosting.wait(static, Demand(Consistency((), 0.0), 0.0), bench.now_s())
+
+    run(scene())
+
+
+def test_a_token_beyond_the_log_is_refused_once_somebody_has_looked(bench: Bench, run: Any) -> None:
+    hosted = prepared(bench, 3)
+    follower = bench.followers[3]
+    until(lambda: follower.started)
+
+    async def scene() -> None:
+        # What was acknowledged since the last look may be in the log.
+        follower.lag = Lag((7,), (7,), 0.0, 0.0, bench.now_s())
+        task = await waiting_for(bench, hosted, demand(9))
+        await asyncio.to_thread(follower.progressed)
+        assert not task.done()
+        follower.lag = Lag((7,), (9,), 0.0, 0.0, bench.now_s())
+        await asyncio.to_thread(follower.progressed)
+        late = await waiting_for(bench, hosted, demand(10))
+        assert not late.done()
+        follower.lag = Lag((7,), (9,), 0.0, 0.0, bench.now_s())
+        await asyncio.to_thread(follower.progressed)
+        with pytest.raises(RequestError, match=r"at most 9 in log partition 0.*got 10") as raised:
+            await late
+        assert raised.value.field == "consistency.after"
+        assert not task.done()
+        await asyncio.to_thread(follower.commit, "next", (9,))
+        await asyncio.to_thread(follower.progressed)
+        await task
+
+    run(scene())
+
+
+@pytest.mark.parametrize(("limit", "size"), [("_MAX_WAITING", 0), ("_MAX_WAITING_BYTES", 30)])
+def test_only_so_many_calls_wait_and_their_places_come_back(
+    bench: Bench, run: Any, monkeypatch: pytest.MonkeyPatch, limit: str, size: int
+) -> None:
+    monkeypatch.setattr(f"silvershard.cluster.hosting.{limit}", 2 * size or 2)
+    hosted = prepared(bench, 3)
+    until(lambda: bench.followers[3].started)
+    wait = partial(bench.hosting.wait, hosted, size=size)
+
+    async def scene() -> None:
+        bench.hosting.attach(asyncio.get_running_loop())
+        for _ in range(2):
+            tasks = [
+                asyncio.ensure_future(wait(demand(position), bench.now_s()))
+                for position in (bench.executors[3].cut[0] + 1, 99)
+            ]
+            await asyncio.sleep(0)
+            refusal = f"2 calls of {2 * size} bytes wait for updates"
+            with pytest.raises(Overloaded, match=refusal):
+                await wait(demand(99), bench.now_s())
+            # Who need not wait needs no place.
+            await wait(demand(1), bench.now_s())
+            position = bench.executors[3].cut[0] + 1
+            await asyncio.to_thread(bench.followers[3].commit, "next", (position,))
+            await asyncio.to_thread(bench.followers[3].progressed)
+            await tasks[0]
+            tasks[1].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(ReplicaStale):
+            await wait(demand(99, wait_s=0.001), bench.now_s())
 
     run(scene())
 

@@ -134,14 +134,15 @@ def test_a_link_gives_what_the_executor_gives_bit_for_bit(
         try:
             async with linked(map_entry(server)) as link:
                 users = [{"history": (1, 2**60)}, {"history": ()}]
-                encoded, expected = await link.encode(users, 5), local.encode(users)
+                (encoded, seen), expected = await link.encode(users, 5), local.encode(users)
+                assert seen == Seen(0, (), 0.0, executor.documents)
                 assert torch.equal(encoded.embedding, expected.embedding)
                 assert torch.equal(encoded.user_state, expected.user_state)
                 assert encoded.warnings == expected.warnings
                 assert any(encoded.warnings)
                 assert encoded.fallback == (False, False)
                 executor.encode = lambda _: expected._replace(fallback=(False, True))
-                assert (await link.encode(users, 5)).fallback == (False, True)
+                assert (await link.encode(users, 5))[0].fallback == (False, True)
                 assert torch.equal(await link.count(work.scan, 5), local.count(work.scan))
                 (first, seen), expected_first = (
                     await link.open("a", work, 5),
@@ -153,17 +154,14 @@ def test_a_link_gives_what_the_executor_gives_bit_for_bit(
                 cutoffs = Cutoffs(first.scores[:, :, 3], first.item_ids[:, :, 3])
                 second = await link.close("a", cutoffs, 5)
                 expected_second = local.close("a", cutoffs)
-                both, seen = await link.open_and_close("b", work, cutoffs, 5)
-                assert seen == Seen(0, (), 0.0, executor.documents)
-                for round_ in (second, both):
-                    for got, wanted in zip(round_[:6], expected_second[:6], strict=True):
-                        assert torch.equal(got, wanted)
+                for got, wanted in zip(second[:6], expected_second[:6], strict=True):
+                    assert torch.equal(got, wanted)
                 ids = second.item_ids[1][:2].tolist()
                 assert await link.fields("a", ids, ["title", "year"], 5) == local.fields(
                     ids, ["title", "year"]
                 )
                 link.release("a")
-                await until(lambda: executor.num_open == 1)
+                await until(lambda: executor.num_open == 0)
         finally:
             await server.stop(0)
 
@@ -499,13 +497,8 @@ def test_a_call_carries_what_it_demands(run: Any, work: Work) -> None:
             await link.count(SCAN, 5)
             await link.count(SCAN, 5, Demand(Consistency(tokens), 0.5))
             await link.count(SCAN, 5, Demand(Consistency((), 0.0), 0.25))
-            for ask in (link.encode([{}, {}], 5, Demand(Consistency(tokens), 1.0)),):
-                with pytest.raises(ShardUnavailable, match="malformed"):
-                    await ask
-            for ask in (
-                link.open("a", work, 5, Demand(Consistency(tokens), 1.0)),
-                link.open_and_close("a", work, EVERYTHING, 5, Demand(Consistency(tokens), 1.0)),
-            ):
+            demand = Demand(Consistency(tokens), 1.0)
+            for ask in (link.encode([{}, {}], 5, demand), link.open("a", work, 5, demand)):
                 with pytest.raises(ShardUnavailable, match="malformed"):
                     await ask
         plain, after, fresh, *others = shard.calls
@@ -516,7 +509,7 @@ def test_a_call_carries_what_it_demands(run: Any, work: Work) -> None:
         assert fresh.fresh.HasField("max_staleness_us")
         assert (fresh.fresh.max_staleness_us, fresh.fresh.wait_us) == (0, 250_000)
         assert all(call.fresh.log_id == 9 for call in others)
-        assert len(others) == 3
+        assert len(others) == 2
 
     run(scene())
 

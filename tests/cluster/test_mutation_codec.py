@@ -3,13 +3,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silvershard.cluster import retrieval_pb2
+from silvershard.cluster import retrieval_pb2, update_pb2
 from silvershard.cluster.mutation_codec import (
+    body_of,
     logged,
+    logged_batch,
     logged_from,
     mutation_from,
+    sealed,
     ttl_s,
 )
+from silvershard.cluster.signal_records import SignalRecords
 from silvershard.cluster.update_message import mutation_to
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert, TableRows, Update
 from silvershard.shard.errors import MutationError
@@ -66,6 +70,25 @@ def test_versions_and_tests_are_kept_in_the_request_only() -> None:
     assert ttl_s(message) == 1.5
 
 
+@pytest.mark.parametrize("version", [1, 127, 128, 300, 1 << 31, (1 << 63) - 1])
+@pytest.mark.parametrize("expires_unix_ms", [0, 1, 1 << 41])
+def test_a_payload_is_what_protobuf_makes_of_the_record(version: int, expires_unix_ms: int) -> None:
+    for update in (
+        ItemUpsert(5, fields={"title": "x" * 300}, version=9, if_version=3, ttl_s=2.0),
+        ItemPatch(6, signals={"popularity": 0.5}),
+        ItemDelete(7, urgent=True),
+        TableRows("users", [4], np.ones((1, 3))),
+    ):
+        message = mutation_to(update)
+        expected = update_pb2.LoggedMutation(mutation=message, expires_unix_ms=expires_unix_ms)
+        expected.mutation.version = version
+        expected.mutation.ClearField("if_version")
+        if isinstance(update, ItemUpsert):
+            expected.mutation.upsert.ClearField("ttl")
+        payload = sealed(body_of(message), version, expires_unix_ms)
+        assert payload == expected.SerializeToString()
+
+
 def test_messages_that_mix_or_overfill_are_refused_by_field() -> None:
     mixed = retrieval_pb2.Values(ints=[1], strings=["a"])
     weighted = retrieval_pb2.Values(ints=[1], weights=b"abcd")
@@ -97,3 +120,17 @@ def test_a_record_that_is_no_mutation_is_refused() -> None:
         logged_from(b"\xff\xff")
     with pytest.raises(MutationError, match="op: must be"):
         logged_from(b"")
+
+
+def test_a_batch_keeps_the_places_of_what_is_read_and_refuses_the_rest_by_item() -> None:
+    patches = [logged(mutation_to(ItemPatch(at, signals={"a": 0.5})), at) for at in range(1, 10)]
+    mixed = retrieval_pb2.Mutation()
+    mixed.patch.item_id = 77
+    mixed.patch.attributes.features["a"].CopyFrom(retrieval_pb2.Values(ints=[1], strings=["a"]))
+    payloads = [b"\xff\xff", *patches, logged(mixed, 3), logged(mutation_to(ItemDelete(5)), 4), b""]
+    batch, refused = logged_batch(payloads, SignalRecords())
+    (found,) = batch.patches
+    assert found.places.tolist() == list(range(1, 10))
+    assert batch.placed == [(11, Delete(5, 4))]
+    assert [item for item, _ in refused] == [-1, 77, -1]
+    assert refused[1][1].startswith("attributes.a: must be values of one kind")

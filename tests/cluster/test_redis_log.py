@@ -2,6 +2,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,12 @@ from typing import Any
 import pytest
 import redis
 
+from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.redis_log import RedisLog
+from silvershard.cluster.sequencer import Sequencer
 from silvershard.cluster.update_log import NewRecord
+from silvershard.cluster.update_message import mutation_to
+from silvershard.cluster.updates import ItemDelete, ItemUpsert, Update
 from silvershard.shard.errors import ConfigError, Fenced, LogDamaged, LogUnavailable
 
 NOW_MS = 1_700_000_000_000
@@ -190,11 +195,176 @@ def test_a_server_that_hangs_is_told_and_what_it_did_is_found_later(
             log.append(0, epoch, [record(1, 7)], NOW_MS)
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
-    first = log.append(0, epoch, [record(2)], NOW_MS)
+    first = log.append(0, log.acquire(0, epoch), [record(2)], NOW_MS)
     found = log.read(0, 0, 9)
     # Nobody was told that the first is stored; it may be, once.
     assert [one.item_id for one in found] in ([2], [1, 2])
     assert first == len(found)
+
+
+class Slow:
+    """A way to a server on which what is sent from some moment on can arrive late."""
+
+    def __init__(self, port: int) -> None:
+        self._server = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._gate = threading.Event()
+        self._gate.set()
+        self._shut: list[threading.Event] = []
+        self._late: list[threading.Event] = []
+        """Of connections on which something was held: whether the server is done with them."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def hold(self) -> None:
+        """Let nothing pass that is sent from now on."""
+        self._gate = threading.Event()
+        self._shut.append(self._gate)
+
+    def pass_on(self) -> None:
+        """Let pass what is sent from now on; what is held stays."""
+        self._gate = threading.Event()
+        self._gate.set()
+
+    def arrive(self) -> None:
+        """Let pass what is held, and return when the server has done all of it."""
+        assert self._late
+        self.release()
+        assert all(done.wait(10) for done in self._late)
+
+    def release(self) -> None:
+        for gate in self._shut:
+            gate.set()
+
+    def close(self) -> None:
+        self.release()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server))
+                ways = (client, server, threading.Event())
+                for run in (self._forward, self._back):
+                    threading.Thread(target=run, args=ways, daemon=True).start()
+
+    def _forward(self, client: socket.socket, server: socket.socket, done: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                gate = self._gate
+                if not gate.is_set():
+                    self._late.append(done)
+                gate.wait()
+                server.sendall(data)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_WR)
+
+    def _back(self, client: socket.socket, server: socket.socket, done: threading.Event) -> None:
+        with contextlib.suppress(OSError), client, server:
+            while data := server.recv(1 << 16):
+                # Maybe nobody waits for an answer any more.
+                with contextlib.suppress(OSError):
+                    client.sendall(data)
+        done.set()
+
+
+@pytest.fixture
+def slow(server: Any) -> Iterator[Slow]:
+    one = Slow(server.port)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def slow_log(slow: Slow, server: Any, open_at: Callable[..., RedisLog]) -> RedisLog:
+    return open_at(server.url().replace(str(server.port), str(slow.port)), timeout_s=1.0)
+
+
+def append_late(slow: Slow, log: RedisLog, epoch: int, records: list[NewRecord]) -> None:
+    slow.hold()
+    with pytest.raises(LogUnavailable, match="cannot be reached"):
+        log.append(0, epoch, records, NOW_MS)
+    slow.pass_on()
+
+
+def test_an_append_that_arrives_after_the_next_acquire_stores_nothing(
+    slow: Slow, slow_log: RedisLog
+) -> None:
+    epoch = slow_log.acquire(0)
+    slow_log.append(0, epoch, [record(1)], NOW_MS)
+    append_late(slow, slow_log, epoch, [record(2)])
+    renewed = slow_log.acquire(0, epoch)
+    assert slow_log.end(0) == 1
+    slow.arrive()
+    assert (slow_log.end(0), slow_log.heads(0, [2])) == (1, {})
+    assert slow_log.append(0, renewed, [record(3)], NOW_MS) == 2
+
+
+def test_behind_an_append_that_arrived_late_nothing_is_stored_before_an_acquire(
+    slow: Slow, slow_log: RedisLog
+) -> None:
+    epoch = slow_log.acquire(0)
+    slow_log.append(0, epoch, [record(1)], NOW_MS)
+    append_late(slow, slow_log, epoch, [record(2)])
+    slow.arrive()
+    with pytest.raises(LogUnavailable, match="ends at 2 and not at 1"):
+        slow_log.append(0, epoch, [record(3)], NOW_MS)
+    assert slow_log.append(0, slow_log.acquire(0, epoch), [record(4)], NOW_MS) == 3
+    assert [one.item_id for one in slow_log.read(0, 0, 9)] == [1, 2, 4]
+
+
+def test_what_was_deleted_stays_deleted_when_an_upsert_arrives_late(
+    slow: Slow, slow_log: RedisLog, generation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequencer = Sequencer(slow_log, load_live_generation(generation.path))
+
+    def apply(*updates: Update) -> int:
+        checked = sequencer.check([mutation_to(one) for one in updates])
+        (outcome,) = sequencer.commit(0, [checked.writes])
+        assert not outcome.rejected
+        return outcome.position
+
+    apply(ItemUpsert(5), ItemDelete(5))
+    heads, append = slow_log.heads, slow_log.append
+
+    def late(*arguments: Any) -> int:
+        slow.hold()
+        return append(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slow_log, "append", late)
+        with pytest.raises(LogUnavailable):
+            apply(ItemUpsert(5))
+    slow.pass_on()
+
+    def heads_before_it_arrives(*arguments: Any) -> Any:
+        found = heads(*arguments)
+        slow.arrive()
+        return found
+
+    monkeypatch.setattr(slow_log, "heads", heads_before_it_arrives)
+    assert apply(ItemDelete(5)) == 2
+    assert heads(0, [5])[5].deleted
+    assert slow_log.end(0) == 2
+
+
+@pytest.mark.parametrize("arrives", ["before", "after"])
+def test_an_acquire_without_an_answer_does_not_fence_its_own_writer(
+    slow: Slow, slow_log: RedisLog, arrives: str
+) -> None:
+    epoch = slow_log.acquire(0)
+    slow.hold()
+    with pytest.raises(LogUnavailable):
+        slow_log.acquire(0, epoch)
+    slow.pass_on()
+    if arrives == "before":
+        slow.arrive()
+    renewed = slow_log.acquire(0, epoch)
+    if arrives == "after":
+        slow.arrive()
+    assert renewed == epoch + 1
+    assert slow_log.append(0, renewed, [record(1)], NOW_MS) == 1
 
 
 def lose_an_answer(log: RedisLog, monkeypatch: pytest.MonkeyPatch, *, at: int = 1) -> None:

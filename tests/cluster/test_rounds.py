@@ -6,6 +6,7 @@ import torch
 
 from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.fanout import Fanout
+from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost, CoverageTimedOut
 from silvershard.cluster.rounds import Batch, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import LinkState
@@ -19,6 +20,7 @@ from silvershard.shard.errors import (
     ShardUnavailable,
 )
 from silvershard.shard.load import load_executor
+from silvershard.shard.mutations import Delete, ItemValues, Patch
 from silvershard.shard.partition import partition_of
 
 HANG = "hang"
@@ -78,6 +80,7 @@ def make_rounds(virtual: Any, make_executors: Any, fake_link: Any) -> Any:
             warnings=[()],
             minimums=[0.0],
             work=assemble([compiled], [plan], encoded.embedding, encoded.user_state),
+            encoder=Seen(0, (), 0.0, executors[0].documents),
         )
         fanout = make_fanout(
             virtual, [[link] for link in links], [executor.documents for executor in executors]
@@ -355,8 +358,12 @@ def test_a_second_replica_takes_over_and_nothing_is_missing(
     fate = bench.ask(wanted, min_coverage=1.0)
     bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
     assert not fate.coverage.degraded
-    second = bench.links[1][1].calls
-    assert ("open_and_close" in second) == (op in ("close", "fields"))
+    # What the others did in round two stays: the second replica gives the same cuts.
+    assert bench.links[0][0].calls.count("close") == 1
+    if op != "count":
+        assert [one for one in bench.links[1][1].calls if one != "encode"] == (
+            ["open", "close", "fields"]
+        )
     bench.assert_nothing_is_open()
 
 
@@ -369,7 +376,7 @@ def test_a_shard_that_came_back_in_between_runs_both_rounds_again(
     answer = ask_whole(wanted)
     fate = bench.ask(wanted, min_coverage=1.0)
     bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
-    assert bench.links[0][0].calls[-2:] == ["close", "open_and_close"]
+    assert bench.links[0][0].calls[-3:] == ["close", "open", "close"]
 
 
 def test_the_other_replica_is_asked_while_one_is_suspect(make_bench: Any) -> None:
@@ -382,38 +389,180 @@ def test_the_other_replica_is_asked_while_one_is_suspect(make_bench: Any) -> Non
     assert bench.links[0][0].calls == ["encode", "open", "close"]
 
 
-def test_a_replica_that_takes_over_for_fields_answers_with_its_own_versions(
-    make_bench: Any,
-) -> None:
-    bench = make_bench(1, replicas=2)
-    first, second = bench.links[0]
-    first.faults["fields"] = [ShardUnavailable(0, "gone")] * 9
-    wanted = bench.request(return_fields=("title",))
-    changed: list[Any] = []
-    real = second.executor.open_and_close
-
-    def later(*arguments: Any) -> Any:
-        # By now the best item has gone up.
-        both = real(*arguments)
-        changed.append(both.item_ids[0, 0].item())
-        values = both.values.clone()
-        values[0, 0] += 1
-        return both._replace(values=values)
-
-    plain = bench.ask(bench.request())
-    second.executor.open_and_close = later
-    fate = bench.ask(wanted, min_coverage=1.0)
-    assert fate.answer.item_ids[0].item() == changed[0]
-    assert fate.answer.scores[0].item() == plain.answer.scores[0].item() + 1
-    assert len(fate.fields["title"]) == 20
-    assert second.calls[-2:] == ["open_and_close", "fields"]
-
-
 def test_fields_of_candidates_that_expired_come_from_rounds_run_again(make_bench: Any) -> None:
     bench = make_bench(1)
     (link,) = bench.links[0]
     link.faults["fields"] = [CandidatesExpired("key")]
     fate = bench.ask(bench.request(return_fields=("title",)))
     assert len(fate.fields["title"]) == 20
-    assert link.calls[-3:] == ["fields", "open_and_close", "fields"]
+    assert link.calls[-4:] == ["fields", "open", "close", "fields"]
     bench.assert_nothing_is_open()
+
+
+def test_a_replica_that_keeps_nothing_open_is_lost_at_last(make_bench: Any, virtual: Any) -> None:
+    bench = make_bench(1, replicas=2)
+    for link in bench.all_links:
+        link.faults["close"] = [CandidatesExpired("key")] * 99
+    before_s = virtual.time()
+    error = bench.ask(bench.request())
+    assert isinstance(error, CoverageLost)
+    assert error.coverage.reasons == ("SHARD_UNAVAILABLE",)
+    assert sum(link.calls.count("open") for link in bench.all_links) == 3
+    assert virtual.time() == before_s
+    bench.assert_nothing_is_open()
+
+
+# ---- replicas at different cuts
+
+KEPT = 30
+SCORE_OF_ALL = "all_pages(probes=16,ann_k=40)"
+
+
+class Diverged:
+    """Shards of a generation before and after updates that leave few of its items, all changed."""
+
+    def __init__(self, generation: Any, virtual: Any, fake_link: Any) -> None:
+        self.generation = generation
+        self.virtual = virtual
+        self.fake_link = fake_link
+        history = generation.catalogue.item_ids[:6].tolist()
+        self.wanted = Request(
+            features={"history": history},
+            k=2 * KEPT,
+            plan=SCORE_OF_ALL,
+            return_fields=("title",),
+        )
+        (everything,) = self.ask([[self.load(0, 1)]], replace(self.wanted, plan="", exact=True))
+        ranked = everything.answer.item_ids.tolist()
+        # Those that are left ranked lowest, so that no cut over the others lets any of them pass.
+        left = set(ranked[-KEPT:])
+        self.updates: list[Any] = [
+            Patch(one, 1, ItemValues(signals={"popularity": 0.5}, fields={"title": "late"}))
+            if one in left
+            else Delete(one, 1)
+            for one in generation.catalogue.item_ids.tolist()
+        ]
+
+    def load(self, shard: int, num_shards: int) -> Any:
+        return load_executor(
+            self.generation.path, shard, num_shards, headroom=0.5, clock=self.virtual.time
+        )
+
+    def update(self, executor: Any) -> None:
+        rejected = executor.apply(executor.updater.prepare(self.updates), (len(self.updates),))
+        assert not rejected
+
+    def late(self, shard: int, num_shards: int) -> Any:
+        executor = self.load(shard, num_shards)
+        self.update(executor)
+        return executor
+
+    def links(self, shards: list[list[Any]]) -> list[list[Any]]:
+        return [
+            [self.fake_link(executor, copy) for copy, executor in enumerate(replicas)]
+            for replicas in shards
+        ]
+
+    def ask(self, shards: list[list[Any]], *requests: Request) -> list[Any]:
+        return self.ask_links(self.links(shards), *requests)
+
+    def ask_links(self, links: list[list[Any]], *requests: Request) -> list[Any]:
+        coordinator = Coordinator(
+            links[0][0].executor.spec,
+            len(links),
+            lambda shard: links[shard],
+            clock=self.virtual.time,
+        )
+        now_s = self.virtual.time()
+        queries = [Query(one, 1.0, now_s + 2.0, now_s) for one in requests]
+        fates = self.virtual.run_until_complete(coordinator.answer(queries))
+        assert all(isinstance(one, Served) for one in fates), fates
+        assert all(one.executor.num_open == 0 for replicas in links for one in replicas)
+        return fates  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def diverged(generation: Any, virtual: Any, fake_link: Any) -> Diverged:
+    return Diverged(generation, virtual, fake_link)
+
+
+def told(fate: Any) -> tuple[Any, ...]:
+    """Everything that an answer says of the catalogue, bit for bit."""
+    answer = fate.answer
+    return (
+        answer.item_ids.tolist(),
+        answer.scores.tolist(),
+        answer.refined.tolist(),
+        {task: scores.tolist() for task, scores in answer.task_scores.items()},
+        answer.exhausted,
+        answer.counts,
+        answer.warnings,
+        fate.fields,
+        fate.coverage.reasons,
+    )
+
+
+@pytest.mark.parametrize("op", ["close", "fields"])
+@pytest.mark.parametrize("moved", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("expired", [False, True])
+def test_an_answer_of_a_replica_that_took_over_is_of_its_cut_alone(
+    diverged: Diverged, op: str, moved: tuple[int, ...], expired: bool
+) -> None:
+    (wanted,) = diverged.ask([[diverged.late(0, 1)]], diverged.wanted)
+    assert len(wanted.answer.item_ids) == KEPT
+    assert wanted.answer.exhausted
+    assert set(wanted.fields["title"]) == {"late"}
+    if expired:
+        # The same process, which has gone on and lost what was open.
+        shards = [
+            [diverged.load(shard, 2) if shard in moved else diverged.late(shard, 2)]
+            for shard in range(2)
+        ]
+    else:
+        shards = [
+            [*([diverged.load(shard, 2)] if shard in moved else []), diverged.late(shard, 2)]
+            for shard in range(2)
+        ]
+    links = diverged.links(shards)
+
+    def go_on(link: Any) -> Any:
+        def expire() -> Exception:
+            link.executor.release(link.opened[-1])
+            diverged.update(link.executor)
+            return CandidatesExpired(link.opened[-1])
+
+        return expire
+
+    for shard in moved:
+        link = links[shard][0]
+        lost = [go_on(link)] if expired else [ShardUnavailable(shard, "gone")] * 9
+        link.faults[op] = lost
+    (fate,) = diverged.ask_links(links, diverged.wanted)
+    assert told(fate) == told(wanted)
+    assert all(links[shard][0].calls.count("open") == 1 + expired for shard in moved)
+
+
+def test_nobody_is_asked_again_when_the_replica_that_took_over_has_the_same_state(
+    diverged: Diverged,
+) -> None:
+    shards = [[diverged.late(0, 2)], [diverged.late(1, 2), diverged.late(1, 2)]]
+    links = diverged.links(shards)
+    links[1][0].faults["close"] = [ShardUnavailable(1, "gone")]
+    (fate,) = diverged.ask_links(links, diverged.wanted)
+    assert fate.answer.exhausted
+    assert links[0][0].calls[-2:] == ["close", "fields"]
+    assert links[0][0].calls.count("close") == 1
+
+
+def test_a_change_that_moves_no_cut_is_not_overlooked(diverged: Diverged) -> None:
+    diverged.updates = [
+        Patch(one, 1, ItemValues(signals={"popularity": one % 97 / 97}, fields={"title": "late"}))
+        for one in diverged.generation.catalogue.item_ids.tolist()
+    ]
+    (wanted,) = diverged.ask([[diverged.late(0, 1)]], diverged.wanted)
+    links = diverged.links([[diverged.late(0, 2)], [diverged.load(1, 2), diverged.late(1, 2)]])
+    links[1][0].faults["fields"] = [ShardUnavailable(1, "gone")]
+    (fate,) = diverged.ask_links(links, diverged.wanted)
+    assert told(fate) == told(wanted)
+    assert set(fate.fields["title"]) == {"late"}
+    assert links[0][0].calls.count("close") == 1

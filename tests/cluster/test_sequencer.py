@@ -363,7 +363,7 @@ def test_only_the_shard_without_room_refuses(make_scene: Any, live: LiveGenerati
     _, rejected = scene.apply(*[ItemUpsert(item_id) for item_id in range(60)])
     parts, _ = scene.writes(*[ItemUpsert(item_id) for item_id in range(60)])
     full = shard_partitions(1, 3, live.spec.num_partitions)
-    assert sorted(rejected) == [one.index for one in parts[0] if one.home in full]
+    assert sorted(rejected) == [one.number for one in parts[0] if one.home in full]
     assert 10 < len(rejected) < 30
 
 
@@ -424,15 +424,107 @@ def test_what_became_of_a_failed_append_is_asked_of_the_log(
     assert [one.version for one in scene.logged()] == [4, 5]
 
 
-def test_another_generation_is_followed(
-    scene: Scene, live: LiveGeneration, publish_model: Any
+class Late:
+    """A log in which one append has no answer, and is tried when the next decision is made."""
+
+    def __init__(self, log: UpdateLog) -> None:
+        self._log = log
+        self.is_slow = self.was_fenced = False
+        self._late: Any = None
+
+    def append(self, *arguments: Any) -> int:
+        if not self.is_slow:
+            return self._log.append(*arguments)
+        self.is_slow, self._late = False, arguments
+        raise LogUnavailable("sqlite:///log", "no answer")
+
+    def heads(self, *arguments: Any) -> Any:
+        found = self._log.heads(*arguments)
+        if self._late is not None:
+            late, self._late = self._late, None
+            try:
+                self._log.append(*late)
+            except Fenced:
+                self.was_fenced = True
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+
+def test_nothing_gets_into_the_log_behind_a_decision(live: LiveGeneration, make_log: Any) -> None:
+    log: Any = Late(make_log())
+    scene = Scene(log, live)
+    scene.accept(ItemUpsert(NEW), ItemDelete(NEW))
+    epochs, log.is_slow = scene.sequencer.epochs, True
+    with pytest.raises(LogUnavailable):
+        scene.apply(ItemUpsert(NEW))
+    assert scene.accept(ItemDelete(NEW)) == 2
+    assert log.was_fenced
+    assert log.heads(0, [NEW])[NEW].deleted
+    assert scene.sequencer.epochs > epochs
+
+
+@pytest.mark.parametrize("call", ["commit", "expire"])
+def test_a_sequencer_without_an_answer_leaves_the_log_to_its_successor(
+    live: LiveGeneration, make_log: Any, call: str
 ) -> None:
-    other = load_live_generation(publish_model().path)
-    gone = sorted(set(live.item_ids.tolist()) - set(other.item_ids.tolist()))
-    scene.accept(ItemPatch(gone[0]))
+    log: Any = Late(make_log())
+    scene = Scene(log, live)
+    log.is_slow = True
+    with pytest.raises(LogUnavailable):
+        scene.apply(ItemUpsert(NEW))
+    other = Scene(make_log(), live)
+    with pytest.raises(Fenced):
+        _ = scene.apply(ItemUpsert(NEW)) if call == "commit" else scene.sequencer.expire(0)
+    assert scene.sequencer.fenced is not None
+    assert other.accept(ItemUpsert(NEW + 1)) == 1
+
+
+@pytest.fixture(scope="module")
+def other(publish_model: Any) -> LiveGeneration:
+    """A generation that has lost items of ``live``."""
+    return load_live_generation(publish_model().path)
+
+
+@pytest.fixture(scope="module")
+def lost(live: LiveGeneration, other: LiveGeneration) -> list[int]:
+    """The items that it has lost."""
+    return sorted(set(live.item_ids.tolist()) - set(other.item_ids.tolist()))
+
+
+def test_an_item_that_was_patched_alone_is_what_the_live_generation_says(
+    scene: Scene, live: LiveGeneration, other: LiveGeneration, lost: list[int]
+) -> None:
+    scene.accept(*[ItemPatch(item_id) for item_id in lost[:3]])
+    scene.accept(ItemPatch(lost[0], version=9))
     scene.sequencer.follow(other, 1)
-    scene.accept(ItemPatch(gone[0]))
-    scene.refuse(ItemPatch(gone[1]), "NOT_FOUND")
+    for item_id in lost[:4]:
+        scene.refuse(ItemPatch(item_id), "NOT_FOUND")
+        scene.refuse(ItemDelete(item_id), "NOT_FOUND")
+    # Sent again it is what it was.
+    assert scene.accept(ItemPatch(lost[0], version=9)) == 4
+    scene.accept(ItemUpsert(lost[1], if_version=0))
+    scene.accept(ItemDelete(lost[2], version=7))
+    scene.sequencer.follow(live, 1)
+    scene.accept(ItemPatch(lost[0]), ItemPatch(lost[1]), ItemPatch(lost[3]))
+    scene.refuse(ItemPatch(lost[2]), "NOT_FOUND")
+
+
+def test_an_item_that_was_upserted_or_deleted_is_so_in_every_generation(
+    scene: Scene, live: LiveGeneration, other: LiveGeneration, lost: list[int]
+) -> None:
+    both = int(other.item_ids[0])
+    assert both in live.item_ids
+    scene.accept(ItemUpsert(NEW), ItemPatch(NEW))
+    scene.accept(ItemPatch(lost[0]), ItemUpsert(lost[0]), ItemPatch(lost[0]))
+    scene.accept(ItemPatch(both), ItemDelete(both))
+    for generation in (other, live):
+        scene.sequencer.follow(generation, 1)
+        scene.accept(ItemPatch(NEW), ItemPatch(lost[0]))
+        scene.refuse(ItemPatch(both), "NOT_FOUND")
+        scene.refuse(ItemUpsert(NEW, if_version=0), "ABORTED")
+        assert scene.accept(ItemDelete(both)) == 7
 
 
 def test_outcomes_are_counted_by_operation_and_code(scene: Scene) -> None:

@@ -353,7 +353,7 @@ def test_an_answer_waits_until_shards_have_applied_it(
 def test_what_is_logged_but_not_applied_in_time_comes_with_its_tokens(run: Any, serve: Any) -> None:
     async def scene() -> None:
         async with serve(reports=FakeReports()) as caller:
-            error = await caller.refused(ItemUpsert(1), ItemPatch(2), durability=ONE, timeout_s=0.3)
+            error = await caller.refused(ItemUpsert(1), ItemPatch(2), durability=ONE, timeout_s=1)
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert "are logged and will be applied" in error.details()
             status, response = details_of(error), retrieval_pb2.ApplyResponse()
@@ -377,8 +377,6 @@ def test_the_room_and_the_generation_of_the_map_are_followed(
     async def scene() -> None:
         reports, feed = FakeReports(), FeedBlock(0.9, 0.05)
         async with serve(reports=reports, feed=feed) as caller:
-            (blocked,) = (await caller.apply(ItemUpsert(1))).rejected
-            assert blocked.code == "RESOURCE_EXHAUSTED"
             reports.rooms = [RoomReport(0, 0, 100, 20, (0,)), RoomReport(1, 0, 100, 95, (0,))]
             reports.map = ShardMap(
                 version=1,
@@ -401,6 +399,43 @@ def test_the_room_and_the_generation_of_the_map_are_followed(
             assert 10 < len(codes) < 30
             report = await caller.stub.Report(update_pb2.SequencerReportRequest())
             assert [(one.shard, one.use, one.limit) for one in report.blocked] == [(1, 0.95, 0.9)]
+
+    run(scene())
+
+
+def test_upserts_wait_for_the_first_word_of_their_shard(run: Any, serve: Any) -> None:
+    async def scene() -> None:
+        reports, feed = FakeReports(), FeedBlock(0.9, 0.05)
+        async with serve(reports=reports, feed=feed) as caller:
+            waiting = asyncio.create_task(caller.apply(ItemUpsert(1), ItemDelete(2, version=1)))
+            stream = caller.stub.StreamUpdates()
+            await stream.write(request(ItemUpsert(3)))
+            await stream.write(request(ItemPatch(3)))
+            await until(lambda: caller.server._queued == 3)
+            assert (await caller.apply(ItemDelete(4, version=1))).tokens[0].position == 1
+            assert not waiting.done()
+            reports.rooms = [RoomReport(0, 0, 100, 20, (0,))]
+            reports.tell()
+            assert not (await waiting).rejected
+            for _ in range(2):
+                assert not result_from(await stream.read()).rejected
+            assert {one.item_id for one in caller.log.read(0, 1, 9)} == {1, 2, 3}
+            assert caller.log.end(0) == 5
+
+    run(scene())
+
+
+def test_upserts_whose_shard_says_nothing_are_refused_in_the_time_of_the_call(
+    run: Any, serve: Any
+) -> None:
+    async def scene() -> None:
+        async with serve(reports=FakeReports(), feed=FeedBlock(0.9, 0.05)) as caller:
+            result = await caller.apply(ItemUpsert(1), ItemDelete(2, version=1), timeout_s=0.3)
+            (blocked,) = result.rejected
+            assert (blocked.index, blocked.code) == (0, "RESOURCE_EXHAUSTED")
+            assert "has not said yet" in blocked.reason
+            assert result.tokens
+            assert caller.server._queued == 0
 
     run(scene())
 

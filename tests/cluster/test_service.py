@@ -14,6 +14,7 @@ from silvershard.cluster.service import (
     abort,
     logged_status,
     parser,
+    refused_by,
     serialize,
 )
 from silvershard.shard.errors import Overloaded, StateError
@@ -54,3 +55,24 @@ def test_only_a_bug_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     found = logged_status(ZeroDivisionError("secret"))
     assert "secret" not in found.message
     assert found.message.split()[-1] in caplog.text
+
+
+class Failed(grpc.RpcError):
+    """A call that failed, as its client sees it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, trailing: Any) -> None:
+        self.code = lambda: code
+        self.details = lambda: details
+        self.trailing_metadata = lambda: trailing
+
+
+def test_a_failed_call_is_the_error_that_its_status_tells() -> None:
+    status = logged_status(Overloaded("it is full", 0.25)).SerializeToString()
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = refused_by(Failed(code, "full", ((PUSHBACK, "250"), (DETAILS, status))))
+    assert (error.code, error.reason, error.retry_after_s) == (code.name, "OVERLOADED", 0.25)
+    # A status that is damaged, or of another call, says nothing.
+    for details in (b"\xff", logged_status(StateError("no")).SerializeToString()):
+        error = refused_by(Failed(code, "full", ((DETAILS, details),)))
+        assert (error.code, error.message, error.reason) == (code.name, "full", "")
+    assert refused_by(Failed(code, "full", None)).message == "full"

@@ -10,11 +10,12 @@ import pytest
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.config import PingSection
-from silvershard.cluster.freshness import FOREIGN_TOKEN, Seen
+from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.listen import bind, server_options
 from silvershard.cluster.shard_connection import ShardConnection
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry
+from silvershard.model.request import RequestError
 from silvershard.shard.errors import ReplicaStale, ShardUnavailable
 
 PING = PingSection(every_ms=5, suspect_after=2000, eject_after=2000)
@@ -25,7 +26,8 @@ class Echo(shard_pb2_grpc.ShardServicer):
 
     def __init__(self) -> None:
         self.code = 0
-        self.reason = self.message = ""
+        self.reason = self.message = self.field = ""
+        self.seen = shard_pb2.Seen()
         self.calls: list[shard_pb2.ShardCall] = []
         self.served: list[shard_pb2.ServedGeneration] = []
         self.epoch = 7
@@ -42,6 +44,8 @@ class Echo(shard_pb2_grpc.ShardServicer):
                     code=self.code,
                     reason=self.reason,
                     message=self.message,
+                    field=self.field,
+                    seen=self.seen,
                 )
             )
 
@@ -118,6 +122,24 @@ def test_a_demand_that_is_not_met_has_an_error_of_its_own(
     run(scene())
 
 
+def test_a_token_that_is_refused_names_its_field(run: Any) -> None:
+    shard = Echo()
+    shard.code, shard.reason, shard.message = 3, "INVALID_REQUEST", "must be at most 4"
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            shard.field = AFTER
+            with pytest.raises(RequestError, match="must be at most 4") as raised:
+                await connection.call(shard_pb2.ShardCall(), 3, 5)
+            assert raised.value.field == AFTER
+            # What else a shard refuses is for the router to answer for.
+            shard.field = "op"
+            with pytest.raises(ShardUnavailable, match="INVALID_ARGUMENT: op: must be at most 4"):
+                await connection.call(shard_pb2.ShardCall(), 3, 5)
+
+    run(scene())
+
+
 def test_beats_tell_what_is_served_and_how_fresh_it_is(run: Any) -> None:
     shard = Echo()
 
@@ -133,5 +155,10 @@ def test_beats_tell_what_is_served_and_how_fresh_it_is(run: Any) -> None:
             await asyncio.sleep(0.01)
             # Another incarnation says nothing of this one.
             assert connection.served != {}
+            # So do replies, of the generations that beats have named.
+            shard.seen.CopyFrom(shard_pb2.Seen(log_id=9, cut=[6], documents=11))
+            for generation in (3, 4):
+                await connection.call(shard_pb2.ShardCall(), generation, 5)
+            assert connection.served == {3: Seen(9, (6,), 0.0, 11)}
 
     run(scene())

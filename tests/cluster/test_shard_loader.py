@@ -14,12 +14,12 @@ from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.follower import Follower
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.mutation_codec import logged
-from silvershard.cluster.shard_loader import ShardLoader, reach_log, wanted_generations
+from silvershard.cluster.shard_loader import ShardLoader, wanted_generations
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.update_log import NewRecord, UpdateLog, open_log
 from silvershard.cluster.update_message import mutation_to
-from silvershard.cluster.updates import ItemDelete, ItemUpsert
-from silvershard.shard.errors import ConfigError, LogUnavailable, StateError
+from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert
+from silvershard.shard.errors import ConfigError, StateError
 
 SHARD_PROCESS = Path(__file__).parent / "shard_process.py"
 
@@ -63,6 +63,21 @@ def test_with_a_log_a_shard_holds_what_was_logged_before_it_is_ready(
     assert follower.log_id == log.log_id
 
 
+def test_a_record_that_is_no_mutation_is_refused_and_the_others_are_applied(
+    generation: Any, log: UpdateLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone, *kept = generation.catalogue.item_ids[:20].tolist()
+    append(log, *(ItemPatch(one, signals={"popularity": 0.5}) for one in kept))
+    epoch = log.acquire(0)
+    log.append(0, epoch, [NewRecord(9, 20, False, False, 0, b"\xff\xff")], 0)
+    append(log, ItemDelete(gone))
+    loaded = ready(ShardLoader(0, 1, log=log)(generation.path))
+    assert loaded.executor.cut == (21,)
+    assert loaded.executor.documents == 599
+    assert caplog.text.count("refuses an update of item") == 1
+    assert "payload: must be a LoggedMutation" in caplog.text
+
+
 def test_a_shard_that_follows_needs_room(log: UpdateLog) -> None:
     with pytest.raises(ConfigError, match=r"updates\.headroom must be more than 0"):
         ShardLoader(0, 1, log=log, headroom=0.0)
@@ -84,28 +99,6 @@ def test_a_generation_that_holds_updates_of_another_log_is_refused(
     else:
         with pytest.raises(StateError, match=f"holds updates of log {log_id}"):
             load(generation.path)
-
-
-def test_a_log_that_is_not_there_yet_is_waited_for(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    url = f"sqlite://{tmp_path}/late.db"
-    waits: list[float] = []
-
-    def make_it(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 3:
-            open_log(url).close()
-
-    found = reach_log(url, make_it)
-    assert len(waits) == 3
-    assert found.end(0) == 0
-    found.close()
-    assert caplog.text.count("the shard waits for its update log") == 1
-    with pytest.raises(ConfigError):
-        reach_log("ftp://nowhere", make_it)
-    with pytest.raises(LogUnavailable):
-        found.end(0)
 
 
 def test_a_process_that_starts_again_serves_what_the_map_says_by_now(tmp_path: Path) -> None:

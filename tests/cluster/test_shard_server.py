@@ -131,17 +131,13 @@ def test_the_rounds_give_what_the_executor_gives(run: Any, executor: Any, work: 
             first = tensors.round_one_from_map(opened.tensors, dict(opened.times_us))
             assert set(first.times) == {"ann"}
             closed = await caller.ask(key="a", close=tensors.cutoffs_to_map(EVERYTHING))
-            both = await caller.ask(
-                key="b",
-                open_and_close=shard_pb2.OpenAndClose(
-                    work=tensors.work_to_map(work), cutoffs=tensors.cutoffs_to_map(EVERYTHING)
-                ),
-            )
-            assert closed.tensors == both.tensors
-            assert set(closed.times_us) == {"refine", "rerank", "value"}
-            await until(lambda: executor.num_open == 2)
+            second = tensors.round_two_from_map(closed.tensors, dict(closed.times_us))
+            assert set(second.times) == {"refine", "rerank", "value"}
+            for got, wanted in zip(second[:6], executor.close("a", EVERYTHING)[:6], strict=True):
+                assert torch.equal(got, wanted)
+            assert executor.num_open == 1
             await caller.send(key="a", release=shard_pb2.Release())
-            await until(lambda: executor.num_open == 1)
+            await until(lambda: executor.num_open == 0)
 
     run(scene())
 
@@ -418,6 +414,7 @@ class Idle:
     log_id = 9
     lag = Lag((4,), (6,), 0.0, 0.0)
     counts = UpdateCounts()
+    refused = ()
     staleness_s = 0.25
     failure = trouble = ""
 
@@ -492,6 +489,21 @@ def test_a_demand_that_is_not_met_is_refused(
             reply = await caller.ask(count=scan_of(), fresh=demand)
             assert (code_name(reply.code), reply.reason) == (code, reason)
             assert not reply.message.startswith(code)
+            assert (await caller.ask(count=scan_of())).code == 0
+
+    run(scene())
+
+
+def test_a_token_that_the_log_does_not_hold_is_refused_at_once(run: Any, executor: Any) -> None:
+    _, idle, made = loaded(executor, 1)
+    idle.lag = idle.lag._replace(looked_s=float("inf"))
+
+    async def scene() -> None:
+        async with serving(made) as caller:
+            reply = await caller.ask(count=scan_of(), fresh=fresh(7))
+            assert (code_name(reply.code), reply.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+            assert reply.field == "consistency.after"
+            assert reply.message.startswith("must be at most 6 in log partition 0")
             assert (await caller.ask(count=scan_of())).code == 0
 
     run(scene())

@@ -59,6 +59,9 @@ class Echo:
             if not self.silent:
                 await context.write(table_pb2.TableReply(call_id=call.call_id))
 
+    async def Inspect(self, _request: object, _context: object) -> table_pb2.TableState:
+        return table_pb2.TableState()
+
     async def start(self) -> str:
         self.server = grpc.aio.server(options=server_options(1 << 20))
         table_pb2_grpc.add_TableServicer_to_server(self, self.server)

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.mutation_codec import logged
 from silvershard.cluster.table_client import RemoteTable
-from silvershard.cluster.table_config import RemoteTableSection
+from silvershard.cluster.table_config import RemoteTableSection, TableHolding, TableRows
 from silvershard.cluster.table_lookup import EMBEDDING_FALLBACK
 from silvershard.cluster.table_map import TableEntry, TableShardMap
+from silvershard.cluster.update_log import NO_ITEM, NewRecord, open_log
 from silvershard.shard.table import TableShard
 from silvershard.shard.table_plan import TablePlan
 from silvershard.shard.table_rows import dequantize_rows, quantize_rows
@@ -35,8 +38,10 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
     from silvershard.cluster.table_actor import TableActor
 
     plan = TablePlan(name="users", num_rows=10_000_000, dim=64, num_shards=2)
-    source = {"plan": plan.model_dump(), "seed": 3}
-    actors = [TableActor.remote(shard, [source]) for shard in range(2)]
+    log = open_log(f"sqlite:///{tmp_path}/log.sqlite")
+    holding = tmp_path / "tier.json"
+    TableHolding(tables=(TableRows(plan=plan, seed=3),), log_url=log.url).write_atomic(holding)
+    actors = [TableActor.remote(shard, str(holding)) for shard in range(2)]
     local = TableShard.generated(plan.model_copy(update={"num_shards": 1}), 0, seed=3)
 
     def expected(ids: np.ndarray) -> np.ndarray:
@@ -48,7 +53,8 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
     assert [one["rows"] for one in described] == [5_000_000, 5_000_000]
     assert len({one["pid"] for one in described} | {os.getpid()}) == 3
     for one in described:
-        # The rows of a shard are 340 MB; the process beside them is small without torch.
+        # The rows of a shard are 340 MB; the process beside them is small without torch, and what
+        # rows were before takes memory with the first change only.
         assert resident_bytes(one["pid"]) < 600e6
 
     path = tmp_path / "users.json"
@@ -65,8 +71,9 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
 
             fresh = generator.choice(plan.num_rows, 2000, replace=False)
             values = generator.standard_normal((2000, 64)).astype(np.float32)
-            table.update(fresh, values)
-            local.update(fresh, values)
+            version = append_change(log, "users", fresh, values)
+            table.advance(version, fresh)
+            local.apply(version, fresh, values)
             np.testing.assert_array_equal(table.lookup(fresh).values, expected(fresh))
 
             os.kill(described[0]["pid"], signal.SIGKILL)
@@ -88,11 +95,7 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
             make_map(2, plan, again, described[1]).write_atomic(path)
             while table.lookup(generator.integers(0, plan.num_rows, 50)).reasons:
                 time.sleep(0.005)
-            # The new incarnation has the rows of the source, without the updates.
-            source = TableShard.generated(plan, 0, seed=3)
-            back = plan.positions(fresh)
-            mine = back < 5_000_000
-            local.put(back[mine], source.take(back[mine]))
+            # The new incarnation replayed the log.
             for asked in (ids, fresh):
                 lookup = table.lookup(asked)
                 assert lookup.reasons == ()
@@ -102,11 +105,27 @@ def test_ten_million_rows_on_two_actors_are_those_of_a_local_table_through_a_cra
             while not table.lookup(generator.integers(0, plan.num_rows, 50)).reasons:
                 time.sleep(0.005)
     finally:
+        log.close()
         for actor in actors:
             ray.kill(actor)
 
 
-def test_actors_load_parts_of_several_files_and_refuse_two_sources(
+def append_change(log: Any, table: str, rows: np.ndarray, values: np.ndarray) -> int:
+    """Log a change of rows in pieces that a log takes; return the last version."""
+    version, epoch = 0, log.acquire(0)
+    for start in range(0, len(rows), 1000):
+        part = values[start : start + 1000]
+        tensor = retrieval_pb2.Tensor(shape=part.shape, data=part.tobytes())
+        update = retrieval_pb2.RowUpdate(
+            table=table, rows=rows[start : start + 1000], values=tensor
+        )
+        version += 1
+        payload = logged(retrieval_pb2.Mutation(rows=update), version)
+        log.append(0, epoch, [NewRecord(NO_ITEM, version, False, False, 0, payload, table)], 1)
+    return version
+
+
+def test_actors_load_parts_of_several_files_and_refuse_what_they_cannot_hold(
     ray: Any, tmp_path: Path
 ) -> None:
     from silvershard.cluster.table_actor import TableActor
@@ -124,10 +143,23 @@ def test_actors_load_parts_of_several_files_and_refuse_two_sources(
     for name, one in values.items():
         path = tmp_path / f"{name}.safetensors"
         save_file({"weight": one}, path)
-        tables.append({"plan": plans[name].model_dump(), "path": str(path)})
-    actors = [TableActor.remote(shard, tables) for shard in range(2)]
-    refused = TableActor.remote(0, [tables[0] | {"seed": 1}])
-    empty = TableActor.remote(0, [])
+        tables.append(TableRows(plan=plans[name], path=str(path)))
+    log = open_log(f"sqlite:///{tmp_path}/log.sqlite")
+
+    def holding(name: str, **fields: Any) -> str:
+        path = tmp_path / f"{name}.json"
+        TableHolding(**{"tables": tuple(tables), **fields}).write_atomic(path)
+        return str(path)
+
+    whole = holding("whole")
+    actors = [TableActor.remote(shard, whole) for shard in range(2)]
+    bad = {
+        "table holding .*none.json": TableActor.remote(0, str(tmp_path / "none.json")),
+        "at least one table": TableActor.remote(2, whole),
+        "the rows hold changes of log 5": TableActor.remote(
+            0, holding("other", log_url=log.url, log_id=5, cut=(1,))
+        ),
+    }
     try:
         hosts = ray.get([actor.describe.remote() for actor in actors], timeout=60)
         assert [one["shard"] for one in hosts] == [0, 1]
@@ -138,12 +170,12 @@ def test_actors_load_parts_of_several_files_and_refuse_two_sources(
                 lookup = table.lookup(np.arange(len(one)))
                 expected = dequantize_rows(quantize_rows(one, 8))
                 np.testing.assert_array_equal(lookup.values, expected)
-        with pytest.raises(ray.exceptions.RayActorError, match="either path or seed"):
-            ray.get(refused.describe.remote(), timeout=60)
-        with pytest.raises(ray.exceptions.RayActorError, match="at least one table"):
-            ray.get(empty.describe.remote(), timeout=60)
+        for message, actor in bad.items():
+            with pytest.raises(ray.exceptions.RayActorError, match=message):
+                ray.get(actor.describe.remote(), timeout=60)
     finally:
-        for actor in (*actors, refused, empty):
+        log.close()
+        for actor in (*actors, *bad.values()):
             ray.kill(actor)
 
 

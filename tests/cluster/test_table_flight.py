@@ -41,7 +41,7 @@ def test_a_flight_lands_when_its_last_call_has_ended() -> None:
     assert not flight.wait(-5)
     waiter = threading.Thread(target=flight.wait, args=(30,))
     waiter.start()
-    flight.end(flight.parts[0], table_pb2.TableReply(version=3))
+    flight.end(flight.parts[0], table_pb2.TableReply(records=b"3"))
     waiter.join(10)
     assert not waiter.is_alive()
     assert flight.wait(0)

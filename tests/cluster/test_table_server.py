@@ -13,11 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from silvershard.cluster import table_pb2, table_pb2_grpc
 from silvershard.cluster.codec import code_name
+from silvershard.cluster.table_follower import TableProgress
 from silvershard.cluster.table_server import MAX_CALL_ROWS, TableServer
 from silvershard.shard.errors import ConfigError, StateError
-from silvershard.shard.table import CHANGES_KEPT, TableShard
+from silvershard.shard.table import TableShard
 from silvershard.shard.table_plan import TablePlan
-from silvershard.shard.table_rows import Records
+from silvershard.shard.table_rows import dequantize_rows
 
 EPOCH = 7
 PLAN = TablePlan(name="users", num_rows=300, dim=8, num_shards=3, placement="contiguous")
@@ -68,10 +69,8 @@ def take(*positions: int) -> table_pb2.Take:
     return table_pb2.Take(positions=np.array(positions, dtype=np.int64).tobytes())
 
 
-def put(records: Records, *positions: int) -> table_pb2.Put:
-    return table_pb2.Put(
-        positions=np.array(positions, dtype=np.int64).tobytes(), records=records.tobytes()
-    )
+def change(table: TableShard, version: int, value: float, *rows: int) -> None:
+    table.apply(version, np.array(rows), np.full((len(rows), 8), value, dtype=np.float32))
 
 
 def records_in(reply: Any) -> list[list[int]]:
@@ -103,9 +102,9 @@ def test_rows_come_back_in_order_from_the_incarnation_that_was_asked(run: Any, t
         async with serving(table) as caller:
             reply = await caller.ask(take=take(150, 100, 199, 150))
             assert records_in(reply) == table.take(np.array([150, 100, 199, 150])).tolist()
-            assert (reply.call_id, reply.epoch, reply.code, reply.version) == (1, EPOCH, 0, 0)
+            assert (reply.call_id, reply.epoch, reply.code) == (1, EPOCH, 0)
             empty = await caller.ask(take=take())
-            assert (empty.call_id, empty.records, empty.changed) == (2, b"", b"")
+            assert (empty.call_id, empty.records) == (2, b"")
 
     run(scene())
 
@@ -142,37 +141,110 @@ def test_calls_of_many_streams_in_one_turn_wait_for_each_other(run: Any, table: 
     run(scene())
 
 
-def test_a_put_replaces_rows_for_everybody_and_every_answer_names_them(
-    run: Any, table: Any
-) -> None:
-    fresh = table.take(np.array([110, 111]))
+def test_each_call_gets_the_rows_of_the_version_that_it_names(run: Any, table: Any) -> None:
+    before = table.take(np.array([110, 111])).tolist()
+    change(table, 4, 1.0, 110)
+    change(table, 6, 2.0, 110, 111)
 
     async def scene() -> None:
         async with serving(table) as caller:
-            other = Caller(caller.server, caller.stub)
-            reply = await caller.ask(put=put(fresh, 120, 130))
-            assert (reply.code, reply.version, reply.records) == (0, 2, b"")
-            assert np.frombuffer(reply.changed, np.int64).tolist() == [120, 130]
-            seen = await other.ask(take=take(130, 120), seen_version=1)
-            assert records_in(seen) == fresh[::-1].tolist()
-            assert np.frombuffer(seen.changed, np.int64).tolist() == [130]
-            assert (await other.ask(take=take(), seen_version=2)).changed == b""
+            rows = {
+                at: records_in(await caller.ask(take=take(110, 111), row_version=at))
+                for at in (0, 4, 5, 6)
+            }
+            assert rows[0] == before
+            assert rows[4] == rows[5] != rows[6]
+            assert rows[4][1] == before[1]
+            assert rows[6][0] == rows[6][1]
 
     run(scene())
 
 
-def test_who_lags_behind_further_than_changes_are_kept_is_told_to_forget(
+def test_a_call_for_a_version_to_come_waits_for_it_and_holds_up_nobody(
     run: Any, table: Any
 ) -> None:
-    positions = np.arange(CHANGES_KEPT + 1) % 100 + 100
-    table.put(positions, table.take(positions))
+    async def scene() -> None:
+        async with serving(table) as caller:
+            server = caller.server
+            late = await caller.send(take=take(110), row_version=2)
+            beat = await caller.send(take=take(), row_version=2)
+            now = await caller.send(take=take(111))
+            assert [(await caller.receive()).call_id for _ in range(2)] == [beat, now]
+            change(table, 1, 1.0, 110)
+            server.advanced()
+            other = await caller.send(take=take(112), row_version=1)
+            assert (await caller.receive()).call_id == other
+            # As the thread that follows the log does.
+            await asyncio.to_thread(change, table, 2, 2.0, 110)
+            await asyncio.to_thread(server.advanced)
+            reply = await caller.receive()
+            assert (reply.call_id, reply.code) == (late, 0)
+            assert reply.records == table.take(np.array([110])).tobytes()
+            assert server._waiting == set()
+            await until(lambda: server._pending == 0)
+
+    run(scene())
+
+
+def test_a_version_that_does_not_come_in_time_is_said(run: Any, table: Any) -> None:
+    change(table, 3, 1.0, 110)
 
     async def scene() -> None:
         async with serving(table) as caller:
-            reply = await caller.ask(take=take(), seen_version=0)
-            assert (reply.forget, reply.changed) == (True, b"")
-            reply = await caller.ask(take=take(), seen_version=1)
-            assert (reply.forget, len(reply.changed)) == (False, 8 * CHANGES_KEPT)
+            reply = await caller.ask(take=take(110), row_version=4, remaining_us=20_000)
+            assert code_name(reply.code) == "DEADLINE_EXCEEDED"
+            assert reply.message == "table users is at row version 3, 4 was asked for"
+            await until(lambda: caller.server._pending == 0)
+            caller.server.advanced()
+            assert (await caller.ask(take=take(110), row_version=3)).code == 0
+
+    run(scene())
+
+
+def test_a_version_too_long_ago_is_refused(run: Any) -> None:
+    table = TableShard(PLAN, 1, np.zeros((100, 12), dtype=np.uint8), undo_bytes=0)
+    for version in range(1, 13):
+        change(table, version, version, *range(100, 200))
+
+    async def scene() -> None:
+        async with serving(table) as caller:
+            reply = await caller.ask(take=take(110), row_version=1)
+            assert code_name(reply.code) == "FAILED_PRECONDITION"
+            assert "as of versions 2 to 12, 1 was asked for" in reply.message
+            assert (await caller.ask(take=take(110), row_version=2)).code == 0
+
+    run(scene())
+
+
+def test_a_report_says_how_far_the_rows_are(run: Any, table: Any) -> None:
+    class Following:
+        log_id, rejected, trouble = 77, 2, "it is away"
+
+        def progress(self, name: str) -> TableProgress:
+            assert name == "users"
+            return TableProgress(partition=3, position=40, end=44, changes=1)
+
+    change(table, 9, 1.0, 110)
+
+    async def scene() -> None:
+        follower: Any = Following()
+        async with serving(table, follower=follower) as caller:
+            report = await caller.stub.Inspect(table_pb2.TableInspect())
+            assert report == table_pb2.TableState(
+                table="users",
+                shard=1,
+                epoch=EPOCH,
+                row_version=9,
+                log_id=77,
+                partition=3,
+                position=40,
+                end=44,
+                changes=1,
+                rejected=2,
+                trouble="it is away",
+            )
+        async with serving(table) as caller:
+            assert (await caller.stub.Inspect(table_pb2.TableInspect())).log_id == 0
 
     run(scene())
 
@@ -190,8 +262,6 @@ def test_another_incarnation_is_refused_and_none_in_particular_is_not(run: Any, 
 
 def test_bad_calls_name_the_field_and_harm_nobody(run: Any, table: Any) -> None:
     good = table.take(np.array([100]))
-    broken = good.copy()
-    broken[0, :2] = 255
     bad = [
         ({"take": take(99)}, "positions: must be from 100 to 199 in shard 1"),
         ({"take": take(100, 200)}, "positions: must be from 100 to 199"),
@@ -200,9 +270,6 @@ def test_bad_calls_name_the_field_and_harm_nobody(run: Any, table: Any) -> None:
             {"take": table_pb2.Take(positions=bytes(8 * MAX_CALL_ROWS + 8))},
             f"positions: must be at most {MAX_CALL_ROWS} in a call",
         ),
-        ({"put": put(good, 99)}, "positions: must be from 100 to 199"),
-        ({"put": put(good, 100, 101)}, "records: must have 24 bytes for 2 positions, got 12"),
-        ({"put": put(broken, 100)}, "records: scale and bias must be finite"),
         ({}, "op: must name an operation"),
     ]
 
@@ -214,7 +281,6 @@ def test_bad_calls_name_the_field_and_harm_nobody(run: Any, table: Any) -> None:
                 assert reply.reason == "INVALID_REQUEST"
                 assert message in reply.message
             assert records_in(await caller.ask(take=take(100))) == good.tolist()
-            assert table.version == 0
 
     run(scene())
 
@@ -225,10 +291,9 @@ def test_the_largest_call_passes_the_size_limit(run: Any, table: Any) -> None:
     async def scene() -> None:
         async with serving(table) as caller:
             records = table.take(positions)
-            assert (await caller.ask(put=put(records, *positions.tolist()))).code == 0
-            reply = await caller.ask(take=take(*positions.tolist()), seen_version=MAX_CALL_ROWS)
+            reply = await caller.ask(take=take(*positions.tolist()))
             assert reply.records == records.tobytes()
-            await caller.send(put=table_pb2.Put(records=bytes(1 << 24)))
+            await caller.send(take=table_pb2.Take(positions=bytes(1 << 24)))
             with pytest.raises(grpc.aio.AioRpcError, match="larger than max"):
                 await caller.receive()
 
@@ -241,7 +306,7 @@ def test_an_error_inside_is_logged_under_a_number_and_told_without_details(
     def fail(*_: object) -> None:
         raise KeyError("secret")
 
-    monkeypatch.setattr(table, "read", fail)
+    monkeypatch.setattr(table, "take", fail)
 
     async def scene() -> None:
         async with serving(table) as caller:
@@ -260,17 +325,18 @@ def test_calls_whose_time_ran_out_while_they_waited_are_not_run(run: Any, table:
 
     async def scene() -> None:
         async with serving(table, clock=lambda: now_s[0]) as caller:
-            read = table.read
+            read, taken = table.take, []
 
             def slow(*arguments: Any) -> Any:
                 now_s[0] += 0.01
+                taken.append(arguments)
                 return read(*arguments)
 
-            table.read = slow
+            table.take = slow
             assert (await caller.ask(take=take(100), remaining_us=1)).code == 0
-            reply = await caller.ask(put=put(table.take(np.array([101])), 100), remaining_us=0)
+            reply = await caller.ask(take=take(100), remaining_us=0)
             assert code_name(reply.code) == "DEADLINE_EXCEEDED"
-            assert table.version == 0
+            assert len(taken) == 1
 
     run(scene())
 
@@ -295,13 +361,13 @@ def test_more_calls_than_the_queue_holds_are_refused(run: Any, table: Any) -> No
 
 def test_what_a_client_left_behind_is_dropped_and_frees_the_queue(run: Any, table: Any) -> None:
     reads: list[int] = []
-    read = table.read
+    read = table.take
 
     def counting(*arguments: Any) -> Any:
         reads.append(1)
         return read(*arguments)
 
-    table.read = counting
+    table.take = counting
 
     async def scene() -> None:
         async with serving(table) as caller:
@@ -358,38 +424,34 @@ def test_every_start_is_a_later_incarnation(table: TableShard) -> None:
     assert TableServer(table).epoch > first.epoch > 0
 
 
-def test_rows_that_one_client_flips_are_never_torn_for_another(run: Any, table: Any) -> None:
-    positions = np.arange(100, 200)
-    versions = [np.full((100, 12), v, dtype=np.uint8) for v in (1, 2)]
-    table.put(positions, versions[0])
+def test_rows_that_change_under_load_are_never_torn_for_a_client(run: Any, table: Any) -> None:
+    rows = np.arange(100, 200)
     ended = threading.Event()
 
-    def flip() -> None:
-        # As another thread of the server's process, such as one that follows an update log.
-        turn = 0
+    def flip(server: TableServer) -> None:
+        version = 0
         while not ended.is_set():
-            turn ^= 1
-            table.put(positions, versions[turn])
+            version += 1
+            table.apply(version, rows, np.full((100, 8), version % 2000, dtype=np.float32))
+            server.advanced()
 
     async def scene() -> None:
         async with serving(table) as caller:
-            seen = set()
-            for turn in range(300):
-                await caller.send(put=put(versions[turn % 2], *positions.tolist()))
-                await caller.send(take=take(*positions.tolist()), seen_version=2**40)
-                await caller.receive()
-                rows = np.frombuffer((await caller.receive()).records, np.uint8).reshape(-1, 12)
-                assert (rows == rows[:, :1]).all()
-                seen.update(rows[:, 0].tolist())
-            assert seen == {1, 2}
+            writer = threading.Thread(target=flip, args=(caller.server,))
+            writer.start()
+            try:
+                for _ in range(300):
+                    # Some are there already, and some are waited for.
+                    version = table.row_version + 2
+                    reply = await caller.ask(take=take(*rows.tolist()), row_version=version)
+                    assert reply.code == 0
+                    found = dequantize_rows(np.frombuffer(reply.records, np.uint8).reshape(-1, 12))
+                    assert (found == version % 2000).all()
+            finally:
+                ended.set()
+                writer.join(10)
 
-    writer = threading.Thread(target=flip)
-    writer.start()
-    try:
-        run(scene())
-    finally:
-        ended.set()
-        writer.join(10)
+    run(scene())
 
 
 def test_a_table_server_needs_no_torch() -> None:

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from silvershard.cluster.config import PingSection
 from silvershard.cluster.table_client import RemoteTable
 from silvershard.cluster.table_config import RemoteTableSection, ShardTables
-from silvershard.cluster.table_map import TableEntry, TableShardMap
+from silvershard.cluster.table_map import TableEntry, TableShardMap, map_path
 from silvershard.cluster.table_server import TableServer
-from silvershard.cluster.table_source import RemoteRows, settings_of
+from silvershard.cluster.table_source import RemoteRows, RemoteSources, settings_of
 from silvershard.model.quantized_rows import quantize_rows
 from silvershard.model.remote_split import split_remote
 from silvershard.model.remote_tables import StoredRows
@@ -34,6 +34,9 @@ CLIENT = RemoteTableSection(
 )
 
 
+GENERATION = 5
+
+
 class Tier:
     """The servers of some tables on one event loop, and the maps of them in a folder."""
 
@@ -41,7 +44,7 @@ class Tier:
         self, loop: Any, folder: Path, records: dict[str, torch.Tensor], num_shards: int
     ) -> None:
         self._loop = loop
-        self._folder = folder
+        self.folder = folder
         self.num_shards = num_shards
         self.files = []
         for name, rows in records.items():
@@ -50,19 +53,32 @@ class Tier:
             self.files.append(RowFile(name, path, len(rows), rows.shape[1] - 4, ()))
         self.servers: dict[tuple[str, int], TableServer] = {}
         self.version = 0
+        self.changes: list[tuple[str, Any]] = []
+        map_path(folder, GENERATION, "").parent.mkdir()
         for shard in range(num_shards):
             self.start(shard)
         self.write()
 
     @property
     def maps(self) -> dict[str, Path]:
-        return {file.name: self._folder / f"{file.name}.json" for file in self.files}
+        return {file.name: map_path(self.folder, GENERATION, file.name) for file in self.files}
 
     def start(self, shard: int) -> None:
         for file in self.files:
             table = TableShard.from_file(file.plan(self.num_shards), shard, file.path)
+            for name, change in self.changes:
+                if name == file.name:
+                    table.apply(*change)
             server = self.servers[file.name, shard] = TableServer(table)
             self._loop.call(server.start())
+
+    def change(self, table: str, *change: Any) -> None:
+        """Change rows as a log does, in every process."""
+        self.changes.append((table, change))
+        for (name, _), server in self.servers.items():
+            if name == table:
+                server.table.apply(*change)
+                server.advanced()
 
     def stop(self, shard: int) -> None:
         for file in self.files:
@@ -156,7 +172,7 @@ def test_all_tables_are_asked_before_the_first_is_waited_for(
 ) -> None:
     source = follow(make_tier(records))
     order: list[str] = []
-    for name, table in source._tables.items():
+    for name, table in source.tables.items():
         submit = table.submit
 
         def noted(ids: Any, name: str = name, submit: Any = submit) -> Any:
@@ -171,18 +187,29 @@ def test_all_tables_are_asked_before_the_first_is_waited_for(
     assert order == ["ask films", "ask genres", "wait films", "wait genres"]
 
 
-def test_updated_rows_are_seen_at_once(
+def test_written_rows_are_those_of_this_process_from_then_on(
     make_tier: Any, follow: Any, records: dict[str, torch.Tensor]
 ) -> None:
-    source = follow(make_tier(records), cache_mib=1)
-    ids = torch.arange(5)
-    source.fetch({"films": ids})
-    values = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
-    source.update("films", ids.numpy(), values)
-    wanted = quantize_rows(torch.from_numpy(values), "int8")
-    assert torch.equal(source.fetch({"films": ids})["films"].records, wanted)
-    assert source.counts()["films"].lookups == 2
-    assert source.counts()["genres"].lookups == 0
+    tier = make_tier(records, 3)
+    local = StoredRows({name: one.clone() for name, one in records.items()})
+    sources = [follow(tier, cache_mib=1), follow(tier)]
+    generator = np.random.default_rng(0)
+    everything = {name: torch.arange(len(one)) for name, one in records.items()}
+    for version in range(1, 8):
+        for source in sources:
+            source.fetch({"films": torch.from_numpy(generator.integers(0, 400, 60))})
+        rows = generator.permutation(400)[:30]
+        values = generator.standard_normal((30, 16)).astype(np.float32)
+        tier.change("films", version, rows, values)
+        for one in (*sources, local):
+            one.write("films", version, torch.from_numpy(rows), torch.from_numpy(values))
+        wanted = local.fetch(everything)
+        for source in sources:
+            found = source.fetch(everything)
+            for name in records:
+                assert torch.equal(found[name].records, wanted[name].records)
+                assert not found[name].defaulted.any()
+    assert sources[0].counts()["films"].lookups == 14
 
 
 def test_a_table_of_another_name_is_refused(
@@ -232,7 +259,7 @@ def test_a_process_that_is_lost_at_the_start_is_said_and_healed_later(
 
 def test_a_shard_without_remote_tables_has_no_source() -> None:
     settings = settings_of(ShardTables(sharding={"history": "row"}, host_bytes=7))
-    assert settings.source is None
+    assert settings.sources is None
     assert (settings.sharding, settings.host_bytes) == ({"history": "row"}, 7)
 
 
@@ -245,11 +272,9 @@ def test_answers_say_that_default_rows_were_used_and_heal(
     make_tier: Any, make_cluster: Any, generation: Any, split: Any
 ) -> None:
     tier = make_tier(dict(split.records))
-    settings = settings_of(
-        ShardTables(maps={name: str(path) for name, path in tier.maps.items()}, client=CLIENT)
-    )
-    source = settings.source
-    assert isinstance(source, RemoteRows)
+    sources = settings_of(ShardTables(maps=str(tier.folder), client=CLIENT)).sources
+    assert isinstance(sources, RemoteSources)
+    source = sources.open(GENERATION, TABLES)
     executors = [load_executor(generation.path, shard, 2) for shard in range(2)]
     split.model.remote.connect(source)
     for executor in executors:
@@ -265,7 +290,7 @@ def test_answers_say_that_default_rows_were_used_and_heal(
         assert all(one.coverage.reasons == () and not one.coverage.degraded for one in before)
 
         tier.stop(0)
-        until(lambda: not source._tables["recent"]._links[0].reached)
+        until(lambda: not source.tables["recent"]._links[0].reached)
         lost = [client.retrieve(**query) for query in queries]
         assert all(one.coverage.reasons == ("EMBEDDING_FALLBACK",) for one in lost)
         assert all(one.coverage.degraded and one.coverage.documents == 1.0 for one in lost)
@@ -274,11 +299,11 @@ def test_answers_say_that_default_rows_were_used_and_heal(
             one.scores.tobytes() != was.scores.tobytes()
             for one, was in zip(lost, before, strict=True)
         )
-        assert source.counts()["history"].defaulted > 0
+        assert sources.counts()["history"].defaulted > 0
 
         tier.start(0)
         tier.write()
-        until(lambda: source._tables["recent"]._links[0].reached)
+        until(lambda: source.tables["recent"]._links[0].reached)
         until(lambda: not client.retrieve(**queries[0]).coverage.degraded)
         after = [client.retrieve(**query) for query in queries]
         for one, was in zip(after, before, strict=True):
@@ -318,3 +343,28 @@ def test_closing_the_source_closes_every_table(
     source.close()
     with pytest.raises(StateError, match="was closed"):
         source.fetch({"films": torch.arange(3)})
+
+
+def test_every_generation_is_at_a_version_of_its_own_and_what_nobody_holds_is_closed(
+    make_tier: Any, records: dict[str, torch.Tensor]
+) -> None:
+    tier = make_tier(records)
+    sources = RemoteSources(tier.folder, CLIENT, timeout_s=20.0)
+    first, second = (sources.open(GENERATION, ("films",)) for _ in range(2))
+    rows, values = np.arange(5), np.ones((5, 16), dtype=np.float32)
+    tier.change("films", 3, rows, values)
+    first.write("films", 3, torch.from_numpy(rows), torch.from_numpy(values))
+    asked = {"films": torch.from_numpy(rows)}
+    wanted = quantize_rows(torch.from_numpy(values), "int8")
+    assert torch.equal(first.fetch(asked)["films"].records, wanted)
+    assert torch.equal(second.fetch(asked)["films"].records, records["films"][:5])
+    assert sources.counts()["films"].lookups == 2
+
+    table = first.tables["films"]
+    del first
+    until(lambda: not table._thread.is_alive())
+    until(lambda: len(sources._open) == 1)
+    assert sources.counts()["films"].lookups == 2
+    with pytest.raises(StateError, match=r"gen-000006.*films\.json"):
+        RemoteSources(tier.folder, CLIENT, timeout_s=0.0).open(GENERATION + 1, ("films",))
+    second.close()

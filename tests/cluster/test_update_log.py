@@ -168,6 +168,22 @@ def test_a_later_writer_fences_the_earlier_one(open_here: Open) -> None:
     assert earlier.append(1, earlier.acquire(1), [record(1)], NOW_MS) == 1
 
 
+def test_a_writer_renews_its_epoch_only_while_it_has_the_newest(open_here: Open) -> None:
+    one, other = open_here(), open_here()
+    first = one.acquire(0)
+    one.append(0, first, [record(1)], NOW_MS)
+    renewed = one.acquire(0, first)
+    assert renewed > first
+    with pytest.raises(Fenced):
+        one.append(0, first, [record(2)], NOW_MS)
+    assert one.append(0, renewed, [record(2)], NOW_MS) == 2
+    taken = other.acquire(0)
+    with pytest.raises(Fenced) as caught:
+        one.acquire(0, renewed)
+    assert (caught.value.epoch, caught.value.current) == (renewed, taken)
+    assert other.append(0, taken, [record(3)], NOW_MS) == 3
+
+
 def test_two_writers_that_race_leave_no_gap_and_nothing_after_the_fence(open_here: Open) -> None:
     stored: list[int] = []
 
@@ -217,6 +233,18 @@ def test_a_head_is_the_last_record_of_its_item(log: UpdateLog) -> None:
     many = [record(item_id, 9) for item_id in range(3000)]
     log.append(0, epoch, many, NOW_MS)
     assert len(log.heads(0, range(5000))) == 3000
+
+
+def test_a_head_tells_whether_the_log_has_patches_alone(log: UpdateLog) -> None:
+    epoch = log.acquire(0)
+    log.append(0, epoch, [record(1, patched=True), record(2), record(3, deleted=True)], NOW_MS)
+    assert log.heads(0, [1, 2, 3]) == {
+        1: Head(1, False, 1, 0, True),
+        2: Head(1, False, 2, 0, False),
+        3: Head(1, True, 3, 0, False),
+    }
+    log.append(0, epoch, [record(1, 2, expires_unix_ms=NOW_MS)], NOW_MS)
+    assert log.heads(0, [1]) == {1: Head(2, False, 4, NOW_MS)}
 
 
 def test_versions_of_rows_are_kept_by_table(log: UpdateLog) -> None:

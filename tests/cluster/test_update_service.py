@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
+from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc, update_pb2
 from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.sequencer import Sequencer
 from silvershard.cluster.sequencer_server import MAX_MUTATIONS, SequencerServer
@@ -17,6 +17,8 @@ from silvershard.cluster.update_log import open_log
 from silvershard.cluster.update_message import mutation_to
 from silvershard.cluster.update_service import UpdateService
 from silvershard.cluster.updates import ItemPatch, ItemUpsert, Update, result_from
+
+SEQUENCER = update_pb2.DESCRIPTOR.services_by_name["Sequencer"].full_name
 
 
 def request(*updates: Update, **fields: Any) -> retrieval_pb2.ApplyRequest:
@@ -122,9 +124,9 @@ def test_a_sequencer_that_moves_is_followed_on_one_channel(run: Any, front: Any)
     async def scene() -> None:
         async with front() as one:
             await one.stub.Apply(request(ItemUpsert(1)))
-            channel = one.service._channel
+            link = one.service._link
             await one.stub.Apply(request(ItemUpsert(2)))
-            assert one.service._channel is channel
+            assert one.service._link is link
             first = one.sequencers[0].sequencer
             second = SequencerServer(Sequencer(first.log, first.live))
             await second.start()
@@ -132,8 +134,106 @@ def test_a_sequencer_that_moves_is_followed_on_one_channel(run: Any, front: Any)
             one.address = second.address
             reply = result_from(await one.stub.Apply(request(ItemUpsert(3))))
             assert reply.tokens[0].position == 3
-            assert one.service._channel is not channel
+            assert one.service._link is not link
             await until(lambda: not one.service._closing)
+
+    run(scene())
+
+
+class Stopped:
+    """A sequencer whose process does not run; ``go_on`` lets it answer what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.go_on = asyncio.Event()
+        self._server = grpc.aio.server()
+
+    async def __aenter__(self) -> "Stopped":
+        handlers = {
+            "Apply": grpc.unary_unary_rpc_method_handler(self._apply),
+            "StreamUpdates": grpc.stream_stream_rpc_method_handler(self._stream),
+        }
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SEQUENCER, handlers),)
+        )
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.stop(0)
+
+    async def _apply(self, _request: bytes, _context: Any) -> bytes:
+        self.asked += 1
+        await self.go_on.wait()
+        return b""
+
+    async def _stream(self, _requests: object, context: Any) -> None:
+        await context.read()
+        await context.write(await self._apply(b"", context))
+
+
+async def ask(one: Front, kind: str) -> None:
+    if kind == "Apply":
+        await one.stub.Apply(request(ItemUpsert(1)), timeout=60)
+        return
+    stream = one.stub.StreamUpdates(timeout=60)
+    await stream.write(request(ItemUpsert(1)))
+    assert await stream.read() is not grpc.aio.EOF
+
+
+@pytest.mark.parametrize("kind", ["Apply", "StreamUpdates"])
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_call_to_a_sequencer_that_hangs_ends_when_it_moves(
+    run: Any, front: Any, kind: str, moves: bool
+) -> None:
+    async def scene() -> None:
+        async with front() as one, Stopped() as stopped:
+            moved, one.address = one.address, stopped.address
+            call = asyncio.create_task(ask(one, kind))
+            await until(lambda: stopped.asked == 1)
+            one.address = moved if moves else None
+            async with asyncio.timeout(5):
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await call
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "what became of the updates is unknown: it has moved" in raised.value.details()
+            one.address = moved
+            await ask(one, kind)
+
+    run(scene())
+
+
+def test_two_calls_to_two_sequencers_that_hang_both_end(run: Any, front: Any) -> None:
+    async def scene() -> None:
+        async with front() as one, Stopped() as first, Stopped() as second:
+            moved = one.address
+            calls = []
+            for stopped in (first, second):
+                one.address = stopped.address
+                calls.append(asyncio.create_task(ask(one, "Apply")))
+                await until(lambda stopped=stopped: stopped.asked == 1)
+            one.address = moved
+            async with asyncio.timeout(5):
+                found = await asyncio.gather(*calls, return_exceptions=True)
+            assert [getattr(error, "code", str)() for error in found] == [
+                grpc.StatusCode.UNAVAILABLE
+            ] * 2
+
+    run(scene())
+
+
+@pytest.mark.parametrize("kind", ["Apply", "StreamUpdates"])
+def test_what_a_sequencer_that_moved_still_answers_passes(run: Any, front: Any, kind: str) -> None:
+    async def scene() -> None:
+        async with front() as one, Stopped() as stopped:
+            moved, one.address = one.address, stopped.address
+            call = asyncio.create_task(ask(one, kind))
+            await until(lambda: stopped.asked == 1)
+            one.address = moved
+            await one.stub.Apply(request(ItemUpsert(2)))
+            stopped.go_on.set()
+            await call
 
     run(scene())
 

@@ -8,36 +8,42 @@ How much is done comes from the environment, so that the same tests are a bounde
 import os
 import random
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from silvershard.cluster import Client, Query, Result
+from silvershard.cluster.consistency import UpdateToken, newest
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert, Update
 from silvershard.deploy import launch
 from silvershard.deploy.config import load
-from silvershard.deploy.processes import Process, is_alive
+from silvershard.deploy.processes import Process, descendants, identify, is_alive, kill_all
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard.errors import RetrievalError
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.publish import publish_generation
 
-WAIT_S = 90.0
-OWN_ITEMS = 400
+WAIT_S = 120.0
+OWN_ITEMS = 200
+"""Of one writer."""
 FIRST_ITEM = 1 << 41
 """Items of the tests; those of the published catalogue have smaller ids."""
+MOST_AT_ONCE = 4
+AUDIT_EVERY = 4
+"""Of the questions of a reader, one in so many reads what was written."""
 PAUSE_S = 0.02
 """Between two calls of a thread: a load that leaves the machine some time for all else."""
 LOST = RetrievalError, OSError
+LOST_PAUSE_S = 0.05
 
 
 def amount(name: str, few: int) -> int:
@@ -59,26 +65,57 @@ def marked(catalogue: Any, generation: int) -> Any:
     return replace(catalogue, fields={**catalogue.fields, "title": titles})
 
 
+class Acked(NamedTuple):
+    """An item as it was acked last."""
+
+    version: int
+    title: str | None
+    """None: it is deleted."""
+
+
+NOTHING = Acked(0, None)
+
+
+class View(NamedTuple):
+    """What was acked at one moment."""
+
+    items: dict[int, Acked]
+    doubtful: set[int]
+    """Items whose updates are sent and not answered; they may be there or not."""
+    tokens: tuple[UpdateToken, ...]
+
+
 @dataclass
 class Ledger:
-    """What was acked of the items of the tests: their titles, None for those that were deleted."""
+    """What was acked of the items of one writer."""
 
-    titles: dict[int, str | None] = field(default_factory=dict)
-    versions: dict[int, int] = field(default_factory=dict)
-    in_doubt: Update | None = None
-    """Sent and not answered; it may be there or not until it is sent again."""
+    first: int
+    """Its first item; there are ``OWN_ITEMS`` of them."""
+    items: dict[int, Acked] = field(default_factory=dict)
+    in_doubt: list[Update] = field(default_factory=list)
+    """Sent and not answered; they may be there or not until they are sent again."""
+    tokens: tuple[UpdateToken, ...] = ()
     acked: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def view(self) -> View:
+        with self.lock:
+            doubtful = {one.item_id for one in self.in_doubt}
+            return View(dict(self.items), doubtful, self.tokens)
 
 
 class Writer(threading.Thread):
     """Changes items one call after another; what is not answered is sent again until it is."""
 
-    def __init__(self, address: Callable[[], str], seed: int) -> None:
+    def __init__(
+        self, address: Callable[[], str], seed: int, *, number: int = 0, pause_s: float = PAUSE_S
+    ) -> None:
         super().__init__(name="writer", daemon=True)
-        self.ledger = Ledger()
+        self.ledger = Ledger(FIRST_ITEM + number * OWN_ITEMS)
         self.failures = 0
         self.rejected: list[str] = []
         self._address = address
+        self._pause_s = pause_s
         self._draw = random.Random(seed)
         self._ended = threading.Event()
 
@@ -86,38 +123,45 @@ class Writer(threading.Thread):
         while not self._ended.is_set():
             try:
                 with Client(self._address(), timeout_s=5.0) as client:
-                    while not self._ended.wait(PAUSE_S):
+                    while not self._ended.wait(self._pause_s):
                         self._write(client)
             except LOST:
                 self.failures += 1
-                self._ended.wait(0.02)
+                self._ended.wait(LOST_PAUSE_S)
 
     def _write(self, client: Client) -> None:
         ledger = self.ledger
-        if ledger.in_doubt is None:
-            ledger.in_doubt = self._draw_update()
-        result = client.apply([ledger.in_doubt])
-        if any(one.code == "RESOURCE_EXHAUSTED" for one in result.rejected):
-            # A shard that has just started has not said yet how much room it has.
-            self._ended.wait(PAUSE_S)
-            return
-        update, ledger.in_doubt = ledger.in_doubt, None
-        if result.rejected:
-            self.rejected.append(result.rejected[0].reason)
-            return
-        item = update.item_id
-        ledger.versions[item] = update.version
-        if isinstance(update, ItemDelete):
-            ledger.titles[item] = None
-        else:
-            ledger.titles[item] = str(update.fields["title"])
-        ledger.acked += 1
+        if not ledger.in_doubt:
+            with ledger.lock:
+                ledger.in_doubt = self._draw_updates()
+        result = client.apply(ledger.in_doubt)
+        refused = {one.index: one for one in result.rejected}
+        with ledger.lock:
+            sent, ledger.in_doubt = ledger.in_doubt, []
+            ledger.tokens = newest((*ledger.tokens, *result.tokens))
+            for at, update in enumerate(sent):
+                if at not in refused:
+                    self._take(update)
+                elif refused[at].code == "RESOURCE_EXHAUSTED":
+                    # A shard that has just started has not said yet how much room it has.
+                    ledger.in_doubt.append(update)
+                else:
+                    self.rejected.append(refused[at].reason)
 
-    def _draw_update(self) -> Update:
-        item = FIRST_ITEM + self._draw.randrange(OWN_ITEMS)
-        version = self.ledger.versions.get(item, 0) + 1
-        there = self.ledger.titles.get(item) is not None
-        kind = self._draw.choice(("upsert", "patch", "delete", "urgent")) if there else "upsert"
+    def _take(self, update: Update) -> None:
+        title = None if isinstance(update, ItemDelete) else str(update.fields["title"])
+        self.ledger.items[update.item_id] = Acked(update.version, title)
+        self.ledger.acked += 1
+
+    def _draw_updates(self) -> list[Update]:
+        items = self._draw.sample(range(OWN_ITEMS), self._draw.randint(1, MOST_AT_ONCE))
+        return [self._draw_update(self.ledger.first + item) for item in items]
+
+    def _draw_update(self, item: int) -> Update:
+        before = self.ledger.items.get(item, NOTHING)
+        version = before.version + 1
+        kinds = ("upsert", "patch", "delete", "urgent")
+        kind = self._draw.choice(kinds) if before.title is not None else "upsert"
         if kind == "upsert":
             return ItemUpsert(
                 item,
@@ -131,46 +175,114 @@ class Writer(threading.Thread):
             return ItemPatch(item, fields={"title": f"own {version}"}, version=version)
         return ItemDelete(item, urgent=kind == "urgent", version=version)
 
-    def end(self) -> Ledger:
-        """Stop, finish what is in doubt, and return what was acked."""
+    def stop(self) -> None:
         self._ended.set()
         self.join(WAIT_S)
         assert not self.is_alive()
+
+    def end(self) -> Ledger:
+        """Stop, finish what is in doubt, and return what was acked."""
+        self.stop()
         give_up_s = time.monotonic() + WAIT_S
-        while self.ledger.in_doubt is not None:
-            assert time.monotonic() < give_up_s, "the last update found nobody"
+        while self.ledger.in_doubt:
+            assert time.monotonic() < give_up_s, "the last updates found nobody"
             try:
                 with Client(self._address(), timeout_s=5.0) as client:
                     self._write(client)
             except LOST:
-                time.sleep(0.05)
+                time.sleep(0.01)
         return self.ledger
+
+
+@contextmanager
+def working(*threads: "Writer | Reader") -> Iterator[None]:
+    """Let writers and readers work as long as the context lasts, however it ends."""
+    with ExitStack() as stack:
+        for one in threads:
+            one.start()
+            stack.callback(one.stop)
+        yield
+
+
+def audit(client: Client, ledger: Ledger) -> tuple[float, list[str]]:
+    """Read what was written; return the coverage of the answer, and what it does not hold true.
+
+    An item that nobody changes meanwhile must be as it was acked last before the question, which
+    demands its token; any other must not be older than that.
+    """
+    before = ledger.view()
+    low = ledger.first - FIRST_ITEM
+    result = client.retrieve(
+        Query(
+            features={},
+            k=1000,
+            filter=f"genre:own AND year >= {low} AND year < {low + OWN_ITEMS}",
+            exact=True,
+            return_fields=["title"],
+            after=before.tokens,
+        )
+    )
+    after = ledger.view()
+    ids, coverage = result.item_ids.tolist(), result.coverage.documents
+    found = dict(zip(ids, map(str, result.fields["title"]), strict=True))
+    wrong = [f"item {one} is there twice" for one, count in Counter(ids).items() if count > 1]
+    for item in before.items.keys() | found.keys():
+        acked, there = before.items.get(item, NOTHING), found.get(item)
+        if item in before.doubtful | after.doubtful or after.items.get(item, NOTHING) != acked:
+            if there is not None and int(there.split()[1]) < acked.version:
+                wrong.append(f"item {item} is {there}, acked was {acked}")
+        elif there != acked.title and (there is not None or coverage == 1.0):
+            wrong.append(f"item {item} is {there}, acked was {acked}")
+    return coverage, wrong
 
 
 class Reader(threading.Thread):
     """Asks one question after another and checks what every answer must hold."""
 
-    def __init__(self, address: Callable[[], str], history: list[int]) -> None:
+    def __init__(
+        self,
+        address: Callable[[], str],
+        history: list[int],
+        ledgers: Sequence[Ledger] = (),
+        *,
+        timeout_s: float = 2.0,
+    ) -> None:
         super().__init__(name="reader", daemon=True)
         self.marked = 0
         """Answers that held an item which names its generation."""
+        self.audits = 0
+        """Answers that held all that was acked."""
         self.failed: list[str] = []
         self.wrong: list[str] = []
         self.generations: set[int] = set()
         self._address = address
         self._history = history
+        self._ledgers = ledgers
+        self._timeout_s = timeout_s
         self._ended = threading.Event()
 
     def run(self) -> None:
         query = Query(features={"history": self._history}, k=40, return_fields=["title"], nprobe=16)
+        asked = 0
         while not self._ended.is_set():
             try:
-                with Client(self._address(), timeout_s=2.0) as client:
+                with Client(self._address(), timeout_s=self._timeout_s) as client:
                     while not self._ended.wait(PAUSE_S):
-                        self._check(client.retrieve(query))
+                        asked += 1
+                        if self._ledgers and asked % AUDIT_EVERY == 0:
+                            self._audit(client, self._ledgers[asked % len(self._ledgers)])
+                        else:
+                            self._check(client.retrieve(query))
             except LOST as error:
-                self.failed.append(str(error))
-                self._ended.wait(0.02)
+                self.failed.append(f"{type(error).__name__}: {error}")
+                self._ended.wait(LOST_PAUSE_S)
+
+    def _audit(self, client: Client, ledger: Ledger) -> None:
+        coverage, wrong = audit(client, ledger)
+        self.wrong += wrong
+        self.audits += coverage == 1.0
+        if coverage < 1.0:
+            self.failed.append(f"an audit covered {coverage}")
 
     def _check(self, result: Result) -> None:
         self.generations.add(result.generation)
@@ -188,7 +300,7 @@ class Reader(threading.Thread):
         if len(set(result.item_ids.tolist())) < len(result.item_ids):
             self.wrong.append("an answer holds an item twice")
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self._ended.set()
         self.join(WAIT_S)
         assert not self.is_alive()
@@ -243,11 +355,23 @@ class Cluster:
             return [record.driver.pid]
         return [one.pid for one in record.shards if one.pid]
 
-    def kill(self, role: str, draw: random.Random) -> int:
-        """Kill one process of a role and wait until it is gone; return its pid."""
-        pid = draw.choice([one for one in self.pids(role) if one])
-        os.kill(pid, signal.SIGKILL)
-        return pid
+    def kill(
+        self, role: str, draw: random.Random, when: Callable[[], object] = lambda: None
+    ) -> int:
+        """Kill one living process of a role and wait until it is gone; return its pid."""
+        living = [one for one in map(identify, filter(None, self.pids(role))) if one is not None]
+        doomed = draw.choice(living)
+        when()
+        assert not kill_all([doomed])
+        return doomed.pid
+
+    def kill_everything(self, when: Callable[[], object] = lambda: None) -> None:
+        """Kill every process at once, as a power cut does; the one that writes the log is first."""
+        writing = [one for one in map(identify, self.pids("sequencer")) if one is not None]
+        record = self.record
+        doomed = [*writing, *processes_of(record), *descendants(record.guard.pid)]
+        when()
+        assert not kill_all(doomed)
 
 
 def processes_of(record: ClusterRecord) -> list[Process]:
@@ -262,9 +386,13 @@ def running(root: Path, generations: list[Path], **options: Any) -> Iterator[Clu
     state.generations.mkdir()
     for number, path in enumerate(generations, start=1):
         shutil.copytree(path, generation_dir(state.generations, number))
-    cluster = Cluster(
-        state, {"listen.port": 0, "model.name": "films", "sharding.threads": 1, **options}
-    )
+    own = {
+        "listen.port": 0,
+        "model.name": "films",
+        "sharding.threads": 1,
+        "runtime.start_timeout_s": 2 * WAIT_S,
+    }
+    cluster = Cluster(state, {**own, **options})
     cluster.start()
     try:
         yield cluster
@@ -275,44 +403,27 @@ def running(root: Path, generations: list[Path], **options: Any) -> Iterator[Clu
         assert not left
 
 
-def assert_kept(cluster: Cluster, ledger: Ledger) -> None:
-    """Every acked item is there once as it was acked last, every deleted one is gone."""
-    assert ledger.acked
-    with Client(cluster.address(), timeout_s=10.0) as client:
+def assert_kept(cluster: Cluster, *ledgers: Ledger) -> None:
+    """Every acked item is there once as it was acked last, every deleted one is gone.
 
-        def found(low: int, high: int) -> dict[int, str]:
-            result = client.retrieve(
-                Query(
-                    features={},
-                    k=1000,
-                    filter=f"genre:own AND year >= {low} AND year < {high}",
-                    exact=True,
-                    return_fields=["title"],
-                )
-            )
-            assert result.coverage.documents == 1.0
-            ids = result.item_ids.tolist()
-            assert len(set(ids)) == len(ids), "an item is there twice"
-            return dict(zip(ids, map(str, result.fields["title"]), strict=True))
-
-        expected = {item: title for item, title in ledger.titles.items() if title is not None}
-
-        def settled() -> bool:
-            return found(0, OWN_ITEMS) == expected
-
-        give_up_s = time.monotonic() + WAIT_S
-        while not settled():
-            if time.monotonic() > give_up_s:
-                there = found(0, OWN_ITEMS)
-                lost = {one: expected[one] for one in expected.keys() - there.keys()}
-                back = {one: there[one] for one in there.keys() - expected.keys()}
-                old = {
-                    one: (there[one], expected[one])
-                    for one in there.keys() & expected.keys()
-                    if there[one] != expected[one]
-                }
-                pytest.fail(f"lost {lost}, came back {back}, not as acked {old}")
-            time.sleep(0.05)
+    That is so at once for who shows the tokens of the acks; who waits is only for a cluster that
+    does not answer from every document yet.
+    """
+    give_up_s = time.monotonic() + WAIT_S
+    for ledger in ledgers:
+        assert ledger.acked
+        coverage = 0.0
+        while coverage < 1.0:
+            try:
+                with Client(cluster.address(), timeout_s=10.0) as client:
+                    coverage, wrong = audit(client, ledger)
+            except LOST as error:
+                if time.monotonic() > give_up_s:
+                    pytest.fail(f"nobody answers: {error}")
+                time.sleep(0.01)
+                continue
+            assert not wrong
+            assert coverage == 1.0 or time.monotonic() < give_up_s, "an answer lacks documents"
 
 
 class Crash:
@@ -320,9 +431,11 @@ class Crash:
 
     Writer, Reader, Cluster = Writer, Reader, Cluster
     running = staticmethod(running)
+    working = staticmethod(working)
     marked = staticmethod(marked)
     until = staticmethod(until)
     amount = staticmethod(amount)
+    audit = staticmethod(audit)
     assert_kept = staticmethod(assert_kept)
 
 
@@ -333,7 +446,7 @@ def crash() -> type[Crash]:
 
 @pytest.fixture(scope="session")
 def marked_generations(generation: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two generations of the same films; every film names the one that it was published in."""
+    """Three generations of the same films; every film names the one that it was published in."""
     repository = tmp_path_factory.mktemp("marked")
     return [
         publish_generation(
@@ -347,5 +460,5 @@ def marked_generations(generation: Any, tmp_path_factory: pytest.TempPathFactory
             defaults=SearchDefaults(probes=4, ann_k=40),
             num_clusters=generation.num_clusters,
         ).path
-        for number in (1, 2)
+        for number in (1, 2, 3)
     ]

@@ -1,30 +1,93 @@
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from silvershard.deploy.control_store import ControlStore
+from silvershard.deploy.activate import activate, rollback
+from silvershard.deploy.config import load
+from silvershard.deploy.control_store import Control, ControlStore
 
 pytestmark = pytest.mark.slow
 
-FEW_SWAPS = 4
+FEW_SWAPS = 6
 KILL_EVERY = 5
+ROLLBACK_EVERY = 7
+READER_TIMEOUT_S = 5.0
+# Longer than a reader waits for an answer.
+DRAIN_MS = 5500
+TIMEOUT_S = 150.0
+
+MOMENTS = ("not begun", "loading", "partly prepared", "committed")
+BLOWS = (
+    ("shard", "loading"),
+    ("shard", "partly prepared"),
+    ("sequencer", "loading"),
+    ("shard", "committed"),
+    ("shard", "partly prepared"),
+    ("sequencer", "partly prepared"),
+)
+"""Who is killed when in a swap, one blow after another."""
 
 
-@contextmanager
-def activating(state: Path, generation: int) -> Iterator[subprocess.Popen[str]]:
-    words = ["activate", str(generation), "--state", str(state), "--timeout", "120"]
-    command = [sys.executable, "-P", "-m", "silvershard.deploy.cli", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def moment_of(control: Control, wanted: int) -> str:
+    """Return how far a swap to a generation is, as the control store says it."""
+    if control.live == wanted:
+        return "committed"
+    going = control.current
+    if going is None or going.state != "running":
+        return "not begun"
+    words = going.progress.split()
+    if words[:1] == ["prepared"] and words[1] != "0":
+        return "partly prepared"
+    return "loading"
+
+
+class Swaps:
+    """Swaps of a cluster, and the blows that fall in the middle of them."""
+
+    def __init__(self, cluster: Any, until: Any) -> None:
+        self.moments: Counter[tuple[str, str]] = Counter()
+        """How often who was dead at which moment of a swap."""
+        self._cluster = cluster
+        self._until = until
+        self._store = ControlStore(cluster.state.control_file)
+        self._config = load(None, environ={}, options=cluster.options)
+        self._draw = random.Random(5)
+        self._commands = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "Swaps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._commands.shutdown()
+
+    def activate(self, wanted: int, *, checks: bool) -> "Future[Any]":
+        return self._commands.submit(
+            activate,
+            self._cluster.state,
+            self._config,
+            wanted,
+            load=checks,
+            timeout_s=TIMEOUT_S,
+            report=lambda _: None,
+        )
+
+    def rollback(self) -> "Future[Any]":
+        return self._commands.submit(
+            rollback, self._cluster.state, timeout_s=TIMEOUT_S, report=lambda _: None
+        )
+
+    def strike(self, role: str, moment: str, wanted: int) -> None:
+        """Kill somebody at a moment of a swap, and note at which one that was."""
+        reached = MOMENTS[MOMENTS.index(moment) :]
+        self._until(
+            lambda: moment_of(self._store.read(), wanted) in reached, f"the swap is not {moment}"
+        )
+        self._cluster.kill(role, self._draw)
+        self.moments[role, moment_of(self._store.read(), wanted)] += 1
 
 
 @pytest.mark.timeout(3600)
@@ -32,45 +95,57 @@ def test_no_answer_mixes_generations_and_no_request_fails_while_they_swap_under_
     tmp_path: Path, crash: Any, marked_generations: list[Path], generation: Any
 ) -> None:
     swaps = crash.amount("SWAPS", FEW_SWAPS)
-    draw = random.Random(5)
-    with crash.running(
-        tmp_path / "s", marked_generations, **{"sharding.shards": 3, "sharding.replicas": 2}
-    ) as cluster:
+    options = {
+        "sharding.shards": 3,
+        "sharding.replicas": 2,
+        "swap.drain_ms": DRAIN_MS,
+        "runtime.crash_limit": 10_000,
+        # Eight processes that load on two cores are late to answer, which is no sign of a hang.
+        "ping.eject_after": 100,
+    }
+    with crash.running(tmp_path / "s", marked_generations, **options) as cluster:
         crash.until(cluster.is_whole, "the cluster did not become whole")
         writer = crash.Writer(cluster.address, seed=1)
         history = generation.catalogue.item_ids[:6].tolist()
-        readers = [crash.Reader(cluster.address, history) for _ in range(2)]
-        for one in (writer, *readers):
-            one.start()
-        killed = done = 0
-        store = ControlStore(cluster.state.control_file)
-
-        def operations() -> float:
-            """When the newest operation began."""
-            return max((one.began_unix_s for one in store.read().operations), default=0.0)
-
-        for swap in range(swaps):
-            wanted = 2 if cluster.record.generation == 1 else 1
-            seen = operations()
-            with activating(cluster.state.root, wanted) as process:
-                if swap % KILL_EVERY == 1:
-                    # In the middle of the swap; there is a second copy of every shard.
-                    crash.until(lambda seen=seen: operations() > seen, "no swap began")
-                    cluster.kill("shard", draw)
-                    killed += 1
-                _, said = process.communicate(timeout=150)
-            # A process that dies may end the swap, which leaves the map as it was.
-            assert process.returncode == 0 or swap % KILL_EVERY == 1, said
-            done += process.returncode == 0
-            crash.until(cluster.is_whole, "the cluster did not become whole")
-        for one in readers:
-            one.end()
-        ledger = writer.end()
-        assert killed
-        assert done >= 0.8 * swaps - 1
+        readers = [
+            crash.Reader(cluster.address, history, [writer.ledger], timeout_s=READER_TIMEOUT_S)
+            for _ in range(2)
+        ]
+        struck, previous = 0, 0
+        with crash.working(writer, *readers), Swaps(cluster, crash.until) as swapping:
+            for swap in range(swaps):
+                live, answered = cluster.record.generation, [one.marked for one in readers]
+                if swap % ROLLBACK_EVERY == ROLLBACK_EVERY - 1:
+                    wanted, done = previous, swapping.rollback()
+                else:
+                    # The one that no process holds, so that each of them has to load it.
+                    wanted = min({1, 2, 3} - {live, previous})
+                    done = swapping.activate(wanted, checks=swap == 0)
+                    if swap % KILL_EVERY == 1:
+                        swapping.strike(*BLOWS[struck % len(BLOWS)], wanted)
+                        struck += 1
+                assert done.result(TIMEOUT_S)["done"]
+                crash.until(
+                    lambda wanted=wanted: cluster.record.generation == wanted,
+                    "the record does not name what is live",
+                )
+                previous = live
+                crash.until(cluster.is_whole, "the cluster did not become whole")
+                crash.assert_kept(cluster, writer.ledger)
+                crash.until(
+                    lambda answered=answered: all(
+                        one.marked > before + 1
+                        for one, before in zip(readers, answered, strict=True)
+                    ),
+                    "nobody reads",
+                )
+            ledger = writer.end()
         assert [one.wrong for one in readers] == [[], []]
         assert [one.failed for one in readers] == [[], []]
-        assert all(one.generations == {1, 2} for one in readers)
-        assert all(one.marked > swaps for one in readers)
+        assert all(one.generations == {1, 2, 3} for one in readers)
+        assert all(one.audits for one in readers)
         assert not writer.rejected
+        # A blow that falls when all is done proves nothing.
+        early = struck - sum(n for (_, at), n in swapping.moments.items() if at == "committed")
+        assert early >= 0.6 * struck, swapping.moments
         crash.assert_kept(cluster, ledger)

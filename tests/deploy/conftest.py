@@ -1,12 +1,21 @@
 import csv
+import os
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from silvershard.deploy.control_store import Control, ControlStore
+from silvershard.deploy.processes import myself
+from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
 from silvershard.deploy.synthetic import generate
 from silvershard.model.catalogue import NULL_INT
+from silvershard.model.spec import SearchDefaults
+from silvershard.shard.generations import generation_dir
+from silvershard.shard.publish import publish_generation
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +73,51 @@ def films_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         columns = (films.user_ids, films.rated_movie_ids, films.ratings, films.timestamps)
         writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_generations(tmp_path_factory: pytest.TempPathFactory, generation: Any) -> Path:
+    """A repository with the generation of the fixture, as 1 and clustered otherwise as 2."""
+    repository = tmp_path_factory.mktemp("two")
+    shutil.copytree(generation.path, generation_dir(repository, 1))
+    publish_generation(
+        repository,
+        name="films",
+        model=generation.model,
+        builder="two_tower",
+        config=generation.model.config.model_dump(mode="json"),
+        catalogue=generation.catalogue,
+        schema=generation.schema,
+        defaults=SearchDefaults(probes=4, ann_k=40),
+        num_clusters=16,
+        false_positive_rate=0.1,
+        max_exact_planes=6,
+        seed=18,
+        generation=2,
+    )
+    return repository
+
+
+@pytest.fixture
+def idle_state(tmp_path: Path, two_generations: Path) -> StateDir:
+    """A state directory of two generations whose cluster, which is this process, does nothing."""
+    state = StateDir(tmp_path / "idle")
+    state.create()
+    shutil.copytree(two_generations, state.generations)
+    shard = ShardRecord(shard=0, state="serving", pid=os.getpid(), documents=600)
+    record = ClusterRecord(
+        guard=myself(),
+        driver=myself(),
+        address="127.0.0.1:9",
+        model="films",
+        generation=1,
+        documents=600,
+        map_version=1,
+        router=RouterRecord(state="serving"),
+        shards=(shard,),
+        ray_dir="",
+        since_unix_s=0.0,
+    )
+    state.write_record(record)
+    ControlStore(state.control_file).write(Control(live=1))
+    return state

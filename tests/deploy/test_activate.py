@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from silvershard.cluster import Client, Query, Result, retrieval_pb2, retrieval_pb2_grpc
+from silvershard.cluster.update_log import open_log
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert
 from silvershard.deploy import activate, freshness, launch, operate, recluster, snapshots, verbs
 from silvershard.deploy.config import Config, load
@@ -19,6 +20,7 @@ from silvershard.deploy.control_store import Control, ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
+from silvershard.deploy.state_log import adopt_log, log_url
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard.errors import RetrievalError
 from silvershard.shard.generations import generation_dir, list_generations
@@ -70,6 +72,7 @@ def settings(**options: Any) -> Config:
         "model.name": "films",
         "sharding.threads": 1,
         "swap.max_recall_loss": 0.3,
+        "runtime.start_timeout_s": 300.0,
     }
     return load(None, environ={}, options={**fixed, **options})
 
@@ -257,7 +260,8 @@ def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) 
     reader.start()
     try:
         for wanted_generation in (start.previous, start.live) * 2:
-            cluster.activate(wanted_generation)
+            # The fixture was published with fewer planes than the generation that followed it.
+            cluster.activate(wanted_generation, allow_schema=True)
             cluster.follows(wanted_generation)
     finally:
         stop.set()
@@ -275,7 +279,7 @@ def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) 
 def test_a_dry_run_changes_nothing(cluster: Cluster) -> None:
     before = ControlStore(cluster.state.control_file).read()
     cluster.said.clear()
-    done = cluster.activate(before.previous, dry_run=True)
+    done = cluster.activate(before.previous, dry_run=True, allow_schema=True)
     assert done["done"] is False
     assert "would make generation" in activate.render_done(done)
     assert ControlStore(cluster.state.control_file).read() == before
@@ -459,6 +463,23 @@ def test_a_cluster_that_does_not_answer_times_out_and_the_operation_goes_on(
         going.content_hash == open_snapshot(idle.generations / "gen-000002").manifest.content_hash
     )
     with pytest.raises(Refused, match="activate of generation 2 is going on"):
+        asked(idle, 2)
+
+
+def test_nothing_is_activated_while_the_log_is_another_one_or_gone(idle: StateDir) -> None:
+    log = open_log(log_url(idle, settings()))
+    adopt_log(idle, log)
+    log.close()
+    idle.updates_file.rename(idle.root / "kept.sqlite")
+    with pytest.raises(Refused, match=f"update log {log.log_id} of .* is gone"):
+        asked(idle, 2)
+    other = open_log(log_url(idle, settings()))
+    other.close()
+    with pytest.raises(Refused, match=rf"has update log {log.log_id}, .* is log {other.log_id}"):
+        asked(idle, 2)
+    assert ControlStore(idle.control_file).read().current is None
+    (idle.root / "kept.sqlite").rename(idle.updates_file)
+    with pytest.raises(TimedOut):
         asked(idle, 2)
 
 

@@ -104,11 +104,7 @@ def test_sections_of_several_kinds_are_read_shown_and_checked(write: Write) -> N
             load(write(f"training:\n  {section}\n"), environ={})
 
 
-def test_rows_must_be_allowed_to_be_as_old_as_two_pings(write: Write) -> None:
-    with pytest.raises(
-        ConfigError, match=r"tables\.max_stale_ms must be at least .*, 800, got 700"
-    ):
-        load(write("ping: {every_ms: 400}\ntables: {max_stale_ms: 700}\n"), environ={})
+def test_tables_of_the_user_tower_can_be_remote(write: Write) -> None:
     assert load(write("tables: {remote: [history]}\n"), environ={}).tables.remote == ("history",)
 
 

@@ -1,7 +1,7 @@
 import pydantic
 import pytest
 
-from silvershard.deploy.config_sections import ShardingSection, UpdatesSection
+from silvershard.deploy.config_sections import AdminSection, ShardingSection, UpdatesSection
 
 
 def test_a_device_that_is_not_served_on_is_refused() -> None:
@@ -26,3 +26,10 @@ def test_a_log_is_a_url_of_a_store_that_is_known(url: str) -> None:
     assert UpdatesSection(log=url).log == url
     with pytest.raises(pydantic.ValidationError, match="log"):
         UpdatesSection(log="postgres://host/db")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_the_admin_plane_is_reached_from_this_machine_only(host: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=f"must be a loopback address.*{host}"):
+        AdminSection(host=host)
+    assert AdminSection(host="::1", port=0).host == "::1"

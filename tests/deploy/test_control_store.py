@@ -1,10 +1,19 @@
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from silvershard.deploy.control_store import Conflict, Control, ControlStore, Operation, wanted
+from silvershard.deploy.control_store import (
+    Conflict,
+    Control,
+    ControlStore,
+    Operation,
+    opened,
+    wanted,
+)
 from silvershard.shard.errors import StateError
 
 
@@ -48,6 +57,25 @@ def test_changes_of_many_threads_are_all_taken(store: ControlStore) -> None:
     for thread in threads:
         thread.join()
     assert store.read() == Control(version=15, canary=555)
+
+
+def test_a_reader_leaves_the_lock_of_another_thread_alone(store: ControlStore) -> None:
+    store.write(Control(live=1))
+    other = (
+        "import sqlite3, sys\n"
+        "database = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "database.execute('BEGIN IMMEDIATE')\n"
+    )
+    with opened(store.path, "control (one)") as database:
+        database.execute("BEGIN IMMEDIATE")
+        reader = threading.Thread(target=store.read)
+        reader.start()
+        reader.join()
+        locked = subprocess.run(
+            [sys.executable, "-S", "-c", other, str(store.path)], capture_output=True, text=True
+        )
+        database.execute("ROLLBACK")
+    assert "database is locked" in locked.stderr
 
 
 def test_a_change_that_changes_nothing_is_not_written(store: ControlStore) -> None:
@@ -95,6 +123,31 @@ def test_an_operation_is_current_until_it_ends_and_the_last_ones_are_remembered(
         control = control.with_operation(wanted("rollback", 1, "live").ended("done"))
     assert len(control.operations) == 20
     assert control.operation(first.operation_id) is None
+
+
+def test_what_is_going_on_can_be_called_off_and_what_has_ended_stays(store: ControlStore) -> None:
+    first = wanted("activate", 2, "live", operation_id="mine")
+    assert first.operation_id == "mine"
+    store.change(lambda now: now.with_operation(first))
+    assert store.call_off("other", "no reason") is None
+    assert store.read().current == first
+    ended = store.call_off("mine", "not wanted")
+    assert ended is not None
+    assert (ended.state, ended.reason) == ("cancelled", "not wanted")
+    store.change(lambda now: now.with_operation(first.ended("done")))
+    kept = store.call_off("mine", "too late")
+    assert kept is not None
+    assert kept.state == "done"
+
+
+def test_what_is_warm_has_no_other_role_and_is_kept_until_the_next_swap() -> None:
+    control = Control(live=1).pointed("warm", 2)
+    assert (control.live, control.warm, control.canary) == (1, 2, 0)
+    assert control.kept == {1, 2}
+    assert control.pointed("warm", 0).warm == 0
+    for number in (2, 3):
+        after = control.pointed("live", number)
+        assert (after.live, after.previous, after.warm) == (number, 1, 0)
 
 
 def test_a_document_survives_its_form() -> None:

@@ -2,7 +2,14 @@ import pickle
 
 import pytest
 
-from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
+from silvershard.deploy.errors import (
+    CheckFailed,
+    CommandError,
+    ExitCode,
+    NotPublished,
+    Refused,
+    TimedOut,
+)
 from silvershard.shard.errors import RetrievalError
 
 
@@ -13,12 +20,20 @@ from silvershard.shard.errors import RetrievalError
         (CommandError("no", ExitCode.USAGE), ExitCode.USAGE),
         (Refused("no"), ExitCode.REFUSED),
         (TimedOut("no"), ExitCode.TIMED_OUT),
+        (NotPublished("no"), ExitCode.FAILED),
     ],
 )
 def test_errors_carry_their_exit_code_across_processes(error: CommandError, code: int) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), copy.exit_code) == (type(error), "no", code)
     assert isinstance(copy, RetrievalError)
+
+
+def test_a_failed_check_names_itself_across_processes() -> None:
+    copy = pickle.loads(pickle.dumps(CheckFailed(3, "recall", "too low")))
+    assert isinstance(copy, Refused)
+    assert (copy.check, copy.exit_code) == ("recall", ExitCode.REFUSED)
+    assert str(copy) == "generation 3 does not pass its check of recall: too low"
 
 
 def test_exit_codes_are_those_that_scripts_rely_on() -> None:

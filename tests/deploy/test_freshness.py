@@ -30,6 +30,8 @@ class Process(shard_pb2_grpc.ShardServicer, update_pb2_grpc.SequencerServicer): 
         one.seen.cut.append(40)
         one.seen.documents = 10
         one.pool.pages, one.pool.free_pages = 8, 3
+        one.pool.longest_list, one.pool.mean_list = 21, 10.0
+        one.pool.assignment_error = 0.0123
         self.sequencer = update_pb2.SequencerReport(log_id=99, generation=3, queued=5)
         self.sequencer.partitions.add(partition=0, start=12, end=57, epoch=2)
 
@@ -79,11 +81,36 @@ def test_log_and_shards_are_said_together(tmp_path: Path, process: tuple[Process
     assert document["sequencer"]["partitions"] == [
         {"partition": 0, "start": 12, "end": 57, "epoch": 2}
     ]
+    assert document["sequencer"]["data_as_of"] == "99:57"
     (shard,) = document["shards"]
     assert (shard["cut"], shard["lag"], shard["free_pages"], shard["pages"]) == ([40], 17, 3, 8)
+    assert (shard["list_skew"], shard["assignment_error"]) == (2.1, 0.0123)
+    assert document["hints"] == []
     shown = render(document)
-    for text in ("99, positions 12 to 57", "3 of 8", "pass", "prepared"):
+    assert "publish --data-as-of 99:57" in shown
+    for text in ("99, positions 12 to 57", "3 of 8", "pass", "prepared", "2.1", "1.2%"):
         assert text in shown
+    assert "hint" not in shown
+
+
+def test_clusters_that_fit_the_live_items_no_more_are_said_with_what_to_do(
+    tmp_path: Path, process: tuple[Process, str]
+) -> None:
+    servicer, address = process
+    state = state_of(tmp_path, address)
+    pool = servicer.shard.generations[0].pool
+    pool.longest_list, pool.assignment_error = 81, 0.0501
+    # Another generation is none of anybody's business.
+    other = servicer.shard.generations.add(generation=2)
+    other.pool.pages, other.pool.mean_list, other.pool.longest_list = 8, 1.0, 900
+    document, code = freshness(state)
+    assert code == ExitCode.OK
+    assert len(document["hints"]) == 2
+    shown = render(document)
+    assert "hint: the longest list is 8.1 times the mean, more than 8: `silvershard" in shown
+    assert "hint: 5.0% of the items stand in another cluster than the nearest, more than" in shown
+    pool.longest_list, pool.assignment_error = 80, 0.05
+    assert freshness(state)[0]["hints"] == []
 
 
 def test_refused_upserts_are_said_with_numbers_and_are_degraded(

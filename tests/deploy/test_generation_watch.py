@@ -24,6 +24,8 @@ class FakeHost:
         self.address = address
         self.boot = boot
         self.states: dict[int, tuple[str, str]] = {boot: ("prepared", "")}
+        self.cuts: dict[int, tuple[int, ...]] = {}
+        self.refused: dict[int, tuple[tuple[int, str], ...]] = {}
         self.wishes: list[tuple[str, int]] = []
         self.leaving: set[int] = set()
         self.answers = True
@@ -35,7 +37,10 @@ class FakeHost:
         if not self.answers:
             return None
         return {
-            number: Held(state, reason, 9, (), (), 0.0, 0, 0, 0)
+            number: Held(
+                *(state, reason, 9, self.cuts.get(number, ()), (), 0.0, 0, 0, 0),
+                self.refused.get(number, ()),
+            )
             for number, (state, reason) in self.states.items()
         }
 
@@ -290,6 +295,63 @@ def test_a_swap_that_takes_too_long_ends_with_what_was_missing(setup: Setup) -> 
     assert setup.held() == {1}
 
 
+def test_a_generation_that_is_behind_the_live_one_waits(setup: Setup) -> None:
+    for shard in (0, 1):
+        setup.host(shard).cuts = {1: (5, 9), 2: (5, 8)}
+    asked = setup.ask(2)
+    setup.poll(20, forward_s=0.2)
+    assert setup.watch.live == 1
+    assert setup.operation(asked).progress == "prepared 2 of 2; catches up with the live one"
+    setup.host(0).cuts[2] = (5, 9)
+    setup.poll(20, forward_s=0.2)
+    assert setup.watch.live == 1
+    setup.host(1).cuts[2] = (6, 9)
+    setup.poll()
+    assert setup.operation(asked).state == "done"
+    assert setup.watch.live == 2
+
+
+def test_a_generation_that_stays_behind_ends_the_swap_with_its_numbers(setup: Setup) -> None:
+    setup.host(1).cuts = {1: (5,), 2: (4,)}
+    asked = setup.ask(2)
+    setup.poll(3)
+    setup.poll(1, forward_s=901.0)
+    assert setup.operation(asked).state == "failed"
+    assert setup.operation(asked).reason.endswith(
+        "swap.timeout_s; shard 1.0 is at position 4 of the update log, the live generation at 5"
+    )
+    assert setup.watch.live == 1
+
+
+def test_a_canary_may_be_behind(setup: Setup) -> None:
+    setup.host(1).cuts = {1: (5,), 2: (4,)}
+    asked = setup.ask(2, alias="canary")
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
+
+
+def test_a_generation_that_refused_what_the_live_one_took_is_not_swapped_to(setup: Setup) -> None:
+    both = (7, "no embedding"), (8, "no embedding")
+    setup.host(0).refused = {1: both, 2: (*both, (9, "too many values"))}
+    asked = setup.ask(2)
+    setup.poll(3)
+    assert setup.operation(asked).state == "failed"
+    assert setup.operation(asked).reason == (
+        "it refused updates of 1 items that the live one took; item 9: too many values; "
+        "--allow-schema lets it through"
+    )
+    assert setup.watch.live == 1
+    setup.poll(3)
+    again = setup.ask(2, allow_refused=True)
+    setup.poll(4)
+    assert setup.operation(again).state == "done"
+    # The way back is always open.
+    setup.host(0).refused[1] = (*both, (10, "too many values"))
+    back = setup.ask(1, kind="rollback")
+    setup.poll(2)
+    assert setup.operation(back).state == "done"
+
+
 def test_a_cancelled_swap_is_undone(setup: Setup) -> None:
     setup.host(1).loads = False
     asked = setup.ask(2)
@@ -403,6 +465,36 @@ def test_a_canary_is_held_and_named_and_takes_the_place_of_nothing(setup: Setup)
     setup.poll(3)
     assert setup.watch.aliases == {}
     assert setup.held() == {1}
+
+
+def test_what_is_warm_is_held_where_nobody_can_name_it_and_is_live_at_once(setup: Setup) -> None:
+    asked = setup.ask(2, alias="warm")
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
+    assert (setup.watch.live, setup.watch.aliases, setup.watch.snapshots) == (1, {}, {})
+    assert [one.role for one in setup.watch.records] == ["live", "staged"]
+    setup.poll(3, forward_s=3600.0)
+    assert setup.held() == {1, 2}
+    live = setup.ask(2)
+    setup.poll(2)
+    assert setup.operation(live).state == "done"
+    assert setup.host(0).wishes.count(("prepare", 2)) == 1
+    assert setup.store.read().warm == 0
+
+
+def test_what_is_warm_can_be_given_up_and_ends_with_its_cluster(setup: Setup) -> None:
+    setup.ask(2, alias="warm")
+    setup.poll(4)
+    setup.ask(0, alias="warm")
+    setup.poll(3)
+    assert setup.held() == {1}
+    setup.ask(2, alias="warm")
+    setup.poll(4)
+    assert setup.store.read().warm == 2
+    again = Setup(setup.state)
+    again.poll(3)
+    assert again.store.read().warm == 0
+    assert again.held() == {1}
 
 
 def test_content_that_changed_since_it_was_checked_is_refused(setup: Setup) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.cluster.table_map import TableEntry
+from silvershard.cluster.table_map import TableEntry, map_path
 from silvershard.cluster.update_log import open_log
 from silvershard.deploy import launcher
 from silvershard.deploy.config import Config, load
@@ -24,7 +26,6 @@ from silvershard.deploy.shard_watch import ShardDead
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
 from silvershard.deploy.table_tier import TableHost
 from silvershard.shard.generations import generation_dir
-from silvershard.shard.table_files import RowFile
 
 
 class FakeRouter:
@@ -240,15 +241,17 @@ def test_ready_means_all_processes_of_tables_too(
     monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
     hosts: list[FakeShard] = []
 
-    def start(shard: int) -> Any:
+    def start(shard: int, holding: Path) -> Any:
+        assert holding.is_file()
         hosts.append(FakeShard(shard))
         return hosts[-1]
 
-    setup = Setup(
-        tmp_path,
-        tables=[RowFile("users", tmp_path / "users.safetensors", 10, 4, ())],
-        start_tables=start,
-    )
+    setup = Setup(tmp_path, start_tables=start)
+    snapshot = generation_dir(setup.state.generations, 3)
+    (snapshot / "rows").mkdir()
+    save_file({"records": np.zeros((10, 8), np.uint8)}, snapshot / "rows" / "users.safetensors")
+    files = {"rows/users.safetensors": {"sha256": "0" * 64, "size": 80}}
+    (snapshot / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
     setup.cluster.start_shards()
     for shard in setup.shards:
         shard.serve()
@@ -264,7 +267,7 @@ def test_ready_means_all_processes_of_tables_too(
         )
         host.said = TableHost(shard=host.shard, pid=os.getpid(), tables={"users": entry})
     setup.cluster.wait_until_ready(0.0)
-    assert setup.state.table_map_file("users").exists()
+    assert map_path(setup.state.tables_dir, 3, "users").exists()
     hosts[0].count = 1
     setup.cluster.poll()
     hosts[0].said = ShardDead("users.safetensors: no such file")
@@ -296,6 +299,18 @@ def test_the_context_ends_everything(setup: Setup) -> None:
         assert setup.phases[0] == "router"
     assert setup.router.stopped == 1
     assert all(shard.ended for shard in setup.shards)
+
+
+def test_the_record_says_where_the_admin_plane_is(setup: Setup) -> None:
+    setup.cluster.announce()
+    record = setup.state.read_record()
+    assert record is not None
+    assert record.admin == ""
+    setup.cluster.admin = "127.0.0.1:9"
+    setup.cluster.announce()
+    record = setup.state.read_record()
+    assert record is not None
+    assert record.admin == "127.0.0.1:9"
 
 
 def test_the_record_names_all_processes_below(setup: Setup) -> None:
@@ -365,7 +380,9 @@ def test_the_log_is_made_and_the_map_names_it_and_the_sequencer(
     assert setup.map.log_url == f"sqlite:///{setup.state.updates_file}"
     assert setup.map.log_partitions == 4
     log = open_log(setup.map.log_url, None, create=False)
-    assert (log.num_partitions, log.pins()) == (4, {"gen-000003": (0, 0, 0, 0)})
+    control = ControlStore(setup.state.control_file).read()
+    pinned = {f"{control.state_id}/gen-000003": (0, 0, 0, 0)}
+    assert (log.num_partitions, log.pins(), log.log_id) == (4, pinned, control.log_id)
     log.close()
     record = setup.state.read_record()
     assert record is not None

@@ -6,16 +6,19 @@ import pytest
 
 from silvershard.cluster.update_log import NewRecord, UpdateLog, open_log
 from silvershard.deploy.config import load
+from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.log_pins import (
     check_log,
-    existing_log,
-    log_url,
+    drop_pins,
+    other_pins,
+    pin_generation,
     pin_generations,
+    release_pins,
     trim_log,
 )
 from silvershard.deploy.state import StateDir
-from silvershard.shard.errors import LogUnavailable
+from silvershard.deploy.state_log import log_url
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
 
@@ -56,30 +59,11 @@ def outline(
     return read_outline(path)
 
 
-def test_the_log_is_a_file_of_the_state_directory_unless_the_settings_name_another(
-    state: StateDir,
-) -> None:
-    assert log_url(state, load(None, environ={})) == f"sqlite:///{state.updates_file}"
-    named = load(None, environ={}, options={"updates.log": "redis://h:1/0"})
-    assert log_url(state, named) == "redis://h:1/0"
-    off = load(None, environ={}, options={"updates.enabled": False})
-    assert log_url(state, off) == ""
-
-
-def test_there_is_no_log_before_a_cluster_has_made_one(state: StateDir, tmp_path: Path) -> None:
-    config = load(None, environ={})
-    assert existing_log(state, config) is None
-    open_log(log_url(state, config), 2).close()
-    found = existing_log(state, config)
-    assert found is not None
-    assert found.num_partitions == 2
-    found.close()
-    named = load(None, environ={}, options={"updates.log": f"sqlite:///{tmp_path}/none.sqlite"})
-    assert existing_log(state, named) is None
-    unreachable = load(None, environ={}, options={"updates.log": f"sqlite:///{tmp_path}"})
-    with pytest.raises(LogUnavailable):
-        existing_log(state, unreachable)
-    assert existing_log(state, load(None, environ={}, options={"updates.enabled": False})) is None
+def pins(log: UpdateLog, state: StateDir) -> dict[str, tuple[int, ...]]:
+    """Return the pins of a state directory by generation."""
+    own = f"{ControlStore(state.control_file).read().state_id}/"
+    assert len(own) > 16
+    return {name.removeprefix(own): cut for name, cut in log.pins().items() if name.startswith(own)}
 
 
 def test_every_generation_keeps_what_it_will_be_brought_up_to_date_from(
@@ -89,13 +73,16 @@ def test_every_generation_keeps_what_it_will_be_brought_up_to_date_from(
     outline(state, 1)
     outline(state, 2, log.log_id, (8,))
     outline(state, 3, log.log_id + 1, (3,))
-    log.pin("gen-000009", (1,))
-    pin_generations(log, state.generations)
-    assert log.pins() == {"gen-000001": (0,), "gen-000002": (8,)}
+    pin_generation(log, state, 9, (1,))
+    pin_generations(log, state)
+    # One that is being published is pinned before it is there.
+    assert pins(log, state).keys() == {"gen-000001", "gen-000002", "gen-000009"}
+    drop_pins(log, state)
+    assert pins(log, state) == {"gen-000001": (0,), "gen-000002": (8,)}
     assert trim_log(log) == [0]
     (state.generations / "gen-000001" / "manifest.json").unlink()
     (state.generations / "gen-000001").rmdir()
-    pin_generations(log, state.generations)
+    drop_pins(log, state)
     assert trim_log(log) == [8]
     assert [one.position for one in log.read(0, 8, 100)] == list(range(9, 21))
 
@@ -103,10 +90,11 @@ def test_every_generation_keeps_what_it_will_be_brought_up_to_date_from(
 def test_a_damaged_generation_keeps_its_pin(state: StateDir, log: UpdateLog) -> None:
     fill(log, 5)
     outline(state, 1)
-    pin_generations(log, state.generations)
+    pin_generations(log, state)
     (state.generations / "gen-000001" / "manifest.json").write_text("{")
-    pin_generations(log, state.generations)
-    assert log.pins() == {"gen-000001": (0,)}
+    pin_generations(log, state)
+    drop_pins(log, state)
+    assert pins(log, state) == {"gen-000001": (0,)}
 
 
 def test_a_generation_that_needs_what_was_trimmed_is_refused(
@@ -115,13 +103,13 @@ def test_a_generation_that_needs_what_was_trimmed_is_refused(
     fill(log, 20)
     first, second = outline(state, 1), outline(state, 2, log.log_id, (8,))
     check_log(log, first)
-    log.pin("gen-000002", (8,))
+    pin_generation(log, state, 2, (8,))
     trim_log(log)
     with pytest.raises(Refused, match=r"beyond position 0 of partition 0, .* trimmed up to 8"):
         check_log(log, first)
     check_log(log, second)
-    pin_generations(log, state.generations)
-    assert log.pins() == {"gen-000002": (8,)}
+    pin_generations(log, state)
+    assert pins(log, state) == {"gen-000002": (8,)}
 
 
 def test_a_generation_of_another_log_is_refused(state: StateDir, log: UpdateLog) -> None:
@@ -131,3 +119,42 @@ def test_a_generation_of_another_log_is_refused(state: StateDir, log: UpdateLog)
     wide = outline(state, 2, log.log_id, (3, 4))
     with pytest.raises(CommandError, match=r"a cut of 2 partitions, .* has 1"):
         check_log(log, wide)
+
+
+def test_state_directories_of_one_log_leave_each_other_their_pins(
+    state: StateDir, log: UpdateLog, tmp_path: Path
+) -> None:
+    fill(log, 20)
+    other = StateDir(tmp_path / "other")
+    other.create()
+    outline(state, 1, log.log_id, (15,))
+    outline(other, 1, log.log_id, (5,))
+    outline(other, 2, log.log_id, (9,))
+    pin_generations(log, other)
+    pin_generations(log, state)
+    assert trim_log(log) == [5]
+    assert pins(log, state) == {"gen-000001": (15,)}
+    assert pins(log, other) == {"gen-000001": (5,), "gen-000002": (9,)}
+    (other.generations / "gen-000001" / "manifest.json").unlink()
+    (other.generations / "gen-000001").rmdir()
+    drop_pins(log, other)
+    assert trim_log(log) == [9]
+    assert pins(log, state) == {"gen-000001": (15,)}
+    names = [ControlStore(one.control_file).read().state_id for one in (state, other)]
+    assert other_pins(log, state) == {names[1]: {2: (9,)}}
+    with pytest.raises(Refused, match=f"{names[0]} is .* itself"):
+        release_pins(log, state, names[0])
+    # What is gone cannot release its own.
+    assert release_pins(log, state, names[1]) == 1
+    assert release_pins(log, state, names[1]) == 0
+    assert trim_log(log) == [15]
+
+
+def test_a_log_that_ends_before_a_generation_was_cut_is_refused(
+    state: StateDir, log: UpdateLog
+) -> None:
+    fill(log, 20)
+    beyond = outline(state, 1, log.log_id, (21,))
+    with pytest.raises(Refused, match=r"up to position 21 of partition 0, which ends at 20 now"):
+        check_log(log, beyond)
+    check_log(log, outline(state, 2, log.log_id, (20,)))

@@ -12,6 +12,7 @@ from silvershard.deploy.memory_plan import (
     loaded_bytes,
     plan_memory,
     render,
+    row_bytes,
 )
 from silvershard.shard.outline import Outline, read_outline
 
@@ -48,6 +49,20 @@ def plan(outline: Outline, free_bytes: int, **options: Any) -> MemoryPlan:
     return plan_memory(
         config(**options), outline, outline, held_bytes=500 * MIB, free_bytes=free_bytes
     )
+
+
+def test_rows_of_remote_tables_take_room_unless_they_are_those_of_the_live_one(
+    publish_model: Any,
+) -> None:
+    plain, remote = (
+        read_outline(publish_model("int8", remote=names).path) for names in ((), ("history",))
+    )
+    rows = remote.sizes["rows/history.safetensors"]
+    assert row_bytes(plain, remote) == rows > 0
+    assert row_bytes(remote, remote) == row_bytes(remote, plain) == 0
+    options = {"held_bytes": 500 * MIB, "free_bytes": 900 * MIB}
+    found = plan_memory(config(), plain, remote, **options)
+    assert found.new_bytes == loaded_bytes(config(), remote) + rows
 
 
 def test_what_fits_is_held_beside(outline: Outline) -> None:

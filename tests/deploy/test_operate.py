@@ -1,15 +1,20 @@
+import asyncio
 import io
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from silvershard.cluster import shard_pb2
+from silvershard.cluster.table_follower import TableProgress
+from silvershard.cluster.table_server import TableServer
 from silvershard.cluster.update_log import NewRecord, open_log
 from silvershard.deploy import operate
 from silvershard.deploy.config import load
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
-from silvershard.deploy.log_pins import log_url
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import (
     ClusterRecord,
@@ -20,7 +25,10 @@ from silvershard.deploy.state import (
     StateDir,
     TableRecord,
 )
+from silvershard.deploy.state_log import log_url
 from silvershard.shard.errors import SnapshotError
+from silvershard.shard.table import TableShard
+from silvershard.shard.table_plan import TablePlan
 
 
 @pytest.fixture
@@ -123,6 +131,47 @@ def test_a_process_of_tables_that_does_not_answer_is_degraded(
         assert text in shown
     monkeypatch.setattr(operate, "_health", lambda address, service: True)
     assert operate.status(state)[1] == ExitCode.OK
+
+
+def test_a_process_of_tables_says_how_far_it_is_behind_the_log(
+    run_table_server: Callable[..., str],
+) -> None:
+    lag = TableProgress(partition=0, position=40, end=44)
+    address = run_table_server(progress=lag, trouble="the log is away")
+    caught_up = run_table_server(progress=TableProgress(partition=0, position=4, end=4), trouble="")
+    found = operate._followed([caught_up, address])
+    assert found == {"behind": 4, "reason": "the log is away"}
+    assert operate._followed([caught_up]) == {"behind": 0, "reason": ""}
+    assert operate._followed([caught_up, "127.0.0.1:1"]) == {}
+
+
+@pytest.fixture
+def run_table_server() -> Iterator[Callable[..., str]]:
+    """``run_table_server(progress=..., trouble=...)`` serves rows; returns the address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    servers: list[TableServer] = []
+
+    def run(work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(20)
+
+    def make(progress: TableProgress, trouble: str) -> str:
+        follower: Any = SimpleNamespace(
+            log_id=1, rejected=0, trouble=trouble, progress=lambda _: progress
+        )
+        plan = TablePlan(name="users", num_rows=9, dim=4, num_shards=1)
+        server = TableServer(TableShard.generated(plan, 0), follower=follower)
+        run(server.start())
+        servers.append(server)
+        return server.address
+
+    yield make
+    for server in servers:
+        run(server.stop(0))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
 
 
 def test_a_daemon_that_is_gone_is_degraded(

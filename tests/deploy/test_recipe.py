@@ -243,13 +243,6 @@ def test_publishing_again_makes_the_next_generation(
     assert described["longest_list"] >= described["mean_list"]
 
 
-@pytest.mark.parametrize(
-    ("documents", "clusters"), [(0, 2), (1, 2), (2000, 128), (9742, 256), (62_000, 512)]
-)
-def test_clusters_grow_with_the_root_of_the_items(documents: int, clusters: int) -> None:
-    assert recipe.num_clusters(Config(), documents) == clusters
-
-
 def test_an_index_that_was_trained_with_the_towers_is_kept_and_published(
     config: Config, prepared: recipe.Prepared, tmp_path: Path
 ) -> None:

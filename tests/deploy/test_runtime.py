@@ -32,6 +32,15 @@ def test_the_secret_of_ray_is_new_and_for_its_owner_only(
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
+def test_shards_get_as_much_of_a_busy_machine_as_any_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_ray(tmp_path / "token", threads=1)
+    assert environment["RAY_worker_niceness"] == "0"
+
+
 def test_a_ray_whose_node_comes_too_late_is_started_once_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

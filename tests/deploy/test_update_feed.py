@@ -1,3 +1,4 @@
+import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 from silvershard.cluster import (
     ApplyResult,
     ItemDelete,
+    ItemPatch,
     ItemUpsert,
     RequestRefused,
     UpdateRejection,
@@ -174,18 +176,75 @@ def test_records_that_are_no_update_are_told_and_not_sent(
     assert cluster.calls == [[1]]
 
 
-def test_what_is_refused_for_a_while_is_sent_again_with_what_follows_it_for_the_item(
+def test_what_is_refused_for_a_while_is_sent_again_and_what_follows_it_for_the_item_waits(
     run: Callable[..., list[Delivery]], clock: Clock
 ) -> None:
-    # The second update of item 1 was decided without the first; that of item 3 for good.
     cluster = Cluster(
-        rejected((0, "RESOURCE_EXHAUSTED"), (2, "NOT_FOUND"), (3, "NOT_FOUND")),
-        rejected((1, "ABORTED")),
+        rejected((0, "RESOURCE_EXHAUSTED"), (2, "NOT_FOUND")), ACCEPTED, rejected((0, "ABORTED"))
     )
     (delivery,) = run(cluster, entries(1, 2, 1, 3))
-    assert cluster.calls == [[1, 2, 1, 3], [1, 1]]
+    assert cluster.calls == [[1, 2, 3], [1], [1]]
     assert delivery.rejected == {4: "NOT_FOUND: said", 3: "ABORTED: said"}
     assert len(clock.waits) == 1
+
+
+def test_only_what_follows_an_upsert_waits(run: Callable[..., list[Delivery]]) -> None:
+    updates = [
+        ItemPatch(1, signals={"popularity": 0.1}),
+        ItemPatch(1, signals={"popularity": 0.2}),
+        ItemUpsert(1),
+        ItemPatch(2),
+        ItemDelete(1),
+        ItemUpsert(1),
+        ItemDelete(2),
+    ]
+    cluster = Cluster()
+    run(cluster, [Entry(at, at, {}, one) for at, one in enumerate(updates, 1)])
+    assert cluster.calls == [[1, 1, 1, 2, 2], [1, 1]]
+
+
+class Full:
+    """A cluster that has room for a new item now and then, and keeps what it takes."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.items: dict[int, list[str]] = {}
+
+    def apply(self, updates: Sequence[Any]) -> ApplyResult:
+        if self.draw.random() < 0.2:
+            raise RequestRefused("UNAVAILABLE", "later")
+        refused = []
+        for at, one in enumerate(updates):
+            if isinstance(one, ItemDelete):
+                self.items.pop(one.item_id, None)
+            elif isinstance(one, ItemPatch):
+                if one.item_id in self.items:
+                    self.items[one.item_id] = [*self.items[one.item_id], one.fields["title"]]
+            elif self.draw.random() < 0.5:
+                refused.append((at, "RESOURCE_EXHAUSTED"))
+            else:
+                self.items[one.item_id] = [one.fields["title"]]
+        return rejected(*refused)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_item_ends_as_the_last_records_of_the_file_say(
+    run: Callable[..., list[Delivery]], seed: int
+) -> None:
+    draw = random.Random(seed)
+    kinds = (ItemUpsert, ItemUpsert, ItemPatch, ItemPatch, ItemDelete)
+    updates: list[Any] = []
+    for number in range(200):
+        kind, item_id = draw.choice(kinds), draw.randrange(12)
+        given = {} if kind is ItemDelete else {"fields": {"title": str(number)}}
+        updates.append(kind(item_id, **given))
+    all_at_once = Full(seed)
+    all_at_once.draw.random = lambda: 1.0  # type: ignore[method-assign]
+    all_at_once.apply(updates)
+    cluster = Full(seed)
+    batch = [Entry(at, at, {}, one) for at, one in enumerate(updates)]
+    run(cluster, *[batch[at : at + 40] for at in range(0, 200, 40)])
+    assert cluster.items == all_at_once.items
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"])

@@ -132,9 +132,13 @@ class Pool:
         return set(passed[self.slots].nonzero().flatten().tolist())
 
 
-def make_pool(**settings: Any) -> Pool:
+def make_pool(*, bloom: bool = True, **settings: Any) -> Pool:
     catalogue = make_catalogue()
     dictionary = choose_planes(SCHEMA, catalogue, seed=5, **settings)
+    if not bloom:
+        # As of generations that earlier releases published.
+        without = {"num_bloom_planes": 0, "terms_width": 0}
+        dictionary = dictionary.model_copy(update=without)
     bits = encode_items(dictionary, SCHEMA, catalogue)
     num_pages = 7
     slots = torch.from_numpy(np.random.default_rng(2).permutation(num_pages * 64)[:NUM_ITEMS])
@@ -171,7 +175,7 @@ def make_pool(**settings: Any) -> Pool:
 POOLS = {
     "mixed": make_pool(min_exact_share=0.1, target_false_positive_rate=0.3, num_hashes=2),
     "bloom only": make_pool(max_exact_planes=0, target_false_positive_rate=0.1),
-    "exact only": make_pool(min_exact_share=0),
+    "exact only": make_pool(bloom=False, min_exact_share=0),
 }
 
 Predicate = Callable[[Item], bool]

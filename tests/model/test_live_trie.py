@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,3 +113,21 @@ def test_an_item_that_only_moves_stays_in_the_first_trie() -> None:
     assert len(trie.tries()) == 2
     assert trie.tries()[1].num_items == 1
     assert trie.tries()[1] is trie.tries()[1]
+
+
+def test_a_trie_and_its_part_go_with_their_last_user() -> None:
+    """No collection has to find them: a process that serves does without one."""
+    gc.collect()
+    gc.disable()
+    try:
+        part = make_part(50)
+        trie = LiveTrie(part, part.semantic_codes, WIDTH)
+        change(part, [], [60], [-1])
+        assert held(trie, part) == wanted(part)
+        gone = (weakref.ref(part), weakref.ref(trie))
+        del trie
+        change(part, [], [61], [-1])
+        del part
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()

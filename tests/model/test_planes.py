@@ -19,6 +19,7 @@ from silvershard.model.planes import (
     encode_items,
     float_key,
     float_keys,
+    shortfall,
 )
 from silvershard.model.schema import Attribute, Schema, SchemaError
 
@@ -91,16 +92,28 @@ def test_at_most_the_asked_number_of_values_get_exact_planes_most_frequent_first
     assert dictionary.exact_planes["genre"] == {"a": 1}
 
 
-def test_without_rare_values_there_are_no_bloom_planes() -> None:
+def exact_only(catalogue: Catalogue, **changes: Any) -> PlaneDictionary:
+    """A dictionary as earlier releases made it of a catalogue without rare values."""
+    chosen = choose_planes(SCHEMA, catalogue, min_exact_share=0)
+    return chosen.model_copy(update={"num_bloom_planes": 0, "terms_width": 0, **changes})
+
+
+def test_without_rare_values_there_is_room_for_some_that_come_later() -> None:
     dictionary = choose_planes(SCHEMA, catalogue_of([["a"], ["b"], []]), min_exact_share=0)
-    assert (dictionary.num_bloom_planes, dictionary.terms_width) == (0, 0)
-    assert dictionary.num_planes == 3
+    assert (dictionary.num_exact_planes, dictionary.terms_width) == (2, 4)
+    # No item errs today; one with a rare value would meet the target.
     assert dictionary.report().false_positive_rate == 0
+    wanted = choose_planes(SCHEMA, catalogue_of([["c"]]), max_exact_planes=0)
+    assert dictionary.num_bloom_planes == wanted.num_bloom_planes == 19
+    terms = encode_items(dictionary, SCHEMA, catalogue_of([["new", "newer"]], [[5]])).terms
+    assert (terms != PAD_TERM).sum() == 3
 
 
 def test_an_empty_catalogue_has_a_dictionary() -> None:
     dictionary = choose_planes(SCHEMA, catalogue_of([]))
-    assert dictionary.num_planes == 1
+    assert dictionary.num_exact_planes == 0
+    assert (dictionary.num_bloom_planes, dictionary.terms_width) == (19, 4)
+    assert dictionary.false_positive_rate == 0
     assert encode_items(dictionary, SCHEMA, catalogue_of([])).columns.shape == (0, 2)
 
 
@@ -355,20 +368,83 @@ def test_values_never_seen_before_become_rare_terms() -> None:
 
 
 def test_values_that_the_generation_cannot_hold_are_refused() -> None:
-    exact_only = choose_planes(SCHEMA, catalogue_of([["a"]]))
     with pytest.raises(SchemaError, match="genre: value 'new' of item 100 has no plane"):
-        encode_items(exact_only, SCHEMA, catalogue_of([["new"]]))
+        encode_items(exact_only(catalogue_of([["a"]])), SCHEMA, catalogue_of([["new"]]))
     narrow = choose_planes(SCHEMA, catalogue_of([["a"], ["b"]]), max_exact_planes=0)
     crowded = catalogue_of([["a"], ["1", "2", "3", "4", "5"]])
     with pytest.raises(SchemaError, match=r"item 101 has 5 rare values, this generation holds 4"):
         encode_items(narrow, SCHEMA, crowded)
 
 
-def test_the_term_width_is_the_most_rare_values_of_an_item_rounded_up_to_fours() -> None:
-    for count, width in ((1, 4), (4, 4), (5, 8), (8, 8)):
+def test_a_slot_has_room_for_a_quarter_more_rare_values_than_the_widest_item_has() -> None:
+    for count, width in ((0, 4), (1, 4), (3, 4), (4, 8), (6, 8), (7, 12), (16, 20)):
         values = [str(value) for value in range(count)]
         dictionary = choose_planes(SCHEMA, catalogue_of([values, []]), max_exact_planes=0)
         assert dictionary.terms_width == width
+
+
+def drawn_catalogue(random: np.random.Generator, count: int, first: int) -> Catalogue:
+    """Items whose frequent values are those from ``first`` on, and now and then a wide one."""
+    widths = random.integers(0, 4, size=count) + 9 * (random.random(count) < 0.02)
+    genres = [[f"g{first + random.geometric(0.2)}" for _ in range(width)] for width in widths]
+    codes = (first + random.geometric(0.4, size=(count, 1))).tolist()
+    return catalogue_of(genres, codes)
+
+
+def test_what_one_dictionary_holds_every_later_one_holds_too() -> None:
+    random = np.random.default_rng(4)
+    chain: list[PlaneDictionary] = []
+    for first in range(0, 60, 6):
+        catalogue = drawn_catalogue(random, 200, first)
+        chosen = choose_planes(
+            SCHEMA, catalogue, max_exact_planes=12, min_exact_share=0.05, previous=chain
+        )
+        for before in chain:
+            assert shortfall(before, chosen) == ""
+            width = before.terms_width
+            # All values with a plane, and as many others as fit: the widest item that it takes.
+            genres = [*before.exact_planes["genre"], *(f"new{at}" for at in range(width))]
+            widest = catalogue_of([genres], [[*map(int, before.exact_planes["code"])]])
+            encode_items(before, SCHEMA, widest)
+            encode_items(chosen, SCHEMA, widest)
+        chain.append(chosen)
+    assert max(one.num_exact_planes for one in chain) == 12
+
+
+def test_values_keep_their_planes_and_others_get_what_is_left() -> None:
+    before = choose_planes(SCHEMA, catalogue_of([["a"], ["b"]], [[5], [5]]))
+    assert before.exact_planes == {"code": {"5": 1}, "genre": {"a": 2, "b": 3}}
+    today = catalogue_of([["c"], ["c"], ["d"]], [[6], [6], [6]])
+    after = choose_planes(SCHEMA, today, max_exact_planes=4, previous=[before])
+    assert after.exact_planes == {"code": {"5": 1, "6": 2}, "genre": {"a": 3, "b": 4}}
+    full = choose_planes(SCHEMA, today, max_exact_planes=2, previous=[before])
+    assert full.exact_planes == before.exact_planes
+    assert encode_items(full, SCHEMA, today).terms.shape == (3, 4)
+    # An attribute with values of another type begins anew.
+    other = before.model_copy(update={"dtypes": {**before.dtypes, "code": "string"}})
+    mixed = choose_planes(SCHEMA, today, max_exact_planes=3, previous=[other])
+    assert mixed.exact_planes == {"code": {"6": 1}, "genre": {"a": 2, "b": 3}}
+
+
+def test_what_a_narrower_dictionary_lacks_is_told_with_numbers() -> None:
+    wide = choose_planes(SCHEMA, catalogue_of([["a", "b", "c", "d", "e"]]), max_exact_planes=0)
+    exact = choose_planes(SCHEMA, catalogue_of([["a"], ["b"]], [[5], []]))
+    assert (wide.terms_width, exact.terms_width) == (8, 4)
+    assert shortfall(wide, wide) == shortfall(exact, exact) == ""
+    assert shortfall(wide, exact) == (
+        "terms_width must be at least 8, for 8 rare values and 0 that lose their planes, got 4"
+    )
+    # The three values that lose their planes may be on one item beside four rare ones.
+    assert shortfall(exact, wide) == ""
+    narrow = choose_planes(SCHEMA, catalogue_of([["x"]]), max_exact_planes=0)
+    assert shortfall(exact, narrow) == (
+        "terms_width must be at least 7, for 4 rare values and 3 that lose their planes, got 4"
+    )
+    # That an attribute is gone or of another type is for others to say.
+    gone = narrow.model_copy(update={"exact_planes": {"code": {}}})
+    assert "at least 5" in shortfall(exact, gone)
+    other = gone.model_copy(update={"dtypes": {**narrow.dtypes, "code": "string"}})
+    assert shortfall(exact, other) == ""
 
 
 def test_float_keys_order_as_the_floats_do() -> None:
@@ -423,7 +499,7 @@ def test_the_report_adds_up() -> None:
     ],
 )
 def test_a_contradictory_dictionary_is_refused(change: dict[str, Any], message: str) -> None:
-    good = choose_planes(SCHEMA, catalogue_of([["a"]])).model_dump()
+    good = exact_only(catalogue_of([["a"]])).model_dump()
     assert PlaneDictionary.model_validate(good).num_planes == 2
     with pytest.raises(ValidationError, match=message):
         PlaneDictionary.model_validate({**good, **change})

@@ -183,3 +183,19 @@ def test_a_remote_table_has_no_parameters(remote: RemoteTables) -> None:
     with pytest.raises(ValueError, match="table films is remote"):
         NoTables().weight("films")
     assert NoTables()({}) == {}
+
+
+def test_written_rows_are_looked_up_from_then_on(records: dict[str, Tensor]) -> None:
+    stored = {name: one.clone() for name, one in records.items()}
+    made = RemoteTables(ROWS, {"session": 300}, DIM)
+    values = torch.randn(3, DIM)
+    rows = torch.tensor([7, 2, 5])
+    name = next(iter(ROWS))
+    with pytest.raises(RuntimeError, match=f"table {name} is remote and no source is connected"):
+        made.write(name, 1, rows, values)
+    made.connect(StoredRows(stored))
+    assert made.write(name, 1, rows, values)
+    assert not made.write("other", 1, rows, values)
+    assert torch.equal(stored[name][rows], quantize_rows(values, "int8"))
+    untouched = torch.tensor([row for row in range(ROWS[name]) if row not in (7, 2, 5)])
+    assert torch.equal(stored[name][untouched], records[name][untouched])

@@ -8,6 +8,7 @@ from silvershard.model.compiled_request import compile_request
 from silvershard.model.request import Request
 from silvershard.model.retriever import assemble
 from silvershard.model.types import Cutoffs, Work
+from silvershard.shard import executor as executor_module
 from silvershard.shard.errors import CandidatesExpired, PoolExhausted, UpdatesUnsupported
 from silvershard.shard.executor import ShardExecutor
 from silvershard.shard.load import load_executor, load_retriever
@@ -82,15 +83,6 @@ def test_opening_gives_up_what_expired_so_that_abandoned_queries_do_not_pile_up(
         executor.open(f"q{number}", work, clock.now_s + 1)
         clock.now_s += 2
     assert executor.num_open == 1
-
-
-def test_both_rounds_at_once_equal_the_two_rounds(executor: ShardExecutor, work: Work) -> None:
-    first = executor.open("two", work, 200.0)
-    cutoffs = executor._retriever.merge.cutoffs([first], work.ann_k)
-    two = executor.close("two", cutoffs)
-    one = executor.open_and_close("one", work, cutoffs, 200.0)
-    assert torch.equal(one.item_ids, two.item_ids)
-    assert torch.equal(one.values, two.values)
 
 
 def test_a_stricter_cutoff_lets_fewer_candidates_through(
@@ -272,6 +264,49 @@ def test_a_full_pool_takes_the_same_updates_again_when_queries_have_ended(
     assert executor.cut == (1,)
     assert executor.documents == 600 + len(new)
     assert executor.fields([ids[0]], ["title"]) == {"title": ["new"]}
+
+
+def test_deleted_ids_are_forgotten_once_nothing_older_can_come(
+    generation, load_live: Callable[..., ShardExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "_DELETES_KNOWN", 0)
+    executor = load_live(devices=("cpu", "cpu"))
+    maps = [part.id_map for part in executor._retriever.indexes]
+
+    def known() -> int:
+        return sum(one.num_ids for one in maps)
+
+    ids = generation.catalogue.item_ids[:40].tolist()
+    commit(executor, *(Delete(one, 3) for one in ids), cut=5)
+    assert known() == 600
+    # The batch that the cut came with may come again, and older updates of its items with it.
+    commit(executor, *(Upsert(one, 2, ItemValues()) for one in ids), cut=5)
+    assert executor.documents == 560
+    commit(executor, cut=6)
+    assert known() == 560
+    # Urgent ones come under the old cut: what is older comes after them, and then they again.
+    first, second = generation.catalogue.item_ids[40:42].tolist()
+    commit(executor, Delete(first, 9, urgent=True), Delete(second, 9, urgent=True), cut=6)
+    for cut in (7, 8, 9):
+        commit(executor, Upsert(first, cut - 1, ItemValues()), Delete(second, cut - 2), cut=cut)
+        assert (executor.documents, known()) == (558, 560)
+    commit(executor, Delete(first, 9, urgent=True), Delete(second, 9, urgent=True), cut=10)
+    commit(executor, Upsert(second, 10, ItemValues()), cut=11)
+    assert (executor.documents, known()) == (559, 559)
+    assert executor.fields([first, second], ["title"]) == {"title": [None, ""]}
+
+
+def test_the_last_deleted_ids_stay_known_and_older_changes_out(
+    load_live: Callable[..., ShardExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "_DELETES_KNOWN", 30)
+    executor = load_live()
+    for cut in range(1, 20):
+        commit(executor, *(Delete(10 * cut + one, 5) for one in range(10)), cut=cut)
+    assert executor._retriever.indexes[0].id_map.num_ids == 600 + 40
+    before = executor.documents
+    commit(executor, *(Upsert(one, 2, ItemValues()) for one in range(160, 200)), cut=19)
+    assert executor.documents == before
 
 
 def test_rows_of_a_table_are_read_by_the_next_user(

@@ -630,8 +630,14 @@ def test_items_without_room_in_their_cluster_are_found_and_go_home_later(
     others = torch.nonzero(world.clusters != int(counts.argmax())).flatten().tolist()
     room = live.usage().dead_slots
     many = {item: (1, Film(content=content)) for item in range(1 << 41, (1 << 41) + room - 70)}
+    before = live.usage().assignment_error
     world.apply(Batch(upserts=many))
     assert live.usage().overflowed > 50
+    for _ in range(140):
+        live.apply(world.changes(Batch()))
+    away = live.usage().overflowed / live.documents
+    assert live.usage().assignment_error == pytest.approx(before + away, abs=0.04)
+    assert live.usage().assignment_error > before
     requests = [
         replace(one, exact=True, nprobe=0, ann_k=0) for one in request_maker(generation, 12, seed=1)
     ]
@@ -648,6 +654,34 @@ def test_items_without_room_in_their_cluster_are_found_and_go_home_later(
         live.reclaim(live.epoch)
         world.apply(Batch())
     assert live.usage().overflowed == 0
+    assert_equals_a_rebuild(world)
+    assert_same_answers(retriever(requests), world.over(world.fresh_parts())(requests))
+
+
+def test_a_cluster_that_outgrows_the_page_table_keeps_its_items_together(
+    generation: Any, request_maker: Callable[..., Any]
+) -> None:
+    world = World(generation, headroom=4.0)
+    live = world.parts[0]
+    retriever = world.over([live.index])
+    # Of one plan, so that they are searched together.
+    requests = [
+        replace(one, exact=False, nprobe=12, ann_k=3_000)
+        for one in request_maker(generation, 12, seed=1)
+    ]
+    retriever(requests)
+    width = live.index.page_table.shape[1]
+    content = int(torch.nonzero(world.clusters == 3)[0])
+    for first in range(0, 64 * 2 * width, 400):
+        some = range((1 << 41) + first, (1 << 41) + first + 400)
+        world.apply(Batch(upserts={item: (1, Film(content=content)) for item in some}))
+    assert live.index.page_table.shape[1] > width
+    assert live.usage().overflowed == 0
+    assert_equals_a_rebuild(world)
+    # Few probes find them all, although the retriever knew the narrow table.
+    assert_same_answers(retriever(requests), world.over(world.fresh_parts())(requests))
+    world.apply(Batch(deletes=dict.fromkeys(range(1 << 41, (1 << 41) + 64 * 2 * width), 2)))
+    live.reclaim(live.epoch)
     assert_equals_a_rebuild(world)
     assert_same_answers(retriever(requests), world.over(world.fresh_parts())(requests))
 

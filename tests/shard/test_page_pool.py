@@ -84,12 +84,25 @@ def test_items_without_room_go_to_the_nearest_cluster_with_some() -> None:
     assert pool.cluster_of(slots[2:3]).tolist() == [3]
 
 
-def test_a_cluster_whose_row_is_full_gives_its_items_to_others_that_may_grow() -> None:
-    pool = make_pool([64 * 2, 64, 0], pages=6, width=2)
-    slots = pool.take(ids(3), np.zeros(3, dtype=np.int64), salt=0)
-    assert pool.cluster_of(slots).tolist() == [1, 1, 1]
-    assert pool.usage(3).overflowed == 3
-    assert pool.usage(3).free_pages == 2
+def test_a_cluster_whose_row_is_full_gets_a_wider_table_with_the_pages_of_all() -> None:
+    pool = make_pool([64 * 2, 64, 0], pages=8, width=2)
+    narrow = pool.page_table
+    before = narrow.clone()
+    pool.take(ids(1), np.full(1, 2, dtype=np.int64), salt=0)
+    assert pool.page_table is narrow
+    slots = pool.take(ids(70, first=1), np.zeros(70, dtype=np.int64), salt=1)
+    assert (pool.cluster_of(slots) == 0).all()
+    assert pool.usage(0).free_pages == 2
+    table = pool.page_table
+    assert table.shape == (3, 8)
+    assert table[:, :2].tolist() == [[0, 1], before[1].tolist(), [3, -1]]
+    assert table[0].tolist() == [0, 1, 4, 5, *[-1] * 4]
+    assert (table[1:, 2:] == -1).all()
+    # Pages go back from the wider table as from the other one.
+    pool.retire(slots)
+    pool.free(slots)
+    assert pool.page_table is table
+    assert table[0].tolist() == [0, 1, *[-1] * 6]
 
 
 def test_a_pool_can_be_filled_to_its_last_slot_from_one_cluster() -> None:

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from silvershard.model.catalogue import Ragged
+from silvershard.model.planes import shortfall
 from silvershard.model.schema import Schema, SchemaError
 from silvershard.model.semantic_config import SemanticConfig, SemanticSpec
 from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import SearchDefaults
-from silvershard.shard.errors import SnapshotError
+from silvershard.shard.errors import MutationError, SnapshotError
 from silvershard.shard.generations import list_generations
 from silvershard.shard.load import load_retriever, load_semantic
+from silvershard.shard.mutations import ItemValues, Upsert, check
 from silvershard.shard.publish import PHASES, Published, publish_generation
 from silvershard.shard.snapshot import open_snapshot
 
@@ -62,6 +66,33 @@ def test_the_report_says_how_even_the_lists_and_how_wide_the_planes_are(
     assert published.longest_list <= 4 * 37.5
     assert published.planes.num_exact_planes == 6
     assert published.planes.num_bloom_planes > 0
+
+
+def test_a_generation_takes_what_every_other_one_of_the_model_takes(
+    tmp_path: Path, generation
+) -> None:
+    first = publish_again(tmp_path, generation, max_exact_planes=4)
+    column = Ragged.from_rows([[f"g{at % 3}"] for at in range(600)], dtype="string")
+    categories = {**generation.catalogue.categories, "genre": column}
+    other = replace(generation.catalogue, categories=categories)
+    unrelated = publish_again(tmp_path, generation, catalogue=other, name="songs")
+    second = publish_again(tmp_path, generation, catalogue=other, max_exact_planes=6)
+    (tmp_path / "gen-000009").mkdir()
+    kept, alone, new = (open_snapshot(one.path).spec.planes for one in (first, unrelated, second))
+    assert shortfall(kept, alone)
+    assert shortfall(kept, new) == ""
+    assert "g0" in new.exact_planes["genre"]
+    # The widest item that the first one takes.
+    makers = (*map(int, kept.exact_planes["maker"]), *range(900, 900 + kept.terms_width))
+    genres = tuple(kept.exact_planes["genre"])
+    widest = Upsert(1, 1, ItemValues(attributes={"genre": genres, "maker": makers}))
+    for one in (first, second):
+        check(widest, open_snapshot(one.path).spec)
+    with pytest.raises(MutationError, match="must have at most terms_width=4"):
+        check(widest, open_snapshot(unrelated.path).spec)
+    # Without the first one it chooses as if it had never been.
+    alone_again = publish_again(tmp_path / "other", generation, catalogue=other)
+    assert open_snapshot(alone_again.path).spec.planes == alone
 
 
 def test_more_planned_shards_give_more_partitions(tmp_path: Path, generation) -> None:

@@ -6,9 +6,11 @@ import pydantic
 import pytest
 
 from silvershard.model.spec import SearchDefaults
+from silvershard.shard.errors import SnapshotError
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.publish import publish_generation
 from silvershard.shard.snapshot import Manifest, open_snapshot
+from silvershard.shard.snapshot_writer import without_log
 
 
 def published(repository: Path, source: Any, **changes: Any) -> Path:
@@ -76,3 +78,18 @@ def test_a_cut_without_its_log_is_refused(generation: Any, change: dict[str, Any
     document = open_snapshot(generation.path).manifest.model_dump()
     with pytest.raises(pydantic.ValidationError, match="cut and log_id must both be given"):
         Manifest.model_validate({**document, **change})
+
+
+def test_a_generation_that_leaves_its_log_keeps_its_content(
+    tmp_path: Path, generation: Any
+) -> None:
+    made = published(tmp_path, generation, log_id=7, cut=(3, 4))
+    before = open_snapshot(made).manifest
+    without_log(made)
+    left = open_snapshot(made)
+    left.verify()
+    assert left.manifest == before.model_copy(update={"log_id": 0, "cut": ()})
+    assert [one.name for one in tmp_path.iterdir()] == [made.name]
+    (made / "manifest.json").write_text("{")
+    with pytest.raises(SnapshotError, match=r"manifest\.json is damaged"):
+        without_log(made)

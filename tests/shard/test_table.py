@@ -1,4 +1,3 @@
-import contextlib
 import subprocess
 import sys
 import threading
@@ -11,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from silvershard.model.request import RequestError
-from silvershard.shard.errors import SnapshotError
-from silvershard.shard.table import CHANGES_KEPT, TableShard
+from silvershard.shard.errors import SnapshotError, StateError
+from silvershard.shard.table import TableShard
 from silvershard.shard.table_plan import TablePlan
-from silvershard.shard.table_rows import quantize_rows
+from silvershard.shard.table_rows import dequantize_rows, quantize_rows
 
 ROWS, DIM = 1000, 6
 
@@ -97,17 +96,9 @@ def test_rows_come_in_the_order_asked_for_as_often_as_asked_for(
 
 
 @pytest.mark.parametrize("bad", [[499], [600, 1000], [-1], [2**62], [-(2**63)]])
-def test_positions_of_other_shards_are_refused_and_change_nothing(
-    table: TableShard, bad: list[int]
-) -> None:
-    before = table.take(np.arange(500, 1000))
-    positions = np.array(bad)
+def test_positions_of_other_shards_are_refused(table: TableShard, bad: list[int]) -> None:
     with pytest.raises(RequestError, match="positions: must be from 500 to 999 in shard 1"):
-        table.take(positions)
-    with pytest.raises(RequestError, match="positions: must be from 500 to 999"):
-        table.put(positions, np.zeros((len(bad), DIM + 4), dtype=np.uint8))
-    np.testing.assert_array_equal(table.take(np.arange(500, 1000)), before)
-    assert table.version == 0
+        table.take(np.array(bad))
 
 
 def test_positions_of_another_form_are_refused(table: TableShard) -> None:
@@ -117,83 +108,106 @@ def test_positions_of_another_form_are_refused(table: TableShard) -> None:
 
 
 @pytest.mark.parametrize("placement", ["contiguous", "hashed"])
-def test_updated_rows_have_their_new_values_and_the_others_keep_theirs(
-    values: np.ndarray, placement: Any
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_changed_rows_have_their_new_values_and_the_others_keep_theirs(
+    values: np.ndarray, num_shards: int, placement: Any
 ) -> None:
-    plan = make_plan(1, placement)
-    table = TableShard.from_blocks(plan, 0, [values])
+    plan = make_plan(num_shards, placement)
+    shards = [TableShard.from_blocks(plan, one, [values]) for one in range(num_shards)]
     rows = np.random.default_rng(0).permutation(ROWS)[:300]
     values[rows] *= -2
-    table.update(rows, values[rows])
-    np.testing.assert_array_equal(by_row(plan, [table]), quantize_rows(values, DIM))
-    assert table.version == 300
+    for shard in shards:
+        shard.apply(4, rows, values[rows])
+    np.testing.assert_array_equal(by_row(plan, shards), quantize_rows(values, DIM))
+    assert [one.row_version for one in shards] == [4] * num_shards
 
 
-def test_a_bad_update_names_its_field_and_changes_nothing(
+def test_a_change_that_came_before_is_ignored(table: TableShard, values: np.ndarray) -> None:
+    table.apply(7, np.array([600]), values[:1])
+    for version in (7, 3):
+        table.apply(version, np.array([600, 601]), values[1:3])
+    positions = np.array([600, 601])
+    np.testing.assert_array_equal(table.take(positions), quantize_rows(values[[0, 601]], DIM))
+    assert table.row_version == 7
+
+
+def test_rows_are_those_of_the_version_that_is_asked_for(values: np.ndarray) -> None:
+    plan = make_plan(1, num_rows=40)
+    table = TableShard.from_blocks(plan, 0, [values[:40]])
+    generator, rows = np.random.default_rng(5), values[:40].copy()
+    expected = {0: quantize_rows(rows, DIM)}
+    for step in range(1, 30):
+        changed = generator.permutation(40)[: generator.integers(0, 20)]
+        rows[changed] = generator.standard_normal((len(changed), DIM))
+        table.apply(3 * step, changed, rows[changed])
+        expected[3 * step] = quantize_rows(rows, DIM)
+    asked = generator.integers(0, 40, 60)
+    for version, records in expected.items():
+        for at in (version, version + 2):
+            if at <= table.row_version:
+                found = table.take(plan.positions(asked), at)
+                np.testing.assert_array_equal(found, records[asked])
+    assert table.oldest_version == 0
+    np.testing.assert_array_equal(by_row(plan, [table]), expected[table.row_version])
+
+
+def test_a_version_to_come_and_one_too_long_ago_are_refused_with_what_can_be_had(
+    values: np.ndarray,
+) -> None:
+    plan = make_plan(1)
+    table = TableShard(plan, 0, quantize_rows(values, DIM), undo_bytes=0)
+    with pytest.raises(StateError, match="as of versions 0 to 0, 1 was asked for"):
+        table.take(np.array([3]), 1)
+    rows = np.arange(400)
+    for version in (2, 5, 6, 9):
+        table.apply(version, rows, values[rows] + version)
+    # 1,024 replaced rows are kept: all of the last two changes, and a part of the one before.
+    assert (table.oldest_version, table.row_version) == (5, 9)
+    with pytest.raises(StateError, match="as of versions 5 to 9, 4 was asked for"):
+        table.take(np.array([3]), 4)
+    np.testing.assert_array_equal(
+        table.take(plan.positions(rows), 5), quantize_rows(values[rows] + 5, DIM)
+    )
+
+
+def test_a_change_to_the_same_bytes_takes_no_room(table: TableShard, values: np.ndarray) -> None:
+    rows = np.arange(500, 1000)
+    for version in range(1, 2000):
+        table.apply(version, rows, values[rows])
+    np.testing.assert_array_equal(table.take(rows, 0), quantize_rows(values[rows], DIM))
+
+
+def test_a_bad_change_names_its_field_and_changes_nothing(
     table: TableShard, values: np.ndarray
 ) -> None:
     before = table.take(np.arange(500, 1000))
     bad = np.array([[1, 2, 3, 4, 5, np.nan]], dtype=np.float32)
     with pytest.raises(RequestError, match="values: must be finite"):
-        table.update(np.array([600]), bad)
+        table.apply(1, np.array([600]), bad)
     with pytest.raises(RequestError, match="rows: must be from 0 to 999"):
-        table.update(np.array([1000]), values[:1])
-    with pytest.raises(RequestError, match="positions: "):
-        table.update(np.array([3]), values[:1])
-    with pytest.raises(RequestError, match=r"records: must be \(2, 10\) uint8, got \(1, 10\)"):
-        table.update(np.array([600, 601]), values[:1])
-    broken = quantize_rows(values[:2], DIM)
-    broken[1, :2] = 255
-    with pytest.raises(RequestError, match="records: scale and bias must be finite, row 1"):
-        table.put(np.array([600, 601]), broken)
+        table.apply(1, np.array([1000]), values[:1])
+    with pytest.raises(RequestError, match=r"values: must be of 2 rows, got \(1, 6\)"):
+        table.apply(1, np.array([600, 601]), values[:1])
     np.testing.assert_array_equal(table.take(np.arange(500, 1000)), before)
-    assert table.version == 0
-
-
-def test_changes_since_a_version_are_named_until_they_are_too_many(
-    table: TableShard, values: np.ndarray
-) -> None:
-    none = np.empty(0, dtype=np.int64)
-
-    def changed(since: int) -> list[int] | None:
-        found = table.read(none, since)
-        assert found.version == table.version
-        return None if found.changed is None else found.changed.tolist()
-
-    assert changed(0) == []
-    table.update(np.array([700, 500]), values[:2])
-    table.update(np.array([900]), values[:1])
-    assert changed(0) == [700, 500, 900]
-    assert changed(2) == [900]
-    assert changed(3) == []
-    # A version of another incarnation may be ahead of this one.
-    assert changed(4) is None
-    many = np.tile(np.arange(500, 1000), CHANGES_KEPT // 500 + 1)[: CHANGES_KEPT - 2]
-    table.put(many, quantize_rows(values[many], DIM))
-    assert changed(0) is None
-    assert changed(1) == [500, 900, *many.tolist()]
-    table.put(many, quantize_rows(values[many], DIM))
-    assert changed(CHANGES_KEPT + 1) == many.tolist()
-    assert changed(3) is None
+    assert table.row_version == 0
 
 
 def flip_and_read(
     table: TableShard, *, num_reads: int, until_torn_s: float = 0.0
 ) -> tuple[int, int]:
-    """Return torn and changed rows seen while a thread replaces every row again and again.
+    """Return reads that mix versions, and how often the version changed from one to the next.
 
-    All bytes of a row of version v are v, so a mixture of two versions shows.
+    A thread replaces every row again and again; all values of version v are v, which 8 bits hold
+    exactly, so a mixture within a row or among rows shows.
     """
-    positions = np.arange(table.plan.num_rows)
-    versions = [np.full((len(positions), table.plan.record_bytes), v, np.uint8) for v in (1, 2)]
-    table.put(positions, versions[0])
+    rows, shape = np.arange(table.plan.num_rows), (table.plan.num_rows, table.plan.dim)
     ended, began = threading.Event(), threading.Event()
 
     def flip() -> None:
-        turn = 0
+        version = 0
         while not ended.is_set():
-            turn ^= 1
-            table.put(positions, versions[turn])
+            version += 1
+            table.apply(version, rows, np.full(shape, version % 2000, dtype=np.float32))
             began.set()
 
     writer = threading.Thread(target=flip)
@@ -201,12 +215,12 @@ def flip_and_read(
     try:
         assert began.wait(60)
         torn = changes = reads = 0
-        last, end_s = 1, time.monotonic() + until_torn_s
+        last, end_s = -1.0, time.monotonic() + until_torn_s
         while reads < num_reads or (not torn and time.monotonic() < end_s):
-            found = table.take(positions)
-            torn += int((found != found[:, :1]).any(axis=1).sum())
-            changes += int(found[-1, 0] != last)
-            last = int(found[-1, 0])
+            found = dequantize_rows(table.take(table.plan.positions(rows)))
+            torn += int((found != found[0, 0]).any())
+            changes += int(found[0, 0] != last)
+            last = float(found[0, 0])
             reads += 1
     finally:
         ended.set()
@@ -215,23 +229,23 @@ def flip_and_read(
 
 
 @pytest.fixture
-def wide() -> TableShard:
-    """Rows that take long to copy."""
-    plan = make_plan(1, "contiguous", num_rows=512, dim=16380)
-    return TableShard(plan, 0, np.zeros((512, plan.record_bytes), dtype=np.uint8))
+def tall() -> TableShard:
+    """Rows that are replaced in several slices."""
+    plan = make_plan(1, num_rows=5000, dim=16)
+    return TableShard(plan, 0, np.zeros((5000, plan.record_bytes), dtype=np.uint8))
 
 
-def test_a_reader_never_sees_parts_of_two_versions_of_a_row(wide: TableShard) -> None:
-    torn, changes = flip_and_read(wide, num_reads=100)
+def test_a_reader_never_sees_parts_of_two_changes(tall: TableShard) -> None:
+    torn, changes = flip_and_read(tall, num_reads=150)
     assert torn == 0
-    assert changes > 0
+    assert changes > 1
 
 
-def test_without_the_lock_a_reader_sees_torn_rows(
-    wide: TableShard, monkeypatch: pytest.MonkeyPatch
+def test_without_what_rows_were_before_a_reader_sees_parts_of_two_changes(
+    tall: TableShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wide, "_lock", contextlib.nullcontext())
-    torn, _ = flip_and_read(wide, num_reads=1, until_torn_s=60)
+    monkeypatch.setattr(tall, "_undo", lambda *_: None)
+    torn, _ = flip_and_read(tall, num_reads=1, until_torn_s=60)
     assert torn > 0
 
 

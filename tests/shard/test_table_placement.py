@@ -47,10 +47,21 @@ def test_a_given_source_is_asked_instead(remote: Any, users: list[Any]) -> None:
     snapshot = open_snapshot(remote.path)
     stored = {name: snapshot.load_rows(name) for name in ("history", "recent", "history_genres")}
     changed = stored | {"recent": stored["recent"].flip(0)}
+    asked = []
+
+    class Sources:
+        def __init__(self, rows: dict[str, torch.Tensor]) -> None:
+            self.rows = rows
+
+        def open(self, generation: int, tables: Any) -> StoredRows:
+            asked.append((generation, sorted(tables)))
+            return StoredRows(self.rows)
+
     executors = [
-        load_executor(remote.path, 0, 1, tables=TableSettings(StoredRows(rows)))
+        load_executor(remote.path, 0, 1, tables=TableSettings(Sources(rows)))
         for rows in (stored, changed)
     ]
+    assert asked == [(snapshot.spec.generation, sorted(stored))] * 2
     first, second = (one.encode(users).user_state for one in executors)
     assert torch.equal(first, load_retriever(remote.path)[0].encode(users).user_state)
     assert not torch.equal(first, second)

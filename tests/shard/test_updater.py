@@ -1,6 +1,7 @@
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from silvershard.shard.changes import NewItems
 from silvershard.shard.executor import LiveParts
 from silvershard.shard.item_columns import to_values
 from silvershard.shard.load import load_live
+from silvershard.shard.mutation_batch import MutationBatch, SignalPatches
 from silvershard.shard.mutations import (
     Delete,
     ItemValues,
@@ -193,6 +195,69 @@ def test_what_cannot_be_taken_is_rejected_alone(
     assert len(reasons) == 5
 
 
+@pytest.mark.parametrize(("shard", "devices"), [(0, 1), (1, 3)])
+def test_a_batch_in_columns_becomes_what_its_mutations_become_one_by_one(
+    generation, shard: int, devices: int
+) -> None:
+    draw = np.random.default_rng(0)
+    signals = generation.schema.signals
+    placed: list[tuple[int, Mutation]] = []
+    rows: list[list[int]] = [[], []]
+    for place in range(300):
+        item = int(draw.integers(0, 400))
+        if draw.random() < 0.8:
+            rows[place % 2].append(place)
+            placed.append((place, Patch(item, place + 1, ItemValues())))
+        else:
+            values = ItemValues(signals={signals[0]: 0.5})
+            kinds = (Delete(item, place + 1), Upsert(item, place + 1, values))
+            placed.append((place, kinds[place % 2]))
+    columns = []
+    for given, places in zip((signals, signals[:1]), rows, strict=True):
+        of_signals = [placed[place][1] for place in places]
+        values = draw.normal(size=(len(places), len(given))).astype(np.float32)
+        columns.append(
+            SignalPatches(
+                np.array(places),
+                np.array([one.item_id for one in of_signals if isinstance(one, Patch)]),
+                np.array([one.version for one in of_signals]),
+                tuple(given)[::-1],
+                values,
+            )
+        )
+    others = [one for one in placed if not isinstance(one[1], Patch)]
+    singles = sorted(
+        [*others, *columns[0].one_by_one(), *columns[1].one_by_one()], key=itemgetter(0)
+    )
+    both = []
+    for batch in (MutationBatch(others, columns), MutationBatch(singles)):
+        _, live = load_live(
+            generation.path, shard=shard, num_shards=2, devices=("cpu",) * devices, headroom=0.5
+        )
+        prepared = live.updater.prepare_batch(batch)
+        refused = {one for one in prepared.rejected if "no such item" not in one[1]}
+        for wave in prepared.waves:
+            for part, changes in zip(live.parts, wave, strict=True):
+                part.apply(changes)
+        assert not refused
+        index = [part.index for part in live.parts]
+        ids = torch.arange(400)
+        both.append(
+            [
+                (
+                    at := one.slots_of(ids),
+                    one.signals.flatten(0, 1)[at.clamp(min=0)][at >= 0],
+                    one.terms.flatten(0, 1)[at.clamp(min=0)][at >= 0],
+                    one.id_map.locate(ids.numpy()).versions,
+                )[1:]
+                for one in index
+            ]
+        )
+    for mine, other in zip(*both, strict=True):
+        for one, same in zip(mine, other, strict=True):
+            assert np.array_equal(one, same)
+
+
 def test_nothing_prepares_to_nothing(live: LiveParts) -> None:
     assert live.updater.prepare([]) == Prepared((), (), ())
 
@@ -258,7 +323,7 @@ def test_rows_of_user_tables_are_written_once(
     assert torch.equal(retriever.model.embed_items(made.catalogue.features), items)
 
 
-def test_rows_of_remote_tables_are_left_to_their_source(
+def test_rows_of_remote_tables_are_written_by_their_source(
     publish_model: Callable[..., Any],
 ) -> None:
     made = publish_model(remote=("history",))
@@ -269,8 +334,12 @@ def test_rows_of_remote_tables_are_left_to_their_source(
     change = RowChange("history", 1, every, np.ones((150, 16), dtype=np.float32))
     prepared = live.updater.prepare([change])
     assert prepared.rejected == ()
-    live.updater.write_rows(prepared.rows)
     assert torch.equal(retriever.encode(users).embedding, before)
+    live.updater.write_rows(prepared.rows)
+    after = retriever.encode(users).embedding
+    assert not torch.equal(after, before)
+    live.updater.write_rows([replace(change, values=change.values * 0)])
+    assert torch.equal(retriever.encode(users).embedding, after)
 
 
 def test_an_updater_of_no_partition_takes_nothing(generation) -> None:

@@ -25,6 +25,8 @@ class Tables:
     def __init__(self, new_loop: Callable[[], Any], plan: TablePlan, values: np.ndarray) -> None:
         self.plan = plan
         self.values = values
+        self.first = values.copy()
+        self.changes: list[Any] = []
         self._new_loop = new_loop
         self.loops = [new_loop() for _ in range(plan.num_shards)]
         self.shards = [self._load(shard) for shard in range(plan.num_shards)]
@@ -36,18 +38,35 @@ class Tables:
             self.start(shard)
 
     def _load(self, shard: int) -> TableShard:
-        return TableShard.from_blocks(self.plan, shard, [self.values])
+        return TableShard.from_blocks(self.plan, shard, [self.first])
+
+    def change(self, ids: Any, values: Any, *, shards: Any = None) -> int:
+        """Change rows as a log does, in some shards at first; return the version."""
+        ids = np.asarray(ids)
+        self.values[ids] = values
+        self.changes.append((len(self.changes) + 1, ids, self.values[ids]))
+        for shard in range(self.plan.num_shards) if shards is None else shards:
+            self.replay(shard)
+        return len(self.changes)
+
+    def replay(self, shard: int) -> None:
+        """Let a shard apply what it has not applied yet."""
+        for change in self.changes:
+            self.shards[shard].apply(*change)
+        self.servers[shard].advanced()
 
     def start(self, shard: int) -> None:
-        """Serve a shard as another incarnation, with the rows of the source."""
+        """Serve a shard as another incarnation, which replays all changes."""
         table = self.shards[shard] = self._load(shard)
-        read = table.read
+        for change in self.changes:
+            table.apply(*change)
+        take = table.take
 
-        def counted(positions: Any, seen_version: int) -> Any:
+        def counted(positions: Any, at: int) -> Any:
             self.asked += self.plan.rows(positions).tolist()
-            return read(positions, seen_version)
+            return take(positions, at)
 
-        table.read = counted  # type: ignore[method-assign]
+        table.take = counted  # type: ignore[method-assign]
         server = self.servers[shard] = TableServer(table)
         self.loops[shard].call(server.start())
 
@@ -70,9 +89,7 @@ class Tables:
         return TableShardMap(version=self.version, plan=self.plan, entries=entries, **more)
 
     def client(self, *, table_map: Any = None, clock: Any = time.monotonic, **more: Any) -> Any:
-        config = RemoteTableSection(
-            **{"deadline_ms": 10_000, "max_stale_ms": 10**9, "ping": PATIENT, **more}
-        )
+        config = RemoteTableSection(**{"deadline_ms": 10_000, "ping": PATIENT, **more})
         client = RemoteTable(table_map or self.map(), config, clock=clock)
         self.clients.append(client)
         if table_map is None:

@@ -10,119 +10,119 @@ from silvershard.cluster.table_client import RemoteTable
 from silvershard.cluster.table_config import RemoteTableSection
 from silvershard.cluster.table_lookup import EMBEDDING_FALLBACK
 from silvershard.model.request import RequestError
-from silvershard.shard.errors import ConfigError, DeadlineExceeded, ShardUnavailable, StateError
-from silvershard.shard.table import CHANGES_KEPT
+from silvershard.shard.errors import ConfigError, StateError
 
 ROWS, DIM = 5000, 16
 PATIENT = PingSection(every_ms=20, suspect_after=50, eject_after=500)
 RARE = PingSection(every_ms=100_000)
-"""Beats that never come, so that only answers tell of changes."""
+"""Beats that never come, so that what came is kept with the next call only."""
 
 
-def test_a_client_sees_its_own_update_at_once(make_tables: Any) -> None:
+def test_every_version_gives_its_own_rows_however_far_the_shards_are(make_tables: Any) -> None:
     tables = make_tables()
     client, ids = tables.client(ping=RARE), np.arange(0, ROWS, 7)
-    generator = np.random.default_rng(5)
+    behind = tables.client(ping=RARE, cache_mib=0)
+    generator, everything = np.random.default_rng(5), np.arange(ROWS)
+    first = tables.local(everything)
     for _ in range(5):
-        everything = np.arange(ROWS)
         tables.assert_found(client.lookup(everything), tables.local(everything))
         tables.settle(client)
         shuffled = generator.permutation(ids)
-        tables.values[shuffled] = generator.standard_normal((len(ids), DIM))
-        client.update(shuffled, tables.values[shuffled])
+        version = tables.change(shuffled, generator.standard_normal((len(ids), DIM)))
+        client.advance(version, shuffled)
         tables.assert_found(client.lookup(everything), tables.local(everything))
+    tables.assert_found(behind.lookup(everything), first)
 
 
-def test_an_update_drops_only_the_rows_it_replaced(make_tables: Any) -> None:
+def test_a_change_drops_only_the_rows_it_replaced(make_tables: Any) -> None:
     tables = make_tables()
     client, ids = tables.client(ping=RARE), np.arange(300)
     client.lookup(ids)
     tables.settle(client)
-    tables.values[10:15] = 3
-    client.update(np.arange(10, 15), tables.values[10:15])
+    client.advance(tables.change(np.arange(10, 15), 3), np.arange(10, 15))
     tables.asked.clear()
     tables.assert_found(client.lookup(ids), tables.local(ids))
     assert sorted(tables.asked) == list(range(10, 15))
 
 
-def test_beats_tell_other_clients_of_an_update(make_tables: Any) -> None:
+def test_rows_of_a_version_to_come_are_waited_for(make_tables: Any) -> None:
     tables = make_tables()
-    writer, reader = tables.client(), tables.client()
-    ids = np.arange(100)
-    reader.lookup(ids)
-    tables.settle(reader)
-    tables.values[:50] += 1
-    writer.update(ids[:50], tables.values[:50])
-    tables.until(lambda: np.array_equal(reader.lookup(ids).values, tables.local(ids)))
+    client, ids = tables.client(cache_mib=0), np.arange(100)
+    version = tables.change(ids[:50], 4, shards=[0])
+    client.advance(version, ids[:50])
+    pending = client.submit(ids)
+    tables.until(lambda: bool(tables.servers[1]._waiting))
+    tables.replay(1)
+    tables.assert_found(pending.result(), tables.local(ids))
 
 
-def test_any_answer_of_a_shard_tells_of_an_update(make_tables: Any) -> None:
+def test_a_shard_that_stays_behind_costs_the_deadline_and_gives_default_rows(
+    make_tables: Any,
+) -> None:
+    tables = make_tables()
+    client, ids = tables.client(deadline_ms=60), np.arange(100)
+    client.lookup(ids)
+    tables.settle(client)
+    client.advance(tables.change(ids[:50], 4, shards=[0]), ids[:50])
+    lookup = client.lookup(ids)
+    lost = np.isin(ids, tables.rows_of(1)) & (ids < 50)
+    np.testing.assert_array_equal(lookup.defaulted, lost)
+    assert lookup.reasons == (EMBEDDING_FALLBACK,)
+    # What did not change is right in the cache, wherever its shard is.
+    np.testing.assert_array_equal(lookup.values[~lost], tables.local(ids)[~lost])
+    tables.replay(1)
+    tables.assert_found(client.lookup(ids), tables.local(ids))
+
+
+def test_versions_only_grow(make_tables: Any) -> None:
     tables = make_tables(1)
-    writer, reader = tables.client(), tables.client(ping=RARE)
-    ids = np.arange(100)
-    reader.lookup(ids)
-    tables.settle(reader)
-    old = tables.local(ids)
-    tables.values[:50] += 1
-    writer.update(ids[:50], tables.values[:50])
-    tables.assert_found(reader.lookup(ids), old)
-    reader.lookup(np.array([4000]))
-    tables.assert_found(reader.lookup(ids), tables.local(ids))
+    client, ids = tables.client(cache_mib=0), np.arange(20)
+    for value in (1, 2):
+        client.advance(tables.change(ids, value), ids)
+    client.advance(1, ids)
+    tables.assert_found(client.lookup(ids), tables.local(ids))
+    with pytest.raises(RequestError, match="ids: must be from 0 to 4999"):
+        client.advance(3, np.array([ROWS]))
 
 
-def test_who_missed_too_many_changes_forgets_the_whole_shard(make_tables: Any) -> None:
-    tables = make_tables(2)
-    reader, ids = tables.client(ping=RARE), np.arange(200)
-    reader.lookup(ids)
-    tables.settle(reader)
-    held = tables.rows_of(0)
-    positions = tables.plan.positions(np.resize(held, CHANGES_KEPT + 1))
-    tables.shards[0].put(positions, tables.shards[0].take(positions))
-    reader.lookup(held[held > 1000][:1])
-    tables.asked.clear()
-    tables.assert_found(reader.lookup(ids), tables.local(ids))
-    assert sorted(tables.asked) == sorted(set(ids.tolist()) & set(held.tolist()))
-
-
-def test_rows_read_before_an_update_do_not_enter_the_cache_after_it(make_tables: Any) -> None:
+def test_rows_read_before_a_change_do_not_enter_the_cache_after_it(make_tables: Any) -> None:
     tables = make_tables(1)
     client, ids = tables.client(ping=RARE), np.arange(20)
     pending = client.submit(ids)
     tables.until(lambda: len(tables.asked) == 20)
-    tables.values[:10] += 1
-    client.update(ids[:10], tables.values[:10])
-    pending.result()
+    old = tables.local(ids)
+    client.advance(tables.change(ids[:10], 5), ids[:10])
+    tables.assert_found(pending.result(), old)
     tables.settle(client)
     assert len(client._cache) == 0
     tables.assert_found(client.lookup(ids), tables.local(ids))
 
 
-def test_another_incarnation_brings_the_rows_of_the_source_and_an_empty_cache(
-    make_tables: Any,
-) -> None:
+def test_another_incarnation_gives_the_same_rows_and_the_cache_stays(make_tables: Any) -> None:
     tables = make_tables(2)
     client, ids = tables.client(), np.arange(400)
-    client.update(ids, tables.values[:400] + 1)
-    client.lookup(ids)
+    client.advance(tables.change(ids, 7), ids)
+    client.lookup(ids[:200])
     tables.settle(client)
     tables.stop(0)
     tables.start(0)
     client.update_map(tables.map())
     client.wait_until_ready(10)
-    lookup = client.lookup(ids)
-    assert lookup.reasons == ()
-    back = np.isin(ids, tables.rows_of(0))
-    np.testing.assert_array_equal(lookup.values[back], tables.local(ids[back]))
-    assert (lookup.values[~back] != tables.local(ids[~back])).any(axis=1).all()
+    tables.asked.clear()
+    tables.assert_found(client.lookup(ids), tables.local(ids))
+    assert sorted(tables.asked) == list(range(200, 400))
 
 
-def test_a_shard_that_leaves_the_map_takes_its_rows_out_of_the_cache(make_tables: Any) -> None:
+def test_a_shard_that_leaves_the_map_leaves_what_is_in_the_cache(make_tables: Any) -> None:
     tables = make_tables(2)
     client, ids = tables.client(), np.arange(100)
-    client.lookup(ids)
+    client.lookup(ids[:60])
     tables.settle(client)
     client.update_map(tables.map(1))
-    np.testing.assert_array_equal(client.lookup(ids).defaulted, np.isin(ids, tables.rows_of(1)))
+    lost = np.isin(ids, tables.rows_of(1)) & (ids >= 60)
+    lookup = client.lookup(ids)
+    np.testing.assert_array_equal(lookup.defaulted, lost)
+    np.testing.assert_array_equal(lookup.values[~lost], tables.local(ids)[~lost])
 
 
 def test_a_map_of_another_table_is_refused(make_tables: Any) -> None:
@@ -140,7 +140,7 @@ def test_a_followed_map_is_taken_over_and_a_bad_one_is_not(
     with pytest.raises(StateError, match=r"table map .*users\.json: No such file"):
         RemoteTable.follow(path)
     tables.map(1).write_atomic(path)
-    config = RemoteTableSection(poll_ms=5, ping=PATIENT, deadline_ms=10_000)
+    config = RemoteTableSection(poll_ms=5, ping=PATIENT, deadline_ms=10_000, cache_mib=0)
     ids = np.arange(50)
     with RemoteTable.follow(path, config) as client:
         assert client.lookup(ids).reasons == (EMBEDDING_FALLBACK,)
@@ -157,92 +157,34 @@ def test_a_followed_map_is_taken_over_and_a_bad_one_is_not(
         tables.until(lambda: client.lookup(ids).reasons == (EMBEDDING_FALLBACK,))
 
 
-def test_bad_updates_are_refused_by_name_and_change_nothing(make_tables: Any) -> None:
-    tables = make_tables()
-    client = tables.client()
-    zeros = np.zeros((2, DIM), dtype=np.float32)
-    bad = zeros.copy()
-    bad[1, 3] = np.nan
-    with pytest.raises(RequestError, match="values: must be finite"):
-        client.update(np.array([1, 2]), bad)
-    with pytest.raises(RequestError, match=r"values: must be of shape \(n, 16\)"):
-        client.update(np.array([1, 2]), zeros[:, :3])
-    with pytest.raises(RequestError, match="values: must be of 3 rows, got 2"):
-        client.update(np.array([1, 2, 3]), zeros)
-    with pytest.raises(RequestError, match="ids: must not repeat, got 4321 more than once"):
-        client.update(np.array([4321, 4321]), zeros)
-    assert [one.version for one in tables.shards] == [0, 0]
-    client.update(np.empty(0, dtype=np.int64), zeros[:0])
-
-
-def test_an_update_that_a_shard_does_not_take_is_an_error_and_can_be_done_again(
-    make_tables: Any,
-) -> None:
-    tables = make_tables()
-    ids = np.arange(100)
-    client = tables.client(table_map=tables.map(1))
-    tables.values[:100] += 1
-    with pytest.raises(ShardUnavailable, match="shard 1: UNAVAILABLE: shard 1 is not in the map"):
-        client.update(ids, tables.values[:100])
-    client.update_map(tables.map())
-    let_go = tables.hold(0)
-    with pytest.raises(DeadlineExceeded, match=r"shard 0 did not confirm .* within 0\.020 s"):
-        client.update(ids, tables.values[:100], timeout_s=0.02)
-    let_go()
-    client.update(ids, tables.values[:100])
-    tables.assert_found(client.lookup(ids), tables.local(ids))
-
-
-def test_readers_on_many_threads_see_whole_rows_of_some_update_and_then_the_last(
-    make_tables: Any,
-) -> None:
+def test_readers_see_their_version_whole_while_shards_run_ahead_and_lag(make_tables: Any) -> None:
     tables = make_tables(2)
-    writer = tables.client(cache_mib=0)
     readers = [tables.client(cache_mib=1), tables.client(cache_mib=0)]
     ids, ended = np.arange(200), threading.Event()
     failures: list[str] = []
-    # A row of version v is v everywhere, so a mixture of two versions shows.
-    writer.update(ids, np.zeros((200, DIM), dtype=np.float32))
+    log: list[int] = []
 
-    def read(client: RemoteTable) -> None:
-        generator = np.random.default_rng(threading.get_ident() % 1000)
+    def read(client: RemoteTable, seed: int) -> None:
+        generator, version = np.random.default_rng(seed), 0
         while not ended.is_set():
+            if version < len(log) and generator.random() < 0.5:
+                version += 1
+                client.advance(version, ids)
             lookup = client.lookup(generator.choice(ids, 150))
-            if lookup.reasons or (lookup.values != lookup.values[:, :1]).any():
-                failures.append(f"{lookup.reasons} {lookup.values[:, 0]}")
+            if lookup.reasons or (version and (lookup.values != version).any()):
+                failures.append(f"{lookup.reasons} {version} {lookup.values[:, 0]}")
 
-    threads = [threading.Thread(target=read, args=(one,)) for one in readers * 2]
+    threads = [threading.Thread(target=read, args=(one, at)) for at, one in enumerate(readers)]
     for thread in threads:
         thread.start()
     try:
         for version in range(1, 60):
-            writer.update(ids, np.full((200, DIM), version, dtype=np.float32))
+            # A row of version v is v everywhere, so a mixture of two versions shows.
+            tables.change(ids, version, shards=[version % 2])
+            log.append(version)
+            tables.replay((version + 1) % 2)
     finally:
         ended.set()
         for thread in threads:
             thread.join(30)
     assert failures == []
-    for reader in readers:
-        tables.until(lambda reader=reader: bool((reader.lookup(ids).values == 59).all()))
-
-
-def test_a_row_in_the_cache_is_used_only_while_its_shard_was_heard_of(make_tables: Any) -> None:
-    tables, now_s = make_tables(2), [1000.0]
-    client = tables.client(
-        ping=PingSection(every_ms=5000), max_stale_ms=20_000, clock=lambda: now_s[0]
-    )
-    ids = np.arange(100)
-    client.lookup(ids)
-    tables.settle(client)
-    tables.asked.clear()
-    now_s[0] += 19.9
-    tables.assert_found(client.lookup(ids), tables.local(ids))
-    assert tables.asked == []
-    now_s[0] += 0.2
-    tables.stop(0)
-    lookup = client.lookup(ids)
-    np.testing.assert_array_equal(lookup.defaulted, np.isin(ids, tables.rows_of(0)))
-    # What the other shard confirmed meanwhile counts again.
-    tables.asked.clear()
-    now_s[0] += 19.0
-    assert not client.lookup(tables.rows_of(1)[:5]).defaulted.any()

@@ -1,0 +1,88 @@
+from silvershard.deploy.readiness import Key, Readiness, refusals
+from silvershard.deploy.shard_host import Held
+
+LIVE, COMING = 1, 2
+Refused = tuple[tuple[int, str], ...]
+
+
+def held(*cut: int, refused: Refused = ()) -> Held:
+    return Held("prepared", "", 9, cut, cut, 0.0, 0, 0, len(refused), refused)
+
+
+def process(live: tuple[int, ...], coming: tuple[int, ...]) -> dict[int, Held]:
+    return {LIVE: held(*live), COMING: held(*coming)}
+
+
+def test_who_has_less_of_any_log_partition_is_behind() -> None:
+    readiness = Readiness()
+    reports = {(0, 0): process((5, 7), (5, 7)), (1, 0): process((5, 7), (9, 6))}
+    assert readiness.observe(reports, LIVE, COMING, 0.0) == (
+        "shard 1.0 is at position 9, 6 of the update log, the live generation at 5, 7"
+    )
+    reports[1, 0] = process((5, 7), (9, 7))
+    assert readiness.observe(reports, LIVE, COMING, 10.0) == ""
+
+
+def test_without_a_log_nobody_is_behind() -> None:
+    assert Readiness().observe({(0, 0): process((), ())}, LIVE, COMING, 0.0) == ""
+
+
+def test_who_keeps_pace_is_level_although_the_live_one_is_always_a_batch_ahead() -> None:
+    readiness, said = Readiness(), []
+    for step in range(40):
+        reports: dict[Key, dict[int, Held]] = {
+            (0, 0): process((step + 1,), (step,)),
+            (1, 0): process((step,), (step + 1,)),
+        }
+        said.append(readiness.observe(reports, LIVE, COMING, 0.2 * step))
+    assert said[0] != ""
+    assert said[5:] == [""] * 35
+
+
+def test_who_stops_is_behind_after_a_second() -> None:
+    readiness = Readiness()
+    assert readiness.observe({(0, 0): process((5,), (5,))}, LIVE, COMING, 0.0) == ""
+    stopped = {(0, 0): process((6,), (5,))}
+    assert readiness.observe(stopped, LIVE, COMING, 0.9) == ""
+    assert "at position 5 of the update log, the live generation at 6" in readiness.observe(
+        stopped, LIVE, COMING, 1.1
+    )
+
+
+def test_who_holds_no_live_generation_is_measured_by_its_replicas() -> None:
+    readiness = Readiness()
+    reports = {
+        (0, 0): {COMING: held(5)},
+        (0, 1): {LIVE: held(6)},
+        (0, 2): {LIVE: held(4)},
+        (1, 0): {COMING: held(1)},
+    }
+    assert readiness.observe(reports, LIVE, COMING, 0.0) == (
+        "shard 0.0 is at position 5 of the update log, the live generation at 6"
+    )
+    reports[0, 0] = {COMING: held(6)}
+    assert readiness.observe(reports, LIVE, COMING, 0.1) == ""
+
+
+def test_a_process_that_comes_again_begins_anew() -> None:
+    readiness = Readiness()
+    reports = {(0, 0): process((5,), (5,))}
+    assert readiness.observe(reports, LIVE, COMING, 0.0) == ""
+    assert readiness.observe({(0, 0): {LIVE: held(5)}}, LIVE, COMING, 0.1) == ""
+    behind = {(0, 0): process((5,), (4,))}
+    assert readiness.observe(behind, LIVE, COMING, 0.2) != ""
+    assert readiness.observe({}, LIVE, COMING, 0.3) == ""
+
+
+def test_what_both_refused_is_not_lacking() -> None:
+    one, two = (7, "too many values"), (8, "no embedding")
+    both = {(0, 0): {LIVE: held(5, refused=(one, two)), COMING: held(5, refused=(two, one))}}
+    assert refusals(both, LIVE, COMING) == ""
+    more = {
+        **both,
+        (1, 0): {LIVE: held(5, refused=(one,)), COMING: held(5, refused=(one, two))},
+        (1, 1): {COMING: held(5, refused=(two,))},
+    }
+    assert refusals(more, LIVE, COMING) == (
+        "it refused updates of 1 items that the live one took; item 8: no embedding"
+    )
