@@ -19,6 +19,8 @@ from silvershard.shard.errors import DeadlineExceeded
 _WAIT_S = 20.0
 """Longest wait of one call; a longer one would not notice a cluster that hangs."""
 _ANSWER_S = 5.0
+_PAUSE_S = 0.1
+"""Time between two waits, of which a cluster may cut the first one short."""
 
 _GOING_ON = (admin_pb2.OPERATION_STATE_WAITING, admin_pb2.OPERATION_STATE_RUNNING)
 
@@ -211,6 +213,8 @@ class AdminClient:
                     f"operation {operation.operation_id} has not ended after {timeout_s:g} s{said}"
                 )
             operation = self.wait_operation(operation.operation_id, min(left_s, _WAIT_S))
+            if operation.state in _GOING_ON:
+                time.sleep(max(min(_PAUSE_S, until_s - time.monotonic()), 0.0))
         if operation.state != admin_pb2.OPERATION_STATE_DONE:
             error = operation.error
             raise RequestRefused(code_name(error.code), error.message, reason=error.reason)

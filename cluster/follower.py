@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from silvershard.cluster.freshness import Cut
-from silvershard.cluster.update_log import LogRecord, UpdateLog
+from silvershard.cluster.update_log import (
+    READ_BYTES,
+    AppliedRecords,
+    LogRecord,
+    UpdateLog,
+)
 from silvershard.shard.changes import NOTHING_TO_PATCH
 from silvershard.shard.errors import (
     LogDamaged,
@@ -105,7 +110,7 @@ class Follower(Generic[P]):
         self,
         log: UpdateLog,
         updater: Updater[P],
-        commit: Callable[[P, Cut], Rejected],
+        commit: Callable[[P, Cut | None], Rejected],
         decode: Callable[[bytes], Any],
         *,
         cut: Cut = (),
@@ -119,7 +124,8 @@ class Follower(Generic[P]):
         Args:
             log: the log; may be shared.
             updater: prepares batches; only this follower calls it.
-            commit: applies a prepared batch and moves the cut of the shard; returns once it did.
+            commit: applies a prepared batch and moves the cut of the shard, which stays for None:
+                the batch came ahead of its turn; returns once it did.
             decode: reads the payload of a record; what it returns, the updater takes.
             cut: ``(L,)`` what is applied already; empty for nothing.
             max_batch: most records of a batch.
@@ -152,10 +158,9 @@ class Follower(Generic[P]):
         """``(L,)`` when the last record that was read was logged."""
         self._read: dict[int, LogRecord] = {}
         """The last record that was read of a partition."""
-        self._applied: dict[int, LogRecord] = {}
-        """The record at the cut of a partition, where it was applied here."""
-        self._lost: set[int] = set()
-        """Partitions that ended before the cut when they were last looked at."""
+        self._applied = AppliedRecords(log)
+        self._cut_short = False
+        """Whether the last batch had no room for more bytes."""
         self._lets_pass = False
         """Whether a batch waits for room, and urgent records go ahead of it."""
         self._turn = 0
@@ -230,14 +235,15 @@ class Follower(Generic[P]):
         asked_s = self._clock()
         ends = tuple(self._log.end(one) for one in range(self._log.num_partitions))
         for partition, end in enumerate(ends):
-            self._check_end(partition, end)
+            self._applied.check(partition, self._lag.cut[partition], end)
         behind = sum(ends) - sum(self._lag.cut)
-        if behind > self._batch:
+        if behind > self._batch or self._cut_short:
             self._apply_urgent()
         records, cut = self._next_records(ends)
         if records:
             self._apply(records, cut)
-            self._applied |= self._read
+            for partition, record in self._read.items():
+                self._applied.note(partition, record)
             self._fit_batch(len(records), self._clock() - asked_s)
         # What is left of a partition was logged after what was read last.
         left = [at for at, end in enumerate(ends) if end > cut[at]]
@@ -252,28 +258,15 @@ class Follower(Generic[P]):
             self.trouble = ""
         return more
 
-    def _check_end(self, partition: int, end: int) -> None:
-        """Refuse a log that lost what was applied, also after it has grown again.
-
-        Raises:
-            LogDamaged: if it did, or may have.
-        """
-        done = self._lag.cut[partition]
-        if end < done:
-            self._lost.add(partition)
-            reason = f"partition {partition} ends at {end}, but {done} was applied already"
-            raise LogDamaged(self._log.url, reason)
-        if partition not in self._lost:
-            return
-        if self._log.read(partition, done - 1, 1) != [self._applied.get(partition)]:
-            reason = f"position {done} of partition {partition} is not what was applied"
-            raise LogDamaged(self._log.url, reason)
-        self._lost.discard(partition)
-
     def _next_records(self, ends: Cut) -> tuple[list[LogRecord], Cut]:
-        """Return the records of the next batch, and the cut that it leads to."""
+        """Return the records of the next batch, and the cut that it leads to.
+
+        Their payloads are at most ``READ_BYTES``, unless there is only one.
+        """
         cut = list(self._lag.cut)
         found: list[LogRecord] = []
+        size = 0
+        self._cut_short = False
         # Another partition begins every time, so that a busy one holds up no other.
         self._turn += 1
         for step in range(len(cut)):
@@ -281,12 +274,15 @@ class Follower(Generic[P]):
             room = self._batch - len(found)
             if room <= 0 or ends[partition] <= cut[partition]:
                 continue
-            records = self._log.read(partition, cut[partition], room)
-            if records:
-                found += records
-                cut[partition] = records[-1].position
-                self._read[partition] = records[-1]
-                self._logged_s[partition] = records[-1].logged_unix_ms / 1e3
+            for record in self._log.read(partition, cut[partition], room):
+                size += len(record.payload)
+                self._cut_short = size >= READ_BYTES
+                if found and size > READ_BYTES:
+                    return found, tuple(cut)
+                found.append(record)
+                cut[partition] = record.position
+                self._read[partition] = record
+                self._logged_s[partition] = record.logged_unix_ms / 1e3
         return found, tuple(cut)
 
     def _apply_urgent(self) -> None:
@@ -298,11 +294,11 @@ class Follower(Generic[P]):
             after = max(done, self._urgent[partition])
             records = self._log.read_urgent(partition, after, self._batch)
             if records:
-                self._apply(records, self._lag.cut)
+                self._apply(records, None)
                 self._urgent[partition] = records[-1].position
                 self.counts.urgent += len(records)
 
-    def _apply(self, records: Sequence[LogRecord], cut: Cut) -> None:
+    def _apply(self, records: Sequence[LogRecord], cut: Cut | None) -> None:
         mutations: list[Any] = []
         for record in records:
             try:
@@ -313,7 +309,7 @@ class Follower(Generic[P]):
         self.counts.batches += 1
         self.counts.records += len(records)
 
-    def _apply_all(self, mutations: Sequence[Any], cut: Cut) -> None:
+    def _apply_all(self, mutations: Sequence[Any], cut: Cut | None) -> None:
         """Prepare and commit mutations, in halves where there is no room for all at once.
 
         Each half frees the slots that its items had before. The cut moves with the last one; what
@@ -324,13 +320,13 @@ class Follower(Generic[P]):
             rejected, spent_s = self._committed(prepared, cut, len(mutations))
         except _TooLarge:
             middle = len(mutations) // 2
-            self._apply_all(mutations[:middle], self._lag.cut)
+            self._apply_all(mutations[:middle], None if cut is None else self._lag.cut)
             self._apply_all(mutations[middle:], cut)
             return
         self._reject(rejected)
         self.counts.longest_commit_s = max(self.counts.longest_commit_s, spent_s)
 
-    def _committed(self, prepared: P, cut: Cut, size: int) -> tuple[Rejected, float]:
+    def _committed(self, prepared: P, cut: Cut | None, size: int) -> tuple[Rejected, float]:
         """Commit a batch; return what was refused, and how long the model was asked for.
 
         Raises:

@@ -5,15 +5,18 @@ Nothing waits for others to come: what arrives while an append runs goes into th
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from silvershard.cluster.sequencer import Outcome, Write
-from silvershard.shard.errors import DeadlineExceeded
+from silvershard.shard.errors import DeadlineExceeded, Fenced
 
 MAX_GROUP = 1024
 """Most writes of one append, so that what is urgent waits for some 20 ms of work at most."""
+
+MAX_GROUP_BYTES = 8 << 20
+"""Most bytes of one append, but for a single write that has more."""
 
 Commit = Callable[[Sequence[Sequence[Write]]], list[Outcome]]
 
@@ -21,8 +24,78 @@ Commit = Callable[[Sequence[Sequence[Write]]], list[Outcome]]
 @dataclass(eq=False, slots=True)
 class _Job:
     writes: Sequence[Write]
+    size: int
+    """Bytes of the writes."""
     deadline_s: float
     outcome: asyncio.Future[Outcome]
+
+
+def groups_of(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
+    """Yield the writes of a call in their order, in pieces that one append may have."""
+    begin, size = 0, 0
+    for at, write in enumerate(writes):
+        if at > begin and (at - begin >= MAX_GROUP or size + len(write.body) > MAX_GROUP_BYTES):
+            yield writes[begin:at]
+            begin, size = at, 0
+        size += len(write.body)
+    if writes:
+        yield writes[begin:]
+
+
+def decided(outcomes: Sequence[Outcome | BaseException]) -> list[Outcome]:
+    """Return what became of the pieces of a call.
+
+    Raises:
+        DeadlineExceeded: if some of them, or all, did not get to the log in time.
+        BaseException: what else became of one; that another sequencer has taken over goes first.
+    """
+    failures = [one for one in outcomes if isinstance(one, BaseException)]
+    others = [one for one in failures if not isinstance(one, DeadlineExceeded)]
+    if others:
+        raise next((one for one in others if isinstance(one, Fenced)), others[0])
+    if failures and len(failures) < len(outcomes):
+        raise DeadlineExceeded("the time of the call ran out; a part of it is logged")
+    if failures:
+        raise failures[0]
+    return [one for one in outcomes if not isinstance(one, BaseException)]
+
+
+class Backlog:
+    """How much waits for the log.
+
+    What comes alone always fits, however large it is.
+    """
+
+    def __init__(self, max_updates: int, max_bytes: int) -> None:
+        """Make an empty backlog with bounds."""
+        self.updates = 0
+        self.bytes = 0
+        self._max_updates = max_updates
+        self._max_bytes = max_bytes
+        self._shorter = asyncio.Event()
+
+    def fits(self, updates: int, size: int) -> bool:
+        """Return whether there is room for updates of ``size`` bytes."""
+        return not self.updates or (
+            self.updates + updates <= self._max_updates and self.bytes + size <= self._max_bytes
+        )
+
+    async def until_fits(self, updates: int, size: int) -> None:
+        """Return as soon as there is room."""
+        while not self.fits(updates, size):
+            self._shorter.clear()
+            await self._shorter.wait()
+
+    def add(self, updates: int, size: int) -> None:
+        """Count updates that wait from now on."""
+        self.updates += updates
+        self.bytes += size
+
+    def remove(self, updates: int, size: int) -> None:
+        """Count them no more."""
+        self.updates -= updates
+        self.bytes -= size
+        self._shorter.set()
 
 
 class GroupCommit:
@@ -54,11 +127,12 @@ class GroupCommit:
         logged in time. A call whose future is cancelled before its turn is dropped.
 
         Args:
-            writes: in their order; at most ``MAX_GROUP``.
+            writes: in their order; one of ``groups_of``.
             deadline_s: when nobody waits any more.
             urgent: whether it goes ahead of those that are not.
         """
-        job = _Job(writes, deadline_s, asyncio.get_running_loop().create_future())
+        size = sum(len(one.body) for one in writes)
+        job = _Job(writes, size, deadline_s, asyncio.get_running_loop().create_future())
         (self._urgent if urgent else self._others).append(job)
         self._arrived.set()
         return job.outcome
@@ -96,9 +170,15 @@ class GroupCommit:
     def _take(self) -> list[_Job]:
         """Return the calls of the next append, urgent ones first."""
         group: list[_Job] = []
-        size = 0
+        count = size = 0
         for queue in (self._urgent, self._others):
-            while queue and (not group or size + len(queue[0].writes) <= MAX_GROUP):
+            while queue and (
+                not group
+                or (
+                    count + len(queue[0].writes) <= MAX_GROUP
+                    and size + queue[0].size <= MAX_GROUP_BYTES
+                )
+            ):
                 job = queue.popleft()
                 if job.outcome.done():
                     continue
@@ -107,7 +187,8 @@ class GroupCommit:
                     _settle(job.outcome, late)
                     continue
                 group.append(job)
-                size += len(job.writes)
+                count += len(job.writes)
+                size += job.size
         return group
 
 

@@ -49,7 +49,7 @@ class HostState(Enum):
     """It left service, or never came into it."""
 
 
-Commit = Callable[[Any, Cut], Rejected]
+Commit = Callable[[Any, Cut | None], Rejected]
 
 
 class Loaded(NamedTuple):
@@ -361,7 +361,7 @@ class Hosting:
             if hosted.retired:
                 hosted.follower.stop()
 
-    def _commit(self, hosted: Hosted, prepared: Any, cut: Cut) -> Rejected:
+    def _commit(self, hosted: Hosted, prepared: Any, cut: Cut | None) -> Rejected:
         """Apply a batch on the thread of the model, or here while nobody is served yet."""
         executor = hosted.executor_in_service
         if not hosted.serves:

@@ -23,8 +23,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from silvershard.cluster.redis_scripts import ACQUIRE, APPEND, CREATE, LOOK, PIN, TRIM
+from silvershard.cluster.redis_scripts import ACQUIRE, APPEND, CREATE, LOOK, PIN, READ, TRIM
 from silvershard.cluster.update_log import (
+    READ_BYTES,
     Head,
     LogRecord,
     NewRecord,
@@ -295,12 +296,10 @@ class RedisLog:
         self, partition: int, stream: str, after: int, limit: int
     ) -> tuple[int, list[LogRecord]]:
         check_partition(partition, self.num_partitions)
-        bounds = (f"{after + 1}-0", "+", "COUNT", limit)
-        (start, end), entries = self._look(
-            ("HMGET", self._key(partition, "state"), "start", "end"),
-            ("XRANGE", self._key(partition, stream), *bounds),
-        )
-        check_read(self.url, partition, after, int(start))
+        keys = [self._key(partition, "state"), self._key(partition, stream)]
+        bounds = (after, limit, READ_BYTES, _RECORD.size)
+        _, start, end, entries = self._change(READ, keys, *bounds)
+        check_read(self.url, partition, after, start)
         try:
             records, checksums = _decoded(entries)
         except (ValueError, struct.error):
@@ -308,7 +307,7 @@ class RedisLog:
                 self.url, f"an entry of {self._key(partition, stream)} is no record"
             ) from None
         check_records(self.url, partition, records, checksums)
-        return int(end), records
+        return end, records
 
     def wait(self, partition: int, after: int, timeout_s: float) -> bool:
         """See ``UpdateLog.wait``."""

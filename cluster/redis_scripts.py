@@ -96,6 +96,32 @@ return found
 A transaction would do, but a server without memory refuses to read in one.
 """
 
+READ = (
+    _GUARD
+    + """
+local state = redis.call('HMGET', KEYS[2], 'start', 'end')
+local found, bytes = {}, 0
+local after, left = tonumber(ARGV[2]), tonumber(ARGV[3])
+local most, head = tonumber(ARGV[4]), tonumber(ARGV[5])
+local first = string.format('%.0f-0', after + 1)
+while left > 0 and bytes < most do
+  local entries = redis.call('XRANGE', KEYS[3], first, '+', 'COUNT', math.min(left, 16))
+  for _, entry in ipairs(entries) do
+    if bytes >= most then break end
+    found[#found + 1] = entry
+    bytes = bytes + #entry[2][2] - head
+    first = '(' .. entry[1]
+  end
+  if #entries < 16 then break end
+  left = left - #entries
+end
+return {'done', tonumber(state[1]), tonumber(state[2]), found}
+"""
+)
+"""KEYS: log, state, records or urgent. ARGV: log id, position before the first, most records, most
+bytes of payloads, bytes of an entry that are none.
+"""
+
 PIN = (
     _GUARD
     + """

@@ -18,7 +18,7 @@ from silvershard.cluster import retrieval_pb2, update_pb2
 from silvershard.cluster.codec import Refusal, code_number, status_row
 from silvershard.cluster.consistency import UpdateToken
 from silvershard.cluster.feed_block import FeedBlock, RoomReport
-from silvershard.cluster.group_commit import MAX_GROUP, GroupCommit
+from silvershard.cluster.group_commit import MAX_GROUP, Backlog, GroupCommit, decided, groups_of
 from silvershard.cluster.listen import bind, server_options
 from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.sequencer import Checked, Outcome, Sequencer, Write
@@ -103,6 +103,7 @@ class SequencerServer:
         port: int = 0,
         insecure: bool = False,
         max_queue: int = 100_000,
+        max_queue_bytes: int = MAX_MESSAGE_BYTES,
         expiry_every_s: float = 1.0,
         on_fenced: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -117,6 +118,7 @@ class SequencerServer:
             port: 0 lets the system choose a free one.
             insecure: allow an address that other machines can reach.
             max_queue: mutations that may wait; more are refused.
+            max_queue_bytes: bytes of requests that may wait, but for a single one.
             expiry_every_s: time between two looks for items whose time is over.
             on_fenced: called once another sequencer has taken over.
             clock: must be the clock of the event loop.
@@ -125,14 +127,11 @@ class SequencerServer:
         self.address = ""
         self._reports, self._feed = reports, feed
         self._host, self._port, self._insecure = host, port, insecure
-        self._max_queue = max_queue
         self._expiry_every_s = expiry_every_s
         self._on_fenced = on_fenced
         self._clock = clock
         self._stepped_down = False
-        self._queued = 0
-        self._room = asyncio.Event()
-        """Set when the queue has become shorter."""
+        self._queued = Backlog(max_queue, max_queue_bytes)
         self._reported = asyncio.Event()
         """Set when shards have said how much room they have."""
         # Urgent updates do not wait until large requests are checked.
@@ -209,8 +208,10 @@ class SequencerServer:
     ) -> retrieval_pb2.ApplyResponse:
         try:
             request = self._valid(message)
-            if self._queued and self._queued + len(request.mutations) > self._max_queue:
-                raise Overloaded(f"{self._queued} updates are queued", _RETRY_AFTER_S)
+            queued = self._queued
+            if not queued.fits(len(request.mutations), request.ByteSize()):
+                waiting = f"{queued.updates} updates are queued, {queued.bytes} bytes"
+                raise Overloaded(waiting, _RETRY_AFTER_S)
             deadline_s = self._deadline_s(context.time_remaining())
             return await self._answer(await self._accept(request, deadline_s, alone=True))
         except asyncio.CancelledError:
@@ -263,9 +264,7 @@ class SequencerServer:
         """Queue a request of a stream behind those before it, and return its answer to be."""
         try:
             request = self._valid(message)
-            while self._queued and self._queued + len(request.mutations) > self._max_queue:
-                self._room.clear()
-                await self._room.wait()
+            await self._queued.until_fits(len(request.mutations), request.ByteSize())
             deadline_s = self._deadline_s(context.time_remaining())
             accepted = await self._accept(request, deadline_s, alone=False)
         except (RequestError, Refusal) as error:
@@ -318,7 +317,8 @@ class SequencerServer:
         """
         size = len(request.mutations)
         urgent = size > 0 and all(one.delete.urgent for one in request.mutations)
-        self._queued += size
+        load = size, request.ByteSize()
+        self._queued.add(*load)
         try:
             check = self.sequencer.check
             if size <= _AT_ONCE:
@@ -329,22 +329,22 @@ class SequencerServer:
                 checked = await loop.run_in_executor(checker, check, request.mutations)
             await self._until_room_is_known(checked.writes, deadline_s)
         except BaseException:
-            self._release(size)
+            self._queued.remove(*load)
             raise
         by_partition: dict[int, list[Write]] = {}
         for write in checked.writes:
             by_partition.setdefault(write.partition, []).append(write)
         parts = [
-            (partition, writes[at : at + MAX_GROUP])
+            (partition, part)
             for partition, writes in by_partition.items()
-            for at in range(0, len(writes), MAX_GROUP)
+            for part in groups_of(writes)
         ]
         lane = urgent and alone
         outcomes = asyncio.gather(
             *(self._commits[one].submit(part, deadline_s, urgent=lane) for one, part in parts),
             return_exceptions=True,
         )
-        outcomes.add_done_callback(lambda _: self._release(size))
+        outcomes.add_done_callback(lambda _: self._queued.remove(*load))
         return _Accepted(
             checked, [one for one, _ in parts], outcomes, request.durability, deadline_s
         )
@@ -373,14 +373,14 @@ class SequencerServer:
             DeadlineExceeded: if some of it did not get to the log in time.
             LoggedNotApplied: if all that is not rejected did, but is not applied in time.
         """
-        outcomes = await accepted.outcomes
+        try:
+            outcomes = decided(await accepted.outcomes)
+        except Fenced as error:
+            await self._step_down(error)
+            raise
         rejected = list(accepted.checked.rejected)
         last: dict[int, int] = {}
         for partition, outcome in zip(accepted.partitions, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                if isinstance(outcome, Fenced):
-                    await self._step_down(outcome)
-                raise outcome
             rejected += outcome.rejected
             last[partition] = max(last.get(partition, 0), outcome.position)
         log_id = self.sequencer.log.log_id
@@ -401,10 +401,6 @@ class SequencerServer:
                 await self._reports.applied(result.tokens, every_replica=every_replica)
         except TimeoutError:
             raise LoggedNotApplied(result) from None
-
-    def _release(self, size: int) -> None:
-        self._queued -= size
-        self._room.set()
 
     async def _step_down(self, error: Fenced) -> None:
         """Leave the log to the other sequencer."""
@@ -463,7 +459,7 @@ class SequencerServer:
             log_id=sequencer.log.log_id,
             model=sequencer.live.spec.model,
             generation=sequencer.live.spec.generation,
-            queued=self._queued,
+            queued=self._queued.updates,
         )
         try:
             await asyncio.to_thread(self._add_positions, report)

@@ -25,6 +25,7 @@ from silvershard.cluster.update_log import (
     check_records,
     checked_cut,
     checksum,
+    first_rows,
     new_log_id,
     newest_heads,
     newest_rows,
@@ -305,11 +306,13 @@ class SqliteLog:
     def _records(
         self, reader: sqlite3.Connection, partition: int, after: int, limit: int, condition: str
     ) -> list[LogRecord]:
-        rows = reader.execute(
+        found = reader.execute(
             f"SELECT {_RECORD} FROM records WHERE key > ? AND key < ? {condition} "
             "ORDER BY key LIMIT ?",
             (_key(partition, after), _key(partition + 1, 0), limit),
-        ).fetchall()
+        )
+        with contextlib.closing(found):
+            rows = first_rows(found)
         records = [
             LogRecord(key - _key(partition, 0), item_id, version, logged_ms, urgent == 1, payload)
             for key, item_id, version, logged_ms, urgent, payload, _ in rows

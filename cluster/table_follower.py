@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from silvershard.cluster.table_changes import change_from, log_partition
-from silvershard.cluster.update_log import NO_ITEM, UpdateLog, checked_cut
-from silvershard.shard.errors import LogDamaged, LogUnavailable, MutationError, RetrievalError
+from silvershard.cluster.update_log import NO_ITEM, AppliedRecords, UpdateLog, checked_cut
+from silvershard.shard.errors import LogUnavailable, MutationError, RetrievalError
 from silvershard.shard.table import TableShard
 
 _BATCH = 2048
@@ -70,6 +70,7 @@ class TableFollower:
             at = log_partition(name, log.num_partitions)
             self._progress[name] = TableProgress(at, positions[at], positions[at])
         self._positions = {one.partition: one.position for one in self._progress.values()}
+        self._applied = AppliedRecords(log)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._progressed: Callable[[], None] = lambda: None
@@ -126,11 +127,7 @@ class TableFollower:
         more = False
         for partition, position in self._positions.items():
             end = self._log.end(partition)
-            if end < position:
-                raise LogDamaged(
-                    self._log.url,
-                    f"partition {partition} ends at {end}, but {position} was applied already",
-                )
+            self._applied.check(partition, position, end)
             if end > position:
                 position = self._apply(partition, position)
                 more = more or position < end
@@ -147,6 +144,7 @@ class TableFollower:
             if record.item_id == NO_ITEM:
                 self._apply_change(record.payload)
             self._positions[partition] = record.position
+            self._applied.note(partition, record)
         return self._positions[partition]
 
     def _apply_change(self, payload: bytes) -> None:

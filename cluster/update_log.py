@@ -6,8 +6,8 @@ Shapes: L log partitions, n records.
 import secrets
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from silvershard.shard.errors import ConfigError, LogDamaged, LogTrimmed
@@ -17,6 +17,9 @@ MAX_POSITION = (1 << 53) - 1
 """Positions are exact in a float64, which is what numbers of a Redis script are."""
 NO_ITEM = -1
 """``item_id`` of a record that changes rows of a table."""
+
+READ_BYTES = 8 << 20
+"""A read ends with the record with which its payloads come to so much."""
 
 _SEALED = struct.Struct("<qqqq?")
 
@@ -113,14 +116,16 @@ class UpdateLog(Protocol):
         """
 
     def read(self, partition: int, after: int, limit: int) -> list[LogRecord]:
-        """Return the records at ``after + 1`` and on, at most ``limit``, in order.
+        """Return the records at ``after + 1`` and on, in order.
+
+        They are ``limit`` at most, and none follows that with which payloads reach ``READ_BYTES``.
 
         Raises:
             LogTrimmed: if the record at ``after + 1`` was trimmed.
         """
 
     def read_urgent(self, partition: int, after: int, limit: int) -> list[LogRecord]:
-        """Return the urgent records beyond ``after``, at most ``limit``, in order.
+        """Return the urgent records beyond ``after``, in order, as many as ``read`` would.
 
         Raises:
             LogTrimmed: if records beyond ``after`` were trimmed.
@@ -215,6 +220,58 @@ def open_log(
     raise ConfigError(f"the url of a log must start with sqlite:/// or redis://, got {url!r}")
 
 
+class AppliedRecords:
+    """The last record that was applied of every log partition.
+
+    It tells a log that lost what was applied, also once that has grown again. Only one thread asks.
+    """
+
+    def __init__(self, log: UpdateLog) -> None:
+        """Know nothing of a log yet."""
+        self._log = log
+        self._last: dict[int, LogRecord | None] = {}
+        """None where the record at the cut of the start is not to be had."""
+        self._lost: set[int] = set()
+        """Partitions that ended before the last record when they were last looked at."""
+
+    def note(self, partition: int, record: LogRecord) -> None:
+        """Take it that a record is the last that was applied."""
+        self._last[partition] = record
+
+    def check(self, partition: int, done: int, end: int) -> None:
+        """Refuse a partition that lost what was applied.
+
+        Args:
+            partition: of the log.
+            done: position up to which everything is applied.
+            end: its last position as of now.
+
+        Raises:
+            LogDamaged: if it did, or may have.
+            LogTrimmed: if it may have, and that can be told no more.
+            LogUnavailable: if it cannot be read.
+        """
+        if end < done:
+            self._lost.add(partition)
+            reason = f"partition {partition} ends at {end}, but {done} was applied already"
+            raise LogDamaged(self._log.url, reason)
+        if partition in self._lost:
+            if self._log.read(partition, done - 1, 1) != [self._last.get(partition)]:
+                reason = f"position {done} of partition {partition} is not what was applied"
+                raise LogDamaged(self._log.url, reason)
+            self._lost.discard(partition)
+        elif done and partition not in self._last:
+            self._last[partition] = self._found(partition, done)
+
+    def _found(self, partition: int, position: int) -> LogRecord | None:
+        """Return a record that was applied before the start; nothing else needs it."""
+        try:
+            (record,) = self._log.read(partition, position - 1, 1)
+        except (LogDamaged, LogTrimmed):
+            return None
+        return record
+
+
 def new_log_id() -> int:
     """Return a number that no other log has."""
     return secrets.randbits(62) + 1
@@ -278,6 +335,17 @@ def check_records(
             )
 
 
+def first_rows(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return rows that end with a payload and its checksum, as many as one read may have."""
+    found, size = [], 0
+    for row in rows:
+        found.append(row)
+        size += len(row[-2])
+        if size >= READ_BYTES:
+            break
+    return found
+
+
 def check_dense(
     url: str, partition: int, after: int, end: int, limit: int, records: Sequence[LogRecord]
 ) -> None:
@@ -300,6 +368,8 @@ def check_dense(
             break
     else:
         if len(records) == max(min(limit, end - after), 0):
+            return
+        if records and sum(len(one.payload) for one in records) >= READ_BYTES:
             return
         expected += 1
     raise LogDamaged(url, f"the record at position {expected} of partition {partition} is missing")

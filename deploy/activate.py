@@ -19,7 +19,7 @@ from silvershard.deploy.control_store import (
     Operation,
     wanted,
 )
-from silvershard.deploy.errors import CheckFailed, CommandError, Refused, TimedOut
+from silvershard.deploy.errors import CheckFailed, CommandError, ExitCode, Refused, TimedOut
 from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.memory_plan import (
@@ -74,12 +74,13 @@ def activate(
         CommandError: if no cluster runs, there is no such generation, or it could not be done.
         TimedOut: if it is not done in time; it goes on.
     """
+    if generation == 0 and alias == LIVE:
+        text = "the live generation must be one that is published, got none"
+        raise CommandError(text, ExitCode.USAGE)
     record = running(state)
     store = ControlStore(state.control_file)
     control = store.read()
     if generation == 0:
-        if alias == LIVE:
-            raise CommandError("the live generation must be one that is published, got none")
         operation = wanted("activate", 0, alias, "", operation_id)
         return _carried_out(state, store, operation, dry_run, timeout_s, report)
     number, path = choose_generation(state, generation)
@@ -126,9 +127,11 @@ def rollback(
 ) -> dict[str, Any]:
     """Make the generation live again that was live before; return what was done.
 
-    It takes seconds where that one is still in memory, and a load where it is not.
+    It takes seconds where that one is still in memory, and a load where it is not. What is being
+    activated meanwhile is called off.
 
     Raises:
+        Refused: if a rollback is going on, or another generation has just become live.
         CommandError: if no cluster runs, nothing was live before, or it could not be done.
         TimedOut: if it is not done in time; it goes on.
     """
@@ -225,8 +228,21 @@ def _carried_out(
     if dry_run:
         return {**document, "done": False, "seconds": 0.0}
 
+    called_off = ""
+
     def make(now: Control) -> Control:
-        going = now.current
+        nonlocal called_off
+        going, called_off = now.current, ""
+        if operation.kind == "rollback":
+            if now.previous != generation:
+                raise Refused(
+                    f"generation {now.live} has just become live, so generation {generation} is "
+                    "not the one before it: ask again"
+                )
+            if going is not None and going.kind == "activate":
+                called_off = f"activate of generation {going.generation} is called off"
+                now = now.replaced(going.ended("cancelled", "a rollback called it off"))
+                going = None
         if going is not None:
             raise Refused(
                 f"{going.kind} of generation {going.generation} is going on since "
@@ -235,6 +251,8 @@ def _carried_out(
         return now.with_operation(operation)
 
     store.change(make)
+    if called_off:
+        report(called_off)
     with _cancelled_if_interrupted(store, operation.operation_id):
         ended = _wait(state, store, operation, began_s + timeout_s, report)
     if ended.state != "done":
@@ -248,11 +266,11 @@ def _wait(
     said = ""
     while True:
         found = store.read().operation(operation.operation_id)
-        if found is None or found.has_ended:
-            return found or operation.ended("abandoned", "it was forgotten")
-        if found.progress and found.progress != said:
+        if found is not None and found.progress and found.progress != said:
             said = found.progress
             report(said)
+        if found is None or found.has_ended:
+            return found or operation.ended("abandoned", "it was forgotten")
         record = state.read_record()
         if record is None or not is_alive(record.driver):
             raise CommandError(

@@ -29,6 +29,8 @@ _QUICK = ("plan", "rollback")
 _KEPT_LINES = 100
 _MAX_LINE_BYTES = 4 << 20
 _RETRY_AFTER_S = 5.0
+_WRITE_AGAIN_S = 1.0
+"""Time between two tries to write an end."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ class _Going:
     """What it shall end as, where somebody wants its end."""
     exit_code: int = 0
     task: "asyncio.Task[None] | None" = None
+    """Carries it out."""
+    end: "asyncio.Task[None] | None" = None
+    """Writes what it has ended as, when it has."""
 
 
 class AdminRunner:
@@ -119,8 +124,8 @@ class AdminRunner:
         )
         going = self._going[operation_id] = _Going(operation)
         going.task = asyncio.create_task(self._carry_out(going))
-        # It is called before any that waits for the task, and also if that never got to run.
-        going.task.add_done_callback(lambda _: self._finish(going))
+        # A task of its own, for the one that is called off may never get to run.
+        going.end = asyncio.create_task(self._finish(going, going.task))
         return operation
 
     def find(self, operation_id: str) -> AdminOperation:
@@ -151,8 +156,8 @@ class AdminRunner:
             StateError: if the control store cannot be used.
         """
         going = self._going.get(operation_id)
-        if going is not None and going.task is not None:
-            await asyncio.wait({going.task}, timeout=timeout_s)
+        if going is not None and going.end is not None:
+            await asyncio.wait({going.end}, timeout=timeout_s)
         return self.find(operation_id)
 
     def cancel(self, operation_id: str) -> AdminOperation:
@@ -167,18 +172,20 @@ class AdminRunner:
 
     def _call_off(self, operation_id: str, ends_as: OperationState) -> None:
         going = self._going.get(operation_id)
+        if going is None or going.task is None or going.task.done():
+            return
         # A second one would interrupt what the first one does.
-        if going is not None and going.task is not None and going.called_off is None:
+        if going.called_off is None:
             going.called_off = ends_as
             going.task.cancel()
 
     async def close(self) -> None:
         """End everything; what is going on is abandoned."""
         self._is_closed = True
-        tasks = [one.task for one in self._going.values() if one.task is not None]
+        ends = [one.end for one in self._going.values() if one.end is not None]
         for operation_id in list(self._going):
             self._call_off(operation_id, "abandoned")
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*ends, return_exceptions=True)
 
     async def _carry_out(self, going: _Going) -> None:
         operation = going.operation
@@ -192,13 +199,25 @@ class AdminRunner:
         except Exception as error:  # noqa: BLE001 - the border of a task: it is said what failed
             going.said = Said(failure=failure_of(error))
 
-    def _finish(self, going: _Going) -> None:
-        name = going.operation.operation_id
+    async def _finish(self, going: _Going, task: "asyncio.Task[None]") -> None:
+        """Write what an operation has ended as; while that fails, it goes on for its callers.
+
+        A cluster that stops leaves it to the next one.
+        """
+        await asyncio.wait({task})
+        name, said = going.operation.operation_id, ""
+        while True:
+            try:
+                self._end(going)
+                break
+            except RetrievalError as error:
+                if said != str(error):
+                    said = str(error)
+                    _log.error("the end of operation %s is not recorded: %s", name, said)
+            if self._is_closed:
+                break
+            await asyncio.sleep(_WRITE_AGAIN_S)
         del self._going[name]
-        try:
-            self._end(going)
-        except RetrievalError as error:
-            _log.error("the end of operation %s is not recorded: %s", name, error)
 
     async def _run(self, going: _Going) -> None:
         """Run the process of an operation to its end, however that comes."""

@@ -106,6 +106,16 @@ class Control(BaseModel):
         others = [one for one in self.operations if one.operation_id != operation.operation_id]
         return self.model_copy(update={"operations": (*others, operation)[-_KEPT:]})
 
+    def replaced(self, operation: Operation) -> Self:
+        """Return the document with a newer state of its current operation.
+
+        It is this very document where that operation has ended, or is another one.
+        """
+        going = self.current
+        if going is None or going.operation_id != operation.operation_id:
+            return self
+        return self.with_operation(operation)
+
     def pointed(self, alias: Alias, generation: int) -> Self:
         """Return the document with an alias that names another generation."""
         if alias != LIVE:

@@ -21,7 +21,8 @@ _MAX_ASSIGNMENT_ERROR = 0.05
 def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     """Return what the sequencer and the shard processes say of updates, and the exit code for it.
 
-    It is degraded while a process or the sequencer does not answer, or upserts are refused.
+    It is degraded while a process or the sequencer does not answer, upserts are refused, or a
+    process cannot follow the log.
 
     Raises:
         CommandError: if no cluster runs, or it takes no updates.
@@ -41,7 +42,7 @@ def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         "hints": _hints(shards, record.generation),
     }
     whole = "error" not in sequencer and not sequencer["blocked"]
-    whole = whole and all("error" not in one for one in shards)
+    whole = whole and all("error" not in one and "trouble" not in one for one in shards)
     return document, ExitCode.OK if whole else ExitCode.DEGRADED
 
 

@@ -178,7 +178,7 @@ def _snapshots(options: argparse.Namespace) -> int:
         show(options, document, lambda: snapshots.render_pruned(document))
     elif options.unpin is not None:
         config = load_settings(options, state).config
-        document = snapshots.unpin(state, config, options.unpin)
+        document = snapshots.unpin(state, config, options.unpin, dry_run=options.dry_run)
         show(options, document, lambda: snapshots.render_unpinned(document))
     else:
         document = snapshots.listing(state)

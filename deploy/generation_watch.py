@@ -17,13 +17,20 @@ from typing import NamedTuple
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, ControlStore, Operation
-from silvershard.deploy.memory_plan import Mode, free_memory, held_by, plan_memory
-from silvershard.deploy.readiness import Key, Readiness, refusals
+from silvershard.deploy.memory_plan import (
+    MemoryPlan,
+    Mode,
+    free_memory,
+    held_by,
+    loaded_bytes,
+    plan_memory,
+)
+from silvershard.deploy.readiness import NOTHING, Key, Lacking, Readiness, records_of, refusals
 from silvershard.deploy.shard_host import Connect, Held, Host, ShardHost
 from silvershard.deploy.shard_watch import ShardWatch
-from silvershard.deploy.state import GenerationRecord, GenerationRole, StateDir
+from silvershard.deploy.state import GenerationRecord, StateDir
 from silvershard.shard.assignment import shard_partitions
-from silvershard.shard.errors import RetrievalError
+from silvershard.shard.errors import RetrievalError, SnapshotError
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
 
@@ -44,10 +51,6 @@ _MEET_S = 1.0
 """Time for routers to connect to processes before they depend on them."""
 
 
-class _Superseded(Exception):
-    """The operation was cancelled meanwhile."""
-
-
 class GenerationWatch:
     """Makes the processes hold what they shall, and decides which of them are in service."""
 
@@ -61,7 +64,7 @@ class GenerationWatch:
         free_bytes: Callable[[], int] = free_memory,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make a generation the live one, as a cluster that starts does.
+        """Serve a generation, which the store names as the live one after ``started``.
 
         What an earlier cluster had begun and not ended is abandoned.
 
@@ -80,10 +83,18 @@ class GenerationWatch:
         self._clock = clock
         self._store = ControlStore(state.control_file)
         self._hosts: dict[Key, tuple[ShardEntry, Host]] = {}
+        self._starting = generation
+        """What is live as soon as the cluster has started; 0 from then on."""
         self._swap: _Swap | None = None
+        self._waiting = "", 0.0
+        """The operation that has not begun, and since when."""
         self._readiness = Readiness()
         self._parked = False
         """Whether the previous generation stays in memory."""
+        self._gave_way = ""
+        """The operation for which it was given up."""
+        self._leaving: dict[int, float] = {}
+        """Former canaries, and until when somebody can be waiting for an answer of them."""
         self._drained_s = 0.0
         """When nobody can be waiting for an answer of the previous generation any more."""
         self._is_late = range(0)
@@ -96,10 +107,21 @@ class GenerationWatch:
             if going is not None:
                 reason = "the cluster ended before it was done"
                 now = now.with_operation(going.ended("abandoned", reason))
-            # What was warm is not any more, and nobody depends on it.
-            return now.pointed(LIVE, generation).pointed(WARM, 0)
+            # What was warm is not any more. What is being started is, so that it is kept.
+            return now.pointed(WARM, generation if generation != now.live else 0)
 
-        self._control = self._store.change(begin)
+        self._control = self._store.change(begin).pointed(LIVE, generation)
+
+    def started(self) -> None:
+        """Make the generation the live one of the store: it is served now.
+
+        Raises:
+            StateError: if the store cannot be written.
+        """
+        generation = self._starting
+        control = self._store.change(lambda now: now.pointed(LIVE, generation))
+        self._starting = 0
+        self._accept(control)
 
     @property
     def live(self) -> int:
@@ -115,7 +137,7 @@ class GenerationWatch:
     @property
     def snapshots(self) -> dict[int, str]:
         """Return the directories of what is served beside the live generation."""
-        beside = {self._control.canary, self._control.previous} - {0, self.live}
+        beside = {self._control.canary, self._control.previous, *self._leaving} - {0, self.live}
         if self._swap is not None and self._swap.commit_s is not None:
             beside.add(self._swap.operation.generation)
         return {one: str(self.path(one)) for one in sorted(beside) if self._is_served(one)}
@@ -129,27 +151,11 @@ class GenerationWatch:
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return every generation that a process holds, as status shows it."""
-        numbers = {one for _, host in self._hosts.values() for one in host.held or {}}
-        return tuple(self._record(number) for number in sorted(numbers))
+        return records_of(self._reports, self._control)
 
-    def _record(self, generation: int) -> GenerationRecord:
-        held = [
-            (host.held or {})[generation]
-            for _, host in self._hosts.values()
-            if generation in (host.held or {})
-        ]
-        roles: dict[int, GenerationRole] = {
-            self._control.previous: "previous",
-            self._control.canary: "canary",
-            self._control.live: "live",
-        }
-        return GenerationRecord(
-            generation=generation,
-            role=roles.get(generation, "staged"),
-            prepared=sum(one.state == "prepared" for one in held),
-            processes=len(self._hosts),
-            reason=next((one.reason for one in held if one.state == "failed"), ""),
-        )
+    @property
+    def _reports(self) -> dict[Key, Mapping[int, Held]]:
+        return {key: host.held or {} for key, (_, host) in self._hosts.items()}
 
     def path(self, generation: int) -> Path:
         """Return the directory of a generation."""
@@ -164,11 +170,12 @@ class GenerationWatch:
             self._take(self._store.read())
             if self._swap is not None:
                 self._advance(self._swap, watches)
+            self._settle()
         except RetrievalError as error:
             self._say(f"the control store cannot be used, all stays as it is: {error}")
         for (_, replica), (_, host) in self._hosts.items():
             if host.held is not None:
-                self._reconcile(host, host.held, self._wanted(replica))
+                self._reconcile(host, host.held, self._wanted(replica) - self._retried(host.held))
 
     def in_service(self, watches: Sequence[ShardWatch]) -> tuple[ShardEntry, ...]:
         """Return the entries of the processes that answer for the live generation.
@@ -202,75 +209,127 @@ class GenerationWatch:
                 self._hosts[key] = entry, self._connect(entry.address)
 
     def _take(self, control: Control) -> None:
+        self._accept(control)
+        going = self._control.current
+        if going is None or self._swap is not None or self._starting:
+            return
+        if going.operation_id != self._waiting[0]:
+            self._waiting = going.operation_id, self._clock()
+        self._begin(going)
+
+    def _accept(self, control: Control) -> None:
+        """Take the document as it is now, and follow what changed."""
+        before, now_s = self._control, self._clock()
+        if self._starting:
+            control = control.pointed(LIVE, self._starting)
         self._control = control
-        going = control.current
-        if self._swap is not None and (
-            going is None or going.operation_id != self._swap.operation.operation_id
+        if control.live != before.live:
+            is_wave = self._swap is not None and self._swap.mode == "wave"
+            late = range(len(self._first_wave), self._config.sharding.replicas)
+            self._parked = self._config.swap.keep_previous and not is_wave
+            self._gave_way = ""
+            self._is_late = late if is_wave else range(0)
+            self._drained_s = now_s + self._drain_s(is_wave=is_wave)
+        if before.canary not in (0, control.canary):
+            self._leaving[before.canary] = now_s + self._drain_s(is_wave=False)
+        going, swap = control.current, self._swap
+        if swap is not None and (
+            going is None or going.operation_id != swap.operation.operation_id
         ):
             self._swap = None
-        if going is not None and going.state == "waiting":
-            self._begin(going)
 
     def _begin(self, operation: Operation) -> None:
-        """Start a swap, or refuse it."""
-        generation = operation.generation
-        if generation == 0:
+        """Start a swap, refuse it, or leave it waiting until the way is free."""
+        if operation.generation == 0:
             self._commit(operation)
             return
-        if not self._may_begin(generation):
+        obstacle = self._obstacle(operation)
+        if obstacle:
+            self._leave_waiting(operation, obstacle)
             return
         try:
-            outline = self._outline(generation)
-            found = outline.content_hash
+            found = self._outline(operation.generation).content_hash
             if operation.content_hash and operation.content_hash != found:
                 self._end(operation, "it is not the content that was checked any more")
                 return
-            mode = self._plan(outline, operation)
-        except RetrievalError as error:
+            plan = self._plan(operation.generation)
+        except SnapshotError as error:
             self._end(operation, str(error))
             return
-        if mode is None:
+        if plan.mode == "refused" or (plan.mode == "wave" and operation.alias != LIVE):
+            self._end(operation, plan.reason)
+            return
+        if plan.mode == "wave" and not self._is_served(self.live, apart_from=self._first_wave):
+            self._leave_waiting(operation, "no part of the replicas can be spared")
             return
         now_s = self._clock()
         # Requests that are in flight on processes which the map no longer names must end first.
-        load_s = now_s + self._drain_s(is_wave=True) if mode == "wave" else now_s
+        load_s = now_s + self._drain_s(is_wave=True) if plan.mode == "wave" else now_s
         running = operation.model_copy(update={"state": "running", "progress": "loading"})
-        self._control = self._store.change(lambda now: _replaced(now, running))
-        self._swap = _Swap(running, mode, now_s + self._config.swap.timeout_s, load_s)
+        self._accept(self._store.change(lambda now: now.replaced(running)))
+        self._swap = _Swap(running, plan.mode, now_s + self._config.swap.timeout_s, load_s)
         self._readiness = Readiness()
 
-    def _may_begin(self, generation: int) -> bool:
-        """Return whether the way is free; what is in it is on its way out then."""
-        held = [host.held or {} for _, host in self._hosts.values()]
+    def _leave_waiting(self, operation: Operation, obstacle: str) -> None:
+        """End an operation that could not begin in time."""
+        timeout_s = self._config.swap.timeout_s
+        if self._clock() > self._waiting[1] + timeout_s:
+            self._end(operation, f"{obstacle} after {timeout_s:g} s, swap.timeout_s")
+
+    def _obstacle(self, operation: Operation) -> str:
+        """Return in words what is in the way, empty if nothing is; it is on its way out then."""
+        generation, control = operation.generation, self._control
+        held = self._reports.values()
         if any(generation in one and one[generation].state == "failed" for one in held):
             # The last try is let go of first, so that it is not taken for this one.
-            return False
-        if self._holds_everywhere(generation):
-            return True
+            return f"generation {generation} failed earlier and is still held"
+        if self._is_late:
+            return f"not every replica has changed to generation {control.live}"
+        if held and all(generation in one for one in held):
+            return ""
         # At most two generations are held beside a canary.
-        self._parked = False
-        previous = self._control.previous
-        return previous in (0, generation) or not any(previous in one for one in held)
+        if self._parked or self._gave_way:
+            self._parked, self._gave_way = False, operation.operation_id
+        stay = {control.live, control.canary, control.warm, generation}
+        others = set().union(*held) - stay
+        return f"generation {min(others)} is still held" if others else ""
 
-    def _holds_everywhere(self, generation: int) -> bool:
-        hosts = [host for _, host in self._hosts.values()]
-        return bool(hosts) and all(generation in (host.held or {}) for host in hosts)
-
-    def _plan(self, outline: Outline, operation: Operation) -> Mode | None:
-        """Return how to bring a generation in; None if the operation has ended over it."""
-        if self._holds_everywhere(operation.generation):
-            return "beside"
-        plan = plan_memory(
+    def _plan(self, generation: int) -> MemoryPlan:
+        """Return how to bring a generation in; the processes that hold it need no room for it."""
+        outline, num_hosts = self._outline(generation), len(self._hosts)
+        holding = sum(generation in one for one in self._reports.values())
+        held = held_by(entry.pid for entry, _ in self._hosts.values())
+        room = min(loaded_bytes(self._config, outline) * holding // max(num_hosts, 1), held)
+        return plan_memory(
             self._config,
-            self._outline(self.live),
+            self._outline(self.live) if holding < num_hosts else None,
             outline,
-            held_bytes=held_by(entry.pid for entry, _ in self._hosts.values()),
-            free_bytes=self._free_bytes(),
+            held_bytes=held - room,
+            free_bytes=self._free_bytes() + room,
         )
-        if plan.mode == "refused" or (plan.mode == "wave" and operation.alias != LIVE):
-            self._end(operation, plan.reason)
-            return None
-        return plan.mode
+
+    def _settle(self) -> None:
+        """Notice what is over: drains, the second half of a wave, what a failed swap displaced."""
+        now_s = self._clock()
+        self._leaving = {one: end_s for one, end_s in self._leaving.items() if now_s < end_s}
+        late = [held for key, held in self._reports.items() if key[1] in self._is_late]
+        states = {held[self.live].state if self.live in held else "" for held in late}
+        if now_s >= self._drained_s and states <= {"prepared", "failed"}:
+            self._is_late = range(0)
+        if self._gave_way and self._control.current is None:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Load the previous generation again, if it made room for what was not done."""
+        control = self._control
+        previous, ended = control.previous, control.operation(self._gave_way)
+        held = set().union(*self._reports.values())
+        is_lost = ended is None or ended.state == "done" or not self.path(previous).is_dir()
+        if not is_lost and held - {control.live, control.canary, control.warm, previous}:
+            # What failed is let go of first.
+            return
+        self._gave_way = ""
+        self._parked = not is_lost and self._plan(previous).mode == "beside"
 
     def _advance(self, swap: _Swap, watches: Sequence[ShardWatch]) -> None:
         """Commit a swap when every process that counts has the generation prepared and level."""
@@ -287,16 +346,17 @@ class GenerationWatch:
         prepared = sum(one is not None and one.state == "prepared" for one in held)
         shards = {one.shard for one in counted}
         is_whole = prepared == len(counted) and shards == set(range(self._config.sharding.shards))
-        refused, behind = self._lacking(swap.operation) if is_whole else ("", "")
+        lacking, behind = self._lacking(swap.operation) if is_whole else (NOTHING, "")
         if broken:
             self._end(swap.operation, f"a shard process cannot hold it: {broken[0]}")
-        elif refused:
-            self._end(swap.operation, f"{refused}; --allow-schema lets it through")
+        elif lacking.refused:
+            self._end(swap.operation, f"{lacking.refused}; --allow-schema lets it through")
         elif is_whole and not behind:
             if is_wave and swap.commit_s is None:
                 self._swap = swap._replace(commit_s=self._clock() + _MEET_S)
             elif swap.commit_s is None or self._clock() >= swap.commit_s:
-                self._commit(swap.operation)
+                changes = {"progress": lacking.unknown or swap.operation.progress}
+                self._commit(swap.operation.model_copy(update=changes))
         elif self._clock() > swap.give_up_s:
             self._end(
                 swap.operation,
@@ -310,58 +370,37 @@ class GenerationWatch:
             doing = "; catches up with the live one" if behind else doing
             self._report(swap, f"prepared {prepared} of {len(counted)}{doing}")
 
-    def _lacking(self, operation: Operation) -> tuple[str, str]:
+    def _lacking(self, operation: Operation) -> tuple[Lacking, str]:
         """Return which updates the next live generation refused, and where it is behind."""
         coming = operation.generation
         if operation.alias != LIVE or coming == self.live:
-            return "", ""
-        reports = {key: host.held or {} for key, (_, host) in self._hosts.items()}
-        may_refuse = operation.allow_refused or operation.kind == "rollback"
-        return (
-            "" if may_refuse else refusals(reports, self.live, coming),
-            self._readiness.observe(reports, self.live, coming, self._clock()),
-        )
+            return NOTHING, ""
+        behind = self._readiness.observe(self._reports, self.live, coming, self._clock())
+        if operation.allow_refused or operation.kind == "rollback":
+            return NOTHING, behind
+        lacking = refusals(self._reports, self.live, coming)
+        return lacking, behind or lacking.early
 
     def _report(self, swap: _Swap, progress: str) -> None:
         if swap.operation.progress == progress:
             return
         running = swap.operation.model_copy(update={"progress": progress})
-        self._control = self._store.change(lambda now: _replaced(now, running))
-        self._swap = swap._replace(operation=running)
+        self._accept(self._store.change(lambda now: now.replaced(running)))
+        if self._swap is not None:
+            self._swap = swap._replace(operation=running)
 
     def _commit(self, operation: Operation) -> None:
-        """Make the one change that a swap is."""
-        is_wave = self._swap is not None and self._swap.mode == "wave"
+        """Make the one change that a swap is, unless it was cancelled meanwhile."""
 
         def make(now: Control) -> Control:
-            _check_current(now, operation)
-            pointed = now.pointed(operation.alias, operation.generation)
-            return pointed.with_operation(operation.ended("done"))
+            done = now.replaced(operation.ended("done"))
+            return now if done is now else done.pointed(operation.alias, operation.generation)
 
-        before = self.live
-        try:
-            self._control = self._store.change(make)
-        except _Superseded:
-            return
-        finally:
-            self._swap = None
-        if self.live != before:
-            first = self._first_wave
-            replicas = self._config.sharding.replicas
-            self._parked = self._config.swap.keep_previous and not is_wave
-            self._is_late = range(len(first), replicas) if is_wave else range(0)
-            self._drained_s = self._clock() + self._drain_s(is_wave=is_wave)
+        self._accept(self._store.change(make))
 
     def _end(self, operation: Operation, reason: str) -> None:
-        def make(now: Control) -> Control:
-            _check_current(now, operation)
-            return now.with_operation(operation.ended("failed", reason))
-
-        self._swap = None
-        try:
-            self._control = self._store.change(make)
-        except _Superseded:
-            return
+        failed = operation.ended("failed", reason)
+        self._accept(self._store.change(lambda now: now.replaced(failed)))
 
     def _drain_s(self, *, is_wave: bool) -> float:
         """Return how long requests may still be answered by what the map names no more."""
@@ -396,12 +435,20 @@ class GenerationWatch:
         if replica in self._is_late:
             is_drained = self._clock() >= self._drained_s
             return {control.live if is_drained else control.previous}
-        wanted = {control.live, control.canary, control.warm}
+        wanted = {control.live, control.canary, control.warm, *self._leaving}
         if not self._is_late and (self._parked or self._clock() < self._drained_s):
             wanted.add(control.previous)
         if swap is not None:
             wanted.add(swap.operation.generation)
         return {one for one in wanted if one and self.path(one).is_dir()}
+
+    def _retried(self, held: Mapping[int, Held]) -> set[int]:
+        """Return what failed in a process and is to be tried again."""
+        going = self._control.current
+        if going is None or self._swap is not None or going.generation == self.live:
+            return set()
+        tried = held.get(going.generation)
+        return {going.generation} if tried is not None and tried.state == "failed" else set()
 
     def _reconcile(self, host: Host, held: Mapping[int, Held], wanted: set[int]) -> None:
         for generation in sorted(held.keys() - wanted):
@@ -425,12 +472,14 @@ class GenerationWatch:
         held = (host.held or {}).get(generation)
         return held is not None and held.state == "prepared"
 
-    def _is_served(self, generation: int) -> bool:
-        """Return whether every shard has a process that serves a generation."""
+    def _is_served(self, generation: int, apart_from: range = range(0)) -> bool:
+        """Return whether every shard has a process that serves a generation, without some."""
         serving = {
             shard
             for (shard, replica), (_, host) in self._hosts.items()
-            if self._is_prepared(host, generation) and self._is_in_service(replica, host)
+            if replica not in apart_from
+            and self._is_prepared(host, generation)
+            and self._is_in_service(replica, host)
         }
         return bool(generation) and len(serving) == self._config.sharding.shards
 
@@ -449,18 +498,3 @@ class GenerationWatch:
         if text != self._said:
             self._said = text
             print(json.dumps({"event": "generations", "message": text}), file=sys.stderr)
-
-
-def _check_current(control: Control, operation: Operation) -> None:
-    going = control.current
-    if going is None or going.operation_id != operation.operation_id:
-        raise _Superseded
-
-
-def _replaced(control: Control, operation: Operation) -> Control:
-    """Return the document with a newer state of its current operation; unchanged if it ended."""
-    try:
-        _check_current(control, operation)
-    except _Superseded:
-        return control
-    return control.with_operation(operation)

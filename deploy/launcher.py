@@ -209,7 +209,10 @@ class LocalCluster:
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the router has reached every shard and has answered one question.
 
+        Only then does the control store name the generation as the live one.
+
         Raises:
+            StateError: if the control store cannot be written.
             CommandError: if a shard or the router cannot start, with its reason.
             TimedOut: if it takes too long, naming what is missing.
         """
@@ -232,6 +235,7 @@ class LocalCluster:
             if is_whole and self._router.phase == "serving":
                 self._report("first question")
                 self._canary(self._router.address)
+                self._generations.started()
                 return
             if time.monotonic() > give_up_s:
                 tables = f"{sum(served)} of {len(served)} table processes and " if served else ""

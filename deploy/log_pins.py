@@ -8,6 +8,7 @@ bear its name, and none touches those of another.
 from pathlib import Path
 
 from silvershard.cluster.update_log import UpdateLog
+from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.state_log import adopt_log
@@ -79,17 +80,25 @@ def other_pins(log: UpdateLog, state: StateDir) -> dict[str, dict[int, tuple[int
     return found
 
 
-def release_pins(log: UpdateLog, state: StateDir, name: str) -> int:
+def release_pins(log: UpdateLog, state: StateDir, name: str, *, dry_run: bool = False) -> int:
     """Let the log forget what a state directory kept that is no more; return how many pins it had.
 
+    Args:
+        log: what keeps it.
+        state: another directory with the same log.
+        name: of the one that is no more.
+        dry_run: count them only.
+
     Raises:
-        Refused: if it is the name of this one.
+        Refused: if it is the name of this one, or this one has another log.
     """
-    if name == adopt_log(state, log):
+    own_name = ControlStore(state.control_file).read().state_id
+    if name == (own_name if dry_run else adopt_log(state, log)):
         raise Refused(f"{name} is {state.root} itself: its generations need what they keep")
     own = [one for one in log.pins() if one.startswith(f"{name}/")]
-    for one in own:
-        log.unpin(one)
+    if not dry_run:
+        for one in own:
+            log.unpin(one)
     return len(own)
 
 

@@ -3,16 +3,22 @@
 Shapes: L log partitions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.shard_host import Held
+from silvershard.deploy.state import GenerationRecord, GenerationRole
 
 Key = tuple[int, int]
 """Shard and replica."""
 
 Reports = Mapping[Key, Mapping[int, Held]]
 """What every process said last that it holds, by generation."""
+
+REMEMBERED = 256
+"""Refused items that a process remembers of a generation, the newest ones."""
 
 _LEVEL_S = 1.0
 """A few reports: under load one generation of a process and the other are ahead in turns."""
@@ -70,20 +76,76 @@ class Readiness:
         return "; ".join(behind)
 
 
-def refusals(reports: Reports, live: int, coming: int) -> str:
-    """Return in words which updates a coming generation refused that the live one took.
+class Lacking(NamedTuple):
+    """What a coming generation refused, shard by shard compared with the live one; in words."""
 
-    Empty if there are none. A patch of an item that the coming one does not have is none.
+    refused: str = ""
+    """Updates that the live one took."""
+    early: str = ""
+    """Where the live one has still to come to what the other one refused."""
+    unknown: str = ""
+    """Where nobody knows whether the live one took it."""
+
+
+NOTHING = Lacking()
+
+
+def refusals(reports: Reports, live: int, coming: int) -> Lacking:
+    """Return which updates a coming generation refused that the live one took.
+
+    A patch of an item that the coming one does not have is none. The live one took what no replica
+    of the shard refused, unless it refused more than processes remember.
     """
     lacking: dict[int, str] = {}
-    for held in reports.values():
-        if coming in held:
-            taken = {item for item, _ in held[live].refused} if live in held else set()
-            lacking |= {item: why for item, why in held[coming].refused if item not in taken}
-    if not lacking:
-        return ""
-    item, why = next(iter(lacking.items()))
-    return f"it refused updates of {len(lacking)} items that the live one took; item {item}: {why}"
+    early, unknown = set(), set()
+    for (shard, _), held in reports.items():
+        if coming not in held:
+            continue
+        others = [by[live] for (of, _), by in reports.items() if of == shard and live in by]
+        taken = {item for one in others for item, _ in one.refused}
+        missing = {item: why for item, why in held[coming].refused if item not in taken}
+        if not missing:
+            continue
+        if not others or any(len(one.refused) >= REMEMBERED for one in others):
+            unknown.add(shard)
+        elif not _covers(_live_cut(reports, shard, live), held[coming].cut):
+            early.add(shard)
+        else:
+            lacking |= missing
+    item, why = next(iter(lacking.items()), (0, ""))
+    return Lacking(
+        f"it refused updates of {len(lacking)} items that the live one took; item {item}: {why}"
+        if lacking
+        else "",
+        f"the live one has not come to all that shards {_numbers(sorted(early))} refused"
+        if early
+        else "",
+        f"whether the live one took what shards {_numbers(sorted(unknown))} refused is not known: "
+        f"at most {REMEMBERED} refused items of a shard are remembered"
+        if unknown
+        else "",
+    )
+
+
+def records_of(reports: Reports, control: Control) -> tuple[GenerationRecord, ...]:
+    """Return every generation that a process holds, as status shows it."""
+    roles: dict[int, GenerationRole] = {
+        control.previous: "previous",
+        control.canary: "canary",
+        control.live: "live",
+    }
+    records = []
+    for generation in sorted(set().union(*reports.values())):
+        held = [one[generation] for one in reports.values() if generation in one]
+        record = GenerationRecord(
+            generation=generation,
+            role=roles.get(generation, "staged"),
+            prepared=sum(one.state == "prepared" for one in held),
+            processes=len(reports),
+            reason=next((one.reason for one in held if one.state == "failed"), ""),
+        )
+        records.append(record)
+    return tuple(records)
 
 
 def _live_cut(reports: Reports, shard: int, live: int) -> tuple[int, ...]:
@@ -96,5 +158,5 @@ def _covers(cut: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return all(one >= two for one, two in zip(cut, other, strict=False))
 
 
-def _numbers(cut: tuple[int, ...]) -> str:
-    return ", ".join(map(str, cut)) or "0"
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "0"

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,8 @@ def prepare_ray(token_file: Path, *, threads: int) -> None:
 def start_ray(**settings: Any) -> None:
     """Start a Ray of this process by ``ray.init``, once more where a busy machine was too slow.
 
-    Ray gives its node 30 s to appear and has no setting for that.
+    Ray gives its node 30 s to appear and has no setting for that. No process of a node that did not
+    start is left.
 
     Args:
         settings: arguments of ``ray.init``.
@@ -60,11 +62,22 @@ def start_ray(**settings: Any) -> None:
         try:
             ray.init(**settings)
         except Exception as error:
+            _end_node(error)
+            ray.shutdown()
             if _TOO_SLOW not in str(error) or attempt == _STARTS:
                 raise
-            ray.shutdown()
         else:
             return
+
+
+def _end_node(error: BaseException) -> None:
+    """End the processes of a node that did not start, which Ray keeps until this process ends."""
+    from ray._private.node import Node
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
 
 @contextmanager

@@ -83,7 +83,8 @@ def push(
 
     Raises:
         CommandError: if there is no such generation.
-        RepositoryError: if the URL cannot be written, or holds other content under the number.
+        RepositoryError: if the URL cannot be written, or holds other content under the number, or
+            the same that goes on from elsewhere in the update log.
         SnapshotError: if the generation is damaged.
     """
     number, path = choose_generation(state, generation)
@@ -119,7 +120,8 @@ def restore(
     Raises:
         Refused: if the update log is another one, or was trimmed beyond its cut; nothing is copied.
         RepositoryError: if the URL cannot be read, or does not hold the generation.
-        SnapshotError: if the copy is damaged, or other content has its number here.
+        SnapshotError: if the copy is damaged, or other content has its number here, or the same
+            that goes on from elsewhere in the update log, which does not matter with ``new_log``.
     """
     repository = Repository(url)
     present = repository.generations()
@@ -146,7 +148,13 @@ def restore(
         else:
             _check_log(state, config, manifest, report, pin=True)
         state.generations.mkdir(mode=0o700, exist_ok=True)
-        copied = repository.fetch(number, state.generations, lambda name: report(f"copying {name}"))
+        copied = repository.fetch(
+            number,
+            state.generations,
+            lambda name: report(f"copying {name}"),
+            # What left its log here before is what shall come of it.
+            any_log=new_log,
+        )
         if new_log:
             for line in leave_log(state, config):
                 report(line)
@@ -226,13 +234,14 @@ def prune(state: StateDir, config: Config, keep: int, *, dry_run: bool) -> dict[
     }
 
 
-def unpin(state: StateDir, config: Config, name: str) -> dict[str, Any]:
+def unpin(state: StateDir, config: Config, name: str, *, dry_run: bool = False) -> dict[str, Any]:
     """Let the update log forget what a state directory kept that is no more.
 
     Args:
         state: another directory with the same log.
         config: its settings.
         name: of the one that is no more, as ``prune`` shows it.
+        dry_run: say what would be released only.
 
     Raises:
         CommandError: if there is no log, or no pin of that name.
@@ -243,12 +252,12 @@ def unpin(state: StateDir, config: Config, name: str) -> dict[str, Any]:
     if log is None:
         raise CommandError(f"there is no update log in {state.root}")
     try:
-        released = release_pins(log, state, name)
+        released = release_pins(log, state, name, dry_run=dry_run)
     finally:
         log.close()
     if not released:
         raise CommandError(f"the update log has no pins of a state directory {name}")
-    return {"state_id": name, "released": released}
+    return {"state_id": name, "released": released, "done": not dry_run}
 
 
 def _remove(state: StateDir, generation: int) -> None:
@@ -319,7 +328,7 @@ def render_pruned(document: Mapping[str, Any]) -> str:
 
 def render_unpinned(document: Mapping[str, Any]) -> str:
     """Return what was released for people."""
-    return (
-        f"released {document['released']} pins of state directory {document['state_id']}; the next "
-        "`silvershard snapshots --prune` trims the log"
-    )
+    what = f"{document['released']} pins of state directory {document['state_id']}"
+    if not document["done"]:
+        return f"would release {what}"
+    return f"released {what}; the next `silvershard snapshots --prune` trims the log"

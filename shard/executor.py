@@ -31,6 +31,8 @@ from silvershard.shard.updater import Prepared, ShardUpdater
 
 _DELETES_KNOWN = 1 << 18
 """Deleted ids that stay known with their versions, of 36 bytes each."""
+_WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_WARM_RUNS = 2
 
 
 class _OpenQuery(NamedTuple):
@@ -114,12 +116,13 @@ class ShardExecutor:
             raise UpdatesUnsupported("this shard was loaded without room for updates")
         return self._held
 
-    def apply(self, prepared: Prepared, cut: tuple[int, ...]) -> list[Rejection]:
+    def apply(self, prepared: Prepared, cut: tuple[int, ...] | None) -> list[Rejection]:
         """Commit prepared updates; whoever opens a query from now on sees all of them.
 
         Args:
             prepared: by ``updater``.
-            cut: ``(L,)`` positions of the log up to which the updates of this shard are then in.
+            cut: ``(L,)`` positions of the log up to which the updates of this shard are then in;
+                None: it stays, for these came ahead of their turn and will come again.
 
         Returns:
             The updates that were refused, for the same reason on every replica.
@@ -139,18 +142,17 @@ class ShardExecutor:
                 rejected += part.apply(changes).rejected
         live.updater.write_rows(prepared.rows)
         self._reclaim()
-        if sum(cut) > sum(self.cut):
+        if cut is not None:
             self._forget_deleted(prepared)
-        self.cut = cut
+            self.cut = cut
         self.documents = sum(part.documents for part in live.parts)
         return rejected
 
     def _forget_deleted(self, prepared: Prepared) -> None:
-        """Forget the ids whose deletes came with an earlier cut, but for the last ones.
+        """Forget the ids that were deleted in earlier batches, but for the last ones.
 
         Nothing from before a cut comes again, so nothing older than its deletes does; the last ones
-        stay known all the same. An urgent delete came ahead of its turn, under an earlier cut, and
-        counts when it comes once more in its turn.
+        stay known all the same. An urgent delete counts when it comes once more in its turn.
         """
         while self._num_deleted > _DELETES_KNOWN:
             part, item_ids, versions = self._deleted.popleft()
@@ -272,9 +274,17 @@ class ShardExecutor:
         return found
 
     def warm(self) -> None:
-        """Run every stage once on an empty user, so that the first query pays no start-up cost."""
-        encoded = self.encode([{}])
-        batch = encoded.embedding.shape[0]
+        """Run every stage on empty users, so that no query pays what the first one costs.
+
+        Each batch size that is a power of two up to 64, the largest batch by default, runs twice.
+        """
+        for batch in _WARM_BATCHES:
+            for _ in range(_WARM_RUNS):
+                self._warm(batch)
+
+    def _warm(self, batch: int) -> None:
+        defaults = self.spec.defaults
+        encoded = self.encode([{}] * batch)
         empty = torch.zeros(batch, 0, 4, dtype=torch.int64)
         work = Work(
             embedding=encoded.embedding,
@@ -282,12 +292,12 @@ class ShardExecutor:
             scan=empty,
             verify=empty,
             exclude=torch.zeros(batch, 0, dtype=torch.int64),
-            value_ops=torch.tensor([[[1, 0]]], dtype=torch.int32),
+            value_ops=torch.tensor([[[1, 0]]], dtype=torch.int32).repeat(batch, 1, 1),
             value_constants=torch.zeros(batch, 1),
-            probes=torch.tensor([self.spec.defaults.probes]),
-            ann_k=torch.tensor([self.spec.defaults.ann_k]),
-            semantic_k=torch.tensor([self.spec.defaults.semantic_k]),
-            k=torch.tensor([1]),
+            probes=torch.full((batch,), defaults.probes),
+            ann_k=torch.full((batch,), defaults.ann_k),
+            semantic_k=torch.full((batch,), defaults.semantic_k),
+            k=torch.ones(batch, dtype=torch.int64),
         )
         first = self.open("warm", work, float("inf"))
         merge = self._retriever.merge

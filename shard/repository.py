@@ -66,13 +66,19 @@ class Repository:
             self._files, self._root = fsspec.core.url_to_fs(url)
 
     def generations(self) -> list[int]:
-        """Return the numbers of the generations that are there, ascending."""
+        """Return the numbers of the generations that are there, ascending.
+
+        Raises:
+            RepositoryError: if the file system fails, which is not the same as to hold none.
+        """
         folder = self._path(_GENERATIONS)
         with self._said():
             self._files.invalidate_cache()
-            if not self._files.exists(folder):
+            try:
+                found = self._files.ls(folder, detail=False)
+            except FileNotFoundError:
                 return []
-            names = [path.rsplit("/", 1)[-1] for path in self._files.ls(folder, detail=False)]
+        names = [path.rsplit("/", 1)[-1] for path in found]
         numbers = [
             number_of(name.removesuffix(".json")) for name in names if name.endswith(".json")
         ]
@@ -95,18 +101,26 @@ class Repository:
             report: hears the name of each file that is transferred.
 
         Raises:
-            RepositoryError: if its number is taken by other content, or the file system fails.
+            RepositoryError: if its number is taken by other content, or by the same that goes on
+                from elsewhere in the update log, or the file system fails.
             SnapshotError: if a file of the generation is missing or damaged.
         """
         generation = snapshot.spec.generation
         snapshot.verify()
         if generation in self.generations():
-            there = self.manifest(generation).content_hash
-            if there != snapshot.manifest.content_hash:
+            there = self.manifest(generation)
+            if there.content_hash != snapshot.manifest.content_hash:
                 raise RepositoryError(
                     self.url,
-                    f"generation {generation} is there with other content, {there[:12]}, that of "
-                    f"{snapshot.path} is {snapshot.manifest.content_hash[:12]}",
+                    f"generation {generation} is there with other content, "
+                    f"{there.content_hash[:12]}, that of {snapshot.path} is "
+                    f"{snapshot.manifest.content_hash[:12]}",
+                )
+            if _origin(there) != _origin(snapshot.manifest):
+                raise RepositoryError(
+                    self.url,
+                    f"generation {generation} is there and goes on {_place(there)}, that of "
+                    f"{snapshot.path} {_place(snapshot.manifest)}: push it elsewhere",
                 )
         copied = copied_bytes = 0
         for name, entry in snapshot.manifest.files.items():
@@ -119,7 +133,12 @@ class Repository:
         return Copied(generation, len(snapshot.manifest.files), copied, copied_bytes)
 
     def fetch(
-        self, generation: int, repository: Path, report: Callable[[str], None] = lambda _: None
+        self,
+        generation: int,
+        repository: Path,
+        report: Callable[[str], None] = lambda _: None,
+        *,
+        any_log: bool = False,
     ) -> Copied:
         """Bring a generation into a directory of generations, where it appears when it is whole.
 
@@ -130,10 +149,13 @@ class Repository:
             generation: its number.
             repository: directory of generations; made when missing.
             report: hears the name of each file that is transferred.
+            any_log: let a generation that is held stay also if it goes on from elsewhere in the
+                update log than the copy, or in another one.
 
         Raises:
             RepositoryError: if the generation is not there, or the file system fails.
-            SnapshotError: if a file is damaged, there or here, or other content has its number.
+            SnapshotError: if a file is damaged, there or here, or other content has its number, or
+                the same that goes on from elsewhere in the update log.
         """
         content = self._read_manifest(generation)
         manifest = parse_manifest(content, self._manifest_path(generation))
@@ -149,6 +171,12 @@ class Repository:
                     str(target),
                     f"must have the content {manifest.content_hash[:12]} of {self.url}, "
                     f"got {held.manifest.content_hash[:12]}: remove it, or restore elsewhere",
+                )
+            if not any_log and _origin(held.manifest) != _origin(manifest):
+                raise SnapshotError(
+                    str(target),
+                    f"must go on {_place(manifest)} like that of {self.url}, it does "
+                    f"{_place(held.manifest)}: remove it, or restore elsewhere",
                 )
             held.verify()
             return Copied(generation, len(manifest.files), 0, 0)
@@ -180,7 +208,10 @@ class Repository:
     def _holds(self, entry: FileEntry) -> bool:
         path = self._path(f"{_FILES}/{entry.sha256}")
         with self._said():
-            return bool(self._files.exists(path) and self._files.size(path) == entry.size)
+            try:
+                return bool(self._files.size(path) == entry.size)
+            except FileNotFoundError:
+                return False
 
     def _put(self, source: Path, name: str) -> None:
         """Copy a file there so that its name never stands for a part of it."""
@@ -216,13 +247,24 @@ class Repository:
         """Give what a file system raises the form of this program."""
         try:
             yield
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001 - each file system raises errors of its own
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RepositoryError(self.url, str(words)) from None
 
 
 def _json_name(generation: int) -> str:
     return f"{generation_dir(Path(), generation).name}.json"
+
+
+def _origin(manifest: Manifest) -> tuple[int, tuple[int, ...]]:
+    """Return where in which update log a generation goes on; its content hash leaves that out."""
+    return manifest.log_id, manifest.cut
+
+
+def _place(manifest: Manifest) -> str:
+    if not manifest.log_id:
+        return "in any log from its start"
+    return f"in log {manifest.log_id} from {', '.join(map(str, manifest.cut))}"
 
 
 def _is_content(path: Path, entry: FileEntry) -> bool:

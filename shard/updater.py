@@ -47,12 +47,23 @@ class _Tower(Protocol):
     def update_rows(self, table: str, rows: Tensor, values: Tensor, version: int) -> bool: ...
 
 
+class PreparedRows(NamedTuple):
+    """A change of rows of a table, as a tower takes it."""
+
+    table: str
+    version: int
+    rows: Tensor
+    """``(n,)`` int64."""
+    values: Tensor
+    """``(n, D)`` float32."""
+
+
 class Prepared(NamedTuple):
     """A batch of mutations, ready to be committed."""
 
     waves: tuple[tuple[Changes, ...], ...]
     """The changes of every part, to be applied one wave after another; seldom more than one."""
-    rows: tuple[RowChange, ...]
+    rows: tuple[PreparedRows, ...]
     """Of tables, in log order."""
     rejected: tuple[Rejection, ...]
     """Mutations that this generation refuses; every replica refuses the same."""
@@ -142,9 +153,10 @@ class ShardUpdater:
                     for part in range(self.num_parts)
                 )
             )
-        return Prepared(tuple(by_part), tuple(rows), (*rejected, *refused))
+        prepared = tuple(_prepared_rows(one) for one in rows)
+        return Prepared(tuple(by_part), prepared, (*rejected, *refused))
 
-    def write_rows(self, changes: Sequence[RowChange]) -> None:
+    def write_rows(self, changes: Sequence[PreparedRows]) -> None:
         """Write rows of the tables of this shard's model, on the thread that encodes users.
 
         A change whose version is not above the last one of its table came before and is ignored.
@@ -155,10 +167,7 @@ class ShardUpdater:
                 continue
             self._row_versions[change.table] = change.version
             cast(_Tower, self._retriever.model).update_rows(
-                change.table,
-                torch.tensor(change.rows),
-                torch.from_numpy(change.values),
-                change.version,
+                change.table, change.rows, change.values, change.version
             )
 
     def _checked(
@@ -302,6 +311,11 @@ class ShardUpdater:
                 if given.any()
             },
         )
+
+
+def _prepared_rows(change: RowChange) -> PreparedRows:
+    rows = torch.from_numpy(np.array(change.rows, dtype=np.int64))
+    return PreparedRows(change.table, change.version, rows, torch.from_numpy(change.values))
 
 
 def _int64(values: Sequence[int]) -> Tensor:

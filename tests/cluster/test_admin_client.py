@@ -1,11 +1,12 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
-from silvershard.cluster import RequestRefused, admin_pb2, admin_pb2_grpc
+from silvershard.cluster import RequestRefused, admin_client, admin_pb2, admin_pb2_grpc
 from silvershard.cluster.admin_client import AdminClient
 from silvershard.shard.errors import DeadlineExceeded
 
@@ -101,6 +102,18 @@ def test_a_long_wait_is_several_calls(admin: Admin, client: AdminClient) -> None
     waits = admin.asked[1:]
     assert len(waits) == 3
     assert all(0 < one.timeout.ToNanoseconds() <= 20e9 for one in waits)
+
+
+def test_waits_that_are_over_at_once_are_paced(
+    client: AdminClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr(
+        admin_client, "time", SimpleNamespace(monotonic=lambda: sum(paused), sleep=paused.append)
+    )
+    client.finish(client.activate(2), timeout_s=60.0)
+    assert len(paused) == 2
+    assert all(one > 0 for one in paused)
 
 
 def test_what_was_not_done_is_an_error_with_its_status(admin: Admin, client: AdminClient) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from silvershard.cluster.follower import Follower
-from silvershard.cluster.update_log import LogRecord, NewRecord, open_log
+from silvershard.cluster.update_log import READ_BYTES, LogRecord, NewRecord, open_log
 from silvershard.shard.errors import (
     LogDamaged,
     LogTrimmed,
@@ -73,7 +73,7 @@ class Shard:
     """Notes what is committed; ``faults`` are raised by the next commits."""
 
     def __init__(self) -> None:
-        self.commits: list[tuple[list[str], tuple[int, ...]]] = []
+        self.commits: list[tuple[list[str], tuple[int, ...] | None]] = []
         self.refused: list[tuple[int, str]] = []
         self.faults: list[Exception] = []
         self.before_commit: Callable[[], None] = lambda: None
@@ -85,7 +85,7 @@ class Shard:
     def prepare(self, mutations: Any) -> list[str]:
         return list(mutations)
 
-    def commit(self, prepared: list[str], cut: tuple[int, ...]) -> list[tuple[int, str]]:
+    def commit(self, prepared: list[str], cut: tuple[int, ...] | None) -> list[tuple[int, str]]:
         self.before_commit()
         if self.faults:
             raise self.faults.pop(0)
@@ -182,7 +182,7 @@ def test_urgent_records_go_ahead_of_a_backlog_once_and_again_in_their_turn(
     log.add("take-down", urgent=True)
     follower = make(log, max_batch=2)
     follower.step()
-    assert shard.commits == [(["take-down"], (0,)), (["r0", "r1"], (2,))]
+    assert shard.commits == [(["take-down"], None), (["r0", "r1"], (2,))]
     while follower.step():
         pass
     assert shard.names == ["take-down", *(f"r{at}" for at in range(6)), "take-down"]
@@ -324,6 +324,53 @@ def test_a_log_that_grew_again_is_followed_only_if_it_holds_what_was_applied(
     assert shard.names == ["r0", "r1", "r2", "r3"]
 
 
+def test_a_follower_that_has_just_started_takes_its_log_back(make: Any, shard: Shard) -> None:
+    log = MemoryLog(2)
+    for number in range(5):
+        log.add(f"r{number}", partition=1)
+    follower = make(log, cut=(0, 5))
+    assert follower.step() is False
+    whole = list(log.records[1])
+    log.records[1] = whole[:2]
+    with pytest.raises(LogDamaged, match="ends at 2, but 5 was applied"):
+        follower.step()
+    for number in range(3):
+        log.add(f"other{number}", partition=1)
+    with pytest.raises(LogDamaged, match="position 5 of partition 1 is not what was applied"):
+        follower.step()
+    log.records[1] = whole
+    log.add("new", partition=1)
+    assert follower.step() is False
+    assert shard.names == ["new"]
+
+
+def test_a_batch_is_cut_by_bytes_and_what_is_urgent_passes_the_rest(
+    make: Any, shard: Shard
+) -> None:
+    log = MemoryLog(2)
+    third = "x" * (READ_BYTES // 3)
+    for partition in (1, 0):
+        for number in range(2):
+            log.add(f"{partition}{number}{third}", partition=partition)
+    log.add("0" + "y" * READ_BYTES)
+    log.add("hot", urgent=True)
+    follower = make(log)
+    assert follower.step() is True
+    # The largest number of records that fits: two of a partition, none of the next one.
+    assert [[name[:2] for name in names] for names, _ in shard.commits] == [["10", "11"]]
+    while follower.step():
+        pass
+    committed = [([name[:2] for name in names], cut) for names, cut in shard.commits]
+    assert committed == [
+        (["10", "11"], (0, 2)),
+        (["ho"], None),
+        (["00", "01"], (2, 2)),
+        (["0y"], (3, 2)),
+        (["ho"], (4, 2)),
+    ]
+    assert follower.lag.cut == (4, 2)
+
+
 def test_a_bug_ends_the_following_and_is_logged(
     make: Any, shard: Shard, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -360,7 +407,7 @@ def test_urgent_deletes_pass_a_batch_that_waits_for_room(monkeypatch: pytest.Mon
     log.add("take-down of the batch", urgent=True)
 
     class Full(Shard):
-        def commit(self, prepared: list[str], cut: tuple[int, ...]) -> list[tuple[int, str]]:
+        def commit(self, prepared: list[str], cut: tuple[int, ...] | None) -> list[tuple[int, str]]:
             if "r0" in prepared and "later take-down" not in self.names:
                 if len(log.records[0]) == 2:
                     log.add("later take-down", urgent=True)
@@ -372,7 +419,7 @@ def test_urgent_deletes_pass_a_batch_that_waits_for_room(monkeypatch: pytest.Mon
     follower.step()
     follower.step()
     assert shard.commits == [
-        (["take-down of the batch", "later take-down"], (0,)),
+        (["take-down of the batch", "later take-down"], None),
         (["r0", "take-down of the batch"], (2,)),
         (["later take-down"], (3,)),
     ]

@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 
-from silvershard.cluster.group_commit import MAX_GROUP, GroupCommit
+from silvershard.cluster.group_commit import (
+    MAX_GROUP,
+    MAX_GROUP_BYTES,
+    Backlog,
+    GroupCommit,
+    decided,
+    groups_of,
+)
 from silvershard.cluster.sequencer import Outcome, Write
-from silvershard.shard.errors import DeadlineExceeded, LogUnavailable, StateError
+from silvershard.shard.errors import DeadlineExceeded, Fenced, LogUnavailable, StateError
 
 LATER_S = 1e9
 
@@ -89,6 +96,63 @@ def test_a_group_has_a_limit_and_keeps_the_order(run: Any) -> None:
     run(scene())
 
 
+def heavy(count: int, size: int) -> list[Write]:
+    """Writes of ``size`` bytes each."""
+    return [one._replace(body=b"x" * size) for one in writes(*range(count))]
+
+
+def test_a_group_has_a_limit_of_bytes_too(run: Any) -> None:
+    async def scene() -> None:
+        store = Store()
+        async with queue_of(store) as queue:
+            queue.submit(writes(0), LATER_S, urgent=False)
+            await until(lambda: len(store.groups) == 1)
+            half = MAX_GROUP_BYTES // 2
+            large = [
+                queue.submit(heavy(1, size), LATER_S, urgent=False)
+                for size in (half, half, half, half + 1, 3 * half, 1)
+            ]
+            store.turn.release(10)
+            await asyncio.gather(*large)
+            assert [len(group) for group in store.groups[1:]] == [2, 1, 1, 1, 1]
+
+    run(scene())
+
+
+def test_a_call_is_split_into_groups_by_count_and_bytes() -> None:
+    def sizes(given: list[Write]) -> list[int]:
+        parts = list(groups_of(given))
+        assert [one for part in parts for one in part] == given
+        return [len(part) for part in parts]
+
+    third = MAX_GROUP_BYTES // 3
+    assert sizes([]) == []
+    assert sizes(heavy(2 * MAX_GROUP + 1, 1)) == [MAX_GROUP, MAX_GROUP, 1]
+    assert sizes(heavy(7, third)) == [3, 3, 1]
+    assert sizes([*heavy(1, 1), *heavy(2, 4 * third), *heavy(2, 1)]) == [1, 1, 1, 2]
+
+
+def test_a_backlog_has_room_by_count_and_bytes_and_for_anything_alone(run: Any) -> None:
+    async def scene() -> None:
+        backlog = Backlog(10, 100)
+        assert backlog.fits(11, 101)
+        backlog.add(2, 60)
+        assert backlog.fits(8, 40)
+        assert not backlog.fits(9, 1)
+        assert not backlog.fits(1, 41)
+        waiting = asyncio.create_task(backlog.until_fits(1, 41))
+        backlog.add(1, 1)
+        backlog.remove(1, 1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        backlog.remove(2, 60)
+        await asyncio.wait_for(waiting, 5)
+        assert (backlog.updates, backlog.bytes) == (0, 0)
+
+    run(scene())
+
+
 def test_what_nobody_waits_for_is_not_committed(run: Any) -> None:
     async def scene() -> None:
         store = Store()
@@ -153,3 +217,22 @@ def test_closing_fails_what_waits(run: Any) -> None:
                 await waiting
 
     run(scene())
+
+
+def test_a_call_of_several_pieces_says_whether_any_of_it_is_logged() -> None:
+    logged, late = Outcome(3, ()), DeadlineExceeded("nothing of it is logged")
+    assert decided([logged, logged]) == [logged, logged]
+    with pytest.raises(DeadlineExceeded, match=r"^nothing of it is logged$"):
+        decided([late, late])
+    with pytest.raises(DeadlineExceeded, match=r"a part of it is logged$"):
+        decided([late, logged])
+
+
+def test_what_is_worse_than_to_be_late_is_said_instead() -> None:
+    late, unknown = DeadlineExceeded("late"), LogUnavailable("redis://a", "is away")
+    fenced = Fenced(0, 1, 2)
+    for outcomes in ([late, unknown], [unknown, Outcome(3, ())]):
+        with pytest.raises(LogUnavailable):
+            decided(outcomes)
+    with pytest.raises(Fenced):
+        decided([late, unknown, fenced])

@@ -74,7 +74,7 @@ class Follows:
         self.lag = Lag((0,), (7,), 0.0, 0.0)
         self.counts = UpdateCounts(batches=2, records=9, urgent=1, rejected=3)
         self.failure = self.trouble = ""
-        self.refused = ((11, "no room for its values"),)
+        self.refused = ((11, "no room for its values"), (-1, "no such table"))
         self.progressed: Callable[[], None] = lambda: None
         self.started = self.stopped = False
         self.may_catch_up = threading.Event()
@@ -274,7 +274,10 @@ def test_the_report_holds_what_a_supervisor_needs(bench: Bench) -> None:
     assert (report.pool.pages, report.pool.free_pages, report.pool.dead_slots) == (10, 4, 20)
     assert (report.pool.longest_list, report.pool.mean_list) == (3, 1.5)
     assert (report.updates.records, report.updates.rejected) == (9, 3)
-    assert [(one.item_id, one.reason) for one in report.refused] == [(11, "no room for its values")]
+    assert [(one.item_id, one.reason) for one in report.refused] == [
+        (11, "no room for its values"),
+        (-1, "no such table"),
+    ]
     bench.followers[3].trouble = "the log is away"
     assert bench.hosting.find(3).report().reason == "the log is away"
 

@@ -193,13 +193,13 @@ def test_calls_at_the_same_time_share_an_append(run: Any, serve: Any) -> None:
             first = asyncio.create_task(caller.apply(ItemUpsert(1)))
             await until(lambda: len(caller.log.appends) == 1)
             rest = [asyncio.create_task(caller.apply(ItemUpsert(at))) for at in range(2, 20)]
-            await until(lambda: caller.server._queued == 19)
+            await until(lambda: caller.server._queued.updates == 19)
             caller.log.free.set()
             results = await asyncio.gather(first, *rest)
             assert len(caller.log.appends) == 2
             positions = sorted(one.tokens[0].position for one in results)
             assert positions == list(range(1, 20))
-            assert caller.server._queued == 0
+            assert caller.server._queued.updates == 0
 
     run(scene())
 
@@ -231,13 +231,35 @@ def test_a_full_queue_refuses_with_a_delay(run: Any, serve: Any) -> None:
             await until(lambda: len(caller.log.appends) == 1)
             error = await caller.refused(ItemUpsert(1), ItemUpsert(2))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert ("9 updates are queued") in error.details()
+            assert "9 updates are queued" in error.details()
             assert int(dict(error.trailing_metadata())[PUSHBACK]) > 0
             second = asyncio.create_task(caller.apply(ItemUpsert(1)))
-            await until(lambda: caller.server._queued == 10)
+            await until(lambda: caller.server._queued.updates == 10)
             caller.log.free.set()
             await asyncio.gather(first, second)
-            assert caller.server._queued == 0
+            assert caller.server._queued.updates == 0
+
+    run(scene())
+
+
+def test_a_queue_is_full_of_bytes_as_of_updates(run: Any, serve: Any) -> None:
+    async def scene() -> None:
+        async with serve(hold=True, max_queue_bytes=3000) as caller:
+            large = ItemUpsert(1, fields={"title": "x" * 2000})
+            tasks = [asyncio.create_task(caller.apply(large))]
+            await until(lambda: len(caller.log.appends) == 1)
+            error = await caller.refused(large)
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "1 updates are queued, 20" in error.details()
+            stream = caller.stub.StreamUpdates()
+            await stream.write(request(large))
+            await stream.done_writing()
+            tasks.append(asyncio.create_task(caller.apply(ItemUpsert(2))))
+            await until(lambda: caller.server._queued.updates == 2)
+            caller.log.free.set()
+            await asyncio.gather(*tasks)
+            assert [len(result_from(one).tokens) async for one in stream] == [1]
+            assert caller.server._queued.bytes == 0
 
     run(scene())
 
@@ -259,7 +281,7 @@ def test_what_is_wrong_with_a_request_is_refused_as_a_whole(run: Any, serve: Any
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await raw(b"\xff\xff")
             assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert caller.server._queued == 0
+            assert caller.server._queued.updates == 0
 
     run(scene())
 
@@ -272,9 +294,9 @@ def test_a_call_whose_time_ran_out_in_the_queue_is_not_logged(run: Any, serve: A
             late = await caller.refused(ItemUpsert(2), timeout_s=0.05)
             assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             gone = asyncio.create_task(caller.apply(ItemUpsert(3)))
-            await until(lambda: caller.server._queued >= 2)
+            await until(lambda: caller.server._queued.updates >= 2)
             gone.cancel()
-            await until(lambda: caller.server._queued == 1)
+            await until(lambda: caller.server._queued.updates == 1)
             caller.log.free.set()
             await first
             await caller.apply(ItemUpsert(4))
@@ -411,7 +433,7 @@ def test_upserts_wait_for_the_first_word_of_their_shard(run: Any, serve: Any) ->
             stream = caller.stub.StreamUpdates()
             await stream.write(request(ItemUpsert(3)))
             await stream.write(request(ItemPatch(3)))
-            await until(lambda: caller.server._queued == 3)
+            await until(lambda: caller.server._queued.updates == 3)
             assert (await caller.apply(ItemDelete(4, version=1))).tokens[0].position == 1
             assert not waiting.done()
             reports.rooms = [RoomReport(0, 0, 100, 20, (0,))]
@@ -435,7 +457,7 @@ def test_upserts_whose_shard_says_nothing_are_refused_in_the_time_of_the_call(
             assert (blocked.index, blocked.code) == (0, "RESOURCE_EXHAUSTED")
             assert "has not said yet" in blocked.reason
             assert result.tokens
-            assert caller.server._queued == 0
+            assert caller.server._queued.updates == 0
 
     run(scene())
 
@@ -497,7 +519,7 @@ def test_a_stream_acks_in_order_and_survives_bad_requests(run: Any, serve: Any) 
             ]
             ends = [result.tokens[0].position for result in found if result.tokens]
             assert ends == [1, 2, 102, 103]
-            assert caller.server._queued == 0
+            assert caller.server._queued.updates == 0
 
     run(scene())
 
@@ -526,7 +548,7 @@ def test_a_stream_waits_for_room_in_the_queue(run: Any, serve: Any) -> None:
             for at in range(30):
                 await stream.write(request(ItemUpsert(at), ItemUpsert(at + 100)))
             await stream.done_writing()
-            await until(lambda: caller.server._queued == 4)
+            await until(lambda: caller.server._queued.updates == 4)
             caller.log.free.set()
             found = [result_from(one) async for one in stream]
             assert [one.tokens[0].position for one in found] == list(range(2, 62, 2))
@@ -541,13 +563,13 @@ def test_a_stream_ends_when_the_log_fails(run: Any, serve: Any) -> None:
             await stream.write(request(ItemUpsert(1)))
             await until(lambda: len(caller.log.appends) == 1)
             await stream.write(request(ItemUpsert(2)))
-            await until(lambda: caller.server._queued == 2)
+            await until(lambda: caller.server._queued.updates == 2)
             caller.log.error = LogUnavailable("sqlite:///log", "is full")
             caller.log.free.set()
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await stream.read()
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-            await until(lambda: caller.server._queued == 0)
+            await until(lambda: caller.server._queued.updates == 0)
 
     run(scene())
 

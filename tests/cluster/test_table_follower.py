@@ -234,6 +234,35 @@ def test_an_end_before_what_was_applied_is_damage(
         follower.step()
 
 
+@pytest.mark.parametrize("applied_here", [True, False])
+def test_a_log_that_grew_again_is_followed_only_if_it_holds_what_was_applied(
+    make_bench: Any, monkeypatch: pytest.MonkeyPatch, applied_here: bool
+) -> None:
+    bench = make_bench()
+    bench.change("users", 1, 3)
+    bench.change("users", 2, 4)
+    (table,) = bench.shards("users")
+    follower = TableFollower(bench.log, [table], () if applied_here else (2,))
+    follower.catch_up()
+    before = values(table)
+    read = bench.log.read
+    with monkeypatch.context() as lost:
+        lost.setattr(bench.log, "end", lambda _: 1)
+        with pytest.raises(LogDamaged, match="ends at 1, but 2 was applied already"):
+            follower.step()
+    bench.change("users", 3, 5)
+    with monkeypatch.context() as other:
+        other.setattr(
+            bench.log, "read", lambda *at: [one._replace(payload=b"other") for one in read(*at)]
+        )
+        for _ in range(2):
+            with pytest.raises(LogDamaged, match="position 2 of partition 0 is not what was"):
+                follower.step()
+    assert values(table) == before
+    follower.catch_up()
+    assert values(table) == {**before, 5: 3.0}
+
+
 def test_a_follower_of_tables_needs_no_torch() -> None:
     code = (
         "import sys, silvershard.cluster.table_follower, silvershard.cluster.log_reach\n"

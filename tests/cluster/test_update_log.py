@@ -11,6 +11,8 @@ import pytest
 
 from silvershard.cluster.update_log import (
     NO_ITEM,
+    READ_BYTES,
+    AppliedRecords,
     Head,
     LogRecord,
     NewRecord,
@@ -287,6 +289,44 @@ def test_urgent_records_can_be_read_ahead_of_the_others(log: UpdateLog) -> None:
         log.read_urgent(0, 3, 9)
 
 
+def test_a_read_ends_where_it_has_bytes_enough(log: UpdateLog) -> None:
+    epoch, size = log.acquire(0), 1 << 20
+    most = READ_BYTES // size
+    larger = b"x" * (READ_BYTES + 1)
+    payloads = [b"", *[b"x" * size] * (most + 3), b"small", larger, b"next", b"last"]
+    records = [record(at, payload=one, urgent=True) for at, one in enumerate(payloads)]
+    for at in range(0, len(records), 5):
+        log.append(0, epoch, records[at : at + 5], NOW_MS)
+    for read in (log.read, log.read_urgent):
+        assert [one.position for one in read(0, 0, 99)] == list(range(1, most + 2))
+        assert len(read(0, 0, 3)) == 3
+        # What is too large for a read by itself comes all the same.
+        assert [one.position for one in read(0, most + 1, 99)] == list(range(most + 2, most + 7))
+        assert [one.position for one in read(0, most + 5, 99)] == [most + 6]
+        assert [one.payload for one in read(0, most + 6, 99)] == [b"next", b"last"]
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_what_was_applied_before_the_start_is_known_where_the_log_has_it(
+    log: UpdateLog, trimmed: bool
+) -> None:
+    log.append(0, log.acquire(0), [record(at) for at in range(4)], NOW_MS)
+    if trimmed:
+        log.trim(0, 3)
+    applied = AppliedRecords(log)
+    applied.check(0, 3, 4)
+    with pytest.raises(LogDamaged, match="partition 0 ends at 2, but 3 was applied already"):
+        applied.check(0, 3, 2)
+    if trimmed:
+        with pytest.raises(LogTrimmed):
+            applied.check(0, 3, 4)
+        # What came since is known again.
+        applied.note(0, log.read(0, 3, 1)[0])
+        applied.check(0, 4, 4)
+    for _ in range(2):
+        applied.check(0, 3 + trimmed, 4)
+
+
 def test_waiting_ends_with_the_next_record(open_here: Open) -> None:
     writer, reader = open_here(2), open_here(2)
     epoch = writer.acquire(0)
@@ -556,7 +596,11 @@ def test_a_missing_record_is_noticed_wherever_it_was() -> None:
     check_dense("log", 0, 3, 6, 10, records)
     check_dense("log", 0, 3, 9, 3, records)
     check_dense("log", 0, 9, 6, 3, [])
+    large = record(1, payload=b"x" * (READ_BYTES // 2))
+    check_dense("log", 0, 3, 9, 5, [logged(at, large) for at in (4, 5)])
     for after, end, limit, found, missing in (
+        (3, 9, 5, [logged(4, large)], 5),
+        (3, 9, 5, [logged(at, large) for at in (4, 6)], 5),
         (2, 6, 10, records, 3),
         (3, 7, 10, records, 7),
         (3, 6, 10, records[1:], 4),

@@ -83,7 +83,7 @@ def test_updates_and_refusals_pass_through(run: Any, front: Any) -> None:
                 await one.stub.Apply(request(*[ItemUpsert(1)] * (MAX_MUTATIONS + 1)))
             assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert DETAILS in dict(raised.value.trailing_metadata())
-            one.sequencers[0]._queued = 100
+            one.sequencers[0]._queued.updates = 100
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await one.stub.Apply(request(ItemUpsert(1)))
             assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -279,6 +279,6 @@ def test_a_client_that_goes_away_ends_its_stream(run: Any, front: Any) -> None:
             await stream.read()
             stream.cancel()
             await one.stub.Apply(request(ItemUpsert(2)))
-            assert one.sequencers[0]._queued == 0
+            assert one.sequencers[0]._queued.updates == 0
 
     run(scene())

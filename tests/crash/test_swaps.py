@@ -13,14 +13,17 @@ from silvershard.deploy.control_store import Control, ControlStore
 pytestmark = pytest.mark.slow
 
 FEW_SWAPS = 6
-KILL_EVERY = 5
-ROLLBACK_EVERY = 7
+ROUND = 10
+STRUCK = (1, 3, 7)
+ROLLED_BACK = 5
+"""Which swaps of a round are struck, and which one is a rollback."""
 READER_TIMEOUT_S = 5.0
 # Longer than a reader waits for an answer.
 DRAIN_MS = 5500
 TIMEOUT_S = 150.0
 
 MOMENTS = ("not begun", "loading", "partly prepared", "committed")
+MIDDLE = ("loading", "partly prepared")
 BLOWS = (
     ("shard", "loading"),
     ("shard", "partly prepared"),
@@ -115,13 +118,13 @@ def test_no_answer_mixes_generations_and_no_request_fails_while_they_swap_under_
         with crash.working(writer, *readers), Swaps(cluster, crash.until) as swapping:
             for swap in range(swaps):
                 live, answered = cluster.record.generation, [one.marked for one in readers]
-                if swap % ROLLBACK_EVERY == ROLLBACK_EVERY - 1:
+                if swap % ROUND == ROLLED_BACK:
                     wanted, done = previous, swapping.rollback()
                 else:
                     # The one that no process holds, so that each of them has to load it.
                     wanted = min({1, 2, 3} - {live, previous})
                     done = swapping.activate(wanted, checks=swap == 0)
-                    if swap % KILL_EVERY == 1:
+                    if swap % ROUND in STRUCK:
                         swapping.strike(*BLOWS[struck % len(BLOWS)], wanted)
                         struck += 1
                 assert done.result(TIMEOUT_S)["done"]
@@ -145,7 +148,7 @@ def test_no_answer_mixes_generations_and_no_request_fails_while_they_swap_under_
         assert all(one.generations == {1, 2, 3} for one in readers)
         assert all(one.audits for one in readers)
         assert not writer.rejected
-        # A blow that falls when all is done proves nothing.
-        early = struck - sum(n for (_, at), n in swapping.moments.items() if at == "committed")
-        assert early >= 0.6 * struck, swapping.moments
+        # A blow that falls when all is done proves nothing: of fifty swaps, ten were in the middle.
+        early = sum(n for (_, at), n in swapping.moments.items() if at in MIDDLE)
+        assert early >= struck * 2 // 3, swapping.moments
         crash.assert_kept(cluster, ledger)

@@ -525,6 +525,40 @@ def test_nothing_to_return_to_is_said(idle: StateDir) -> None:
         activate.rollback(idle, timeout_s=1.0, report=print)
 
 
+def test_a_rollback_calls_off_what_is_being_activated(idle: StateDir) -> None:
+    store = ControlStore(idle.control_file)
+    store.change(lambda now: now.pointed("live", 2).pointed("live", 1))
+    with pytest.raises(TimedOut):
+        asked(idle, 2)
+    said: list[str] = []
+    with pytest.raises(TimedOut):
+        activate.rollback(idle, timeout_s=0.1, report=said.append)
+    activation, back = store.read().operations
+    assert (activation.state, activation.reason) == ("cancelled", "a rollback called it off")
+    assert (back.kind, back.generation, back.state) == ("rollback", 2, "waiting")
+    assert said == ["activate of generation 2 is called off"]
+    with pytest.raises(Refused, match="rollback of generation 2 is going on"):
+        activate.rollback(idle, timeout_s=0.1, report=print)
+    assert store.read().current == back
+
+
+def test_a_rollback_goes_to_nothing_else_than_it_was_asked_for(
+    idle: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ControlStore(idle.control_file)
+    store.change(lambda now: now.pointed("live", 2).pointed("live", 1))
+    change = ControlStore.change
+
+    def beaten(self: ControlStore, make: Callable[[Control], Control]) -> Control:
+        change(self, lambda now: now.pointed("live", 3))
+        return change(self, make)
+
+    monkeypatch.setattr(ControlStore, "change", beaten)
+    with pytest.raises(Refused, match="generation 3 has just become live, so generation 2 is not"):
+        activate.rollback(idle, timeout_s=0.1, report=print)
+    assert store.read().operations == ()
+
+
 def test_the_live_alias_cannot_be_taken_away(idle: StateDir) -> None:
     with pytest.raises(CommandError, match="the live generation must be one that is published"):
         asked(idle, 0)

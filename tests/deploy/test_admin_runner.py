@@ -13,7 +13,7 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, ControlStore, wanted
 from silvershard.deploy.processes import identify, is_alive
 from silvershard.deploy.state import StateDir
-from silvershard.shard.errors import Overloaded
+from silvershard.shard.errors import Overloaded, StateError
 
 WAIT_S = 30.0
 
@@ -236,6 +236,61 @@ def test_a_swap_that_was_quicker_than_its_cancellation_is_done(state: StateDir) 
         assert ended.result == {"alias": "live", "generation": 2, "done": True}
 
     run(state, test)
+
+
+def test_an_end_that_cannot_be_written_is_written_later_and_goes_on_for_who_waits(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failed = AdminStore.put, asyncio.Event()
+
+    def full(store: AdminStore, operation: AdminOperation) -> AdminOperation:
+        if operation.has_ended and is_full:
+            failed.set()
+            raise StateError("control store: database or disk is full")
+        return put(store, operation)
+
+    is_full = True
+    monkeypatch.setattr(AdminStore, "put", full)
+
+    async def test(runner: AdminRunner) -> None:
+        nonlocal is_full
+        runner.submit("one", task())
+        await failed.wait()
+        # A wait waits, for it is not known yet how it has ended.
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        assert (await runner.wait("one", 0.05)).state == "running"
+        assert loop.time() - began_s >= 0.04
+        # It has ended already, and as what it did.
+        assert runner.cancel("one").state == "running"
+        is_full = False
+        assert (await runner.wait("one", None)).state == "done"
+
+    run(state, test)
+
+
+def test_an_end_that_can_never_be_written_does_not_keep_the_cluster_from_stopping(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failed = AdminStore.put, asyncio.Event()
+
+    def full(store: AdminStore, operation: AdminOperation) -> AdminOperation:
+        if operation.has_ended:
+            failed.set()
+            raise StateError("control store: database or disk is full")
+        return put(store, operation)
+
+    async def test(runner: AdminRunner) -> None:
+        runner.submit("one", task())
+        await failed.wait()
+        await runner.close()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdminStore, "put", full)
+        run(state, test)
+    assert AdminStore(state.control_file).all()[0].state == "running"
+    make(state)
+    assert AdminStore(state.control_file).all()[0].state == "abandoned"
 
 
 def test_a_process_that_does_not_end_is_killed(state: StateDir) -> None:

@@ -125,6 +125,16 @@ def test_an_operation_is_current_until_it_ends_and_the_last_ones_are_remembered(
     assert control.operation(first.operation_id) is None
 
 
+def test_only_the_current_operation_is_replaced_by_a_newer_state_of_it() -> None:
+    first, second = wanted("activate", 2, "live"), wanted("activate", 3, "live")
+    running = first.model_copy(update={"state": "running"})
+    control = Control(live=1).with_operation(first)
+    assert control.replaced(second.ended("done")) is control
+    assert control.replaced(running).operations == (running,)
+    ended = control.replaced(first.ended("cancelled"))
+    assert ended.replaced(running) is ended
+
+
 def test_what_is_going_on_can_be_called_off_and_what_has_ended_stays(store: ControlStore) -> None:
     first = wanted("activate", 2, "live", operation_id="mine")
     assert first.operation_id == "mine"

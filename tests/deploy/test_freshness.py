@@ -123,6 +123,16 @@ def test_refused_upserts_are_said_with_numbers_and_are_degraded(
     assert "refused: shard 0 is 91.2% full, limit 90.0%" in render(document)
 
 
+def test_a_shard_that_cannot_follow_the_log_is_degraded_and_says_why(
+    tmp_path: Path, process: tuple[Process, str]
+) -> None:
+    servicer, address = process
+    servicer.shard.generations[0].reason = "update log test: position 5 is not what was applied"
+    document, code = freshness(state_of(tmp_path, address))
+    assert (code, document["shards"][0]["state"]) == (ExitCode.DEGRADED, "prepared")
+    assert "position 5 is not what was applied" in render(document)
+
+
 def test_a_shard_that_left_service_says_why(tmp_path: Path, process: tuple[Process, str]) -> None:
     servicer, address = process
     servicer.shard.generations[0].state = shard_pb2.GENERATION_STATE_FAILED

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.update_log import open_log
 from silvershard.deploy import verbs
+from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import ExitCode
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir, list_generations
@@ -50,10 +52,25 @@ def test_generations_are_listed_copied_restored_and_removed(
     assert "removed nothing, kept 1" in capsys.readouterr().out
 
 
+def test_a_dry_run_releases_no_pin(state: StateDir, capsys: pytest.CaptureFixture[str]) -> None:
+    log = open_log(f"sqlite:///{state.updates_file}")
+    log.pin("other/gen-000003", (0,) * log.num_partitions)
+    words = ("snapshots", "--unpin", "other")
+    assert run(state, *words, "--dry-run") == ExitCode.OK
+    assert capsys.readouterr().out == "would release 1 pins of state directory other\n"
+    assert list(log.pins()) == ["other/gen-000003"]
+    # Not even the log becomes that of the directory.
+    assert ControlStore(state.control_file).read().log_id == 0
+    assert run(state, *words) == ExitCode.OK
+    assert log.pins() == {}
+    log.close()
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("activate",),
+        ("activate", "none"),
         ("activate", "1", "--alias", "other"),
         ("activate", "1", "--checks", "none"),
         ("snapshots", "--push", "x", "--prune", "1"),

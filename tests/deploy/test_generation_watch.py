@@ -9,9 +9,11 @@ from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Control, ControlStore, Operation, wanted
 from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.readiness import REMEMBERED
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardWatch
 from silvershard.deploy.state import StateDir
+from silvershard.shard.errors import StateError
 from silvershard.shard.generations import generation_dir
 
 MIB = 1 << 20
@@ -115,6 +117,7 @@ class Setup:
             for one in self.handles
         ]
         self.watch = self.make(1)
+        self.watch.started()
 
     def make(self, generation: int) -> GenerationWatch:
         return GenerationWatch(
@@ -181,7 +184,7 @@ def setup(state: StateDir) -> Iterator[Setup]:
 
 
 def test_what_a_cluster_starts_with_is_live(setup: Setup) -> None:
-    assert setup.store.read() == Control(version=1, live=1)
+    assert setup.store.read() == Control(version=2, live=1)
     assert setup.served == [(0, 0), (1, 0)]
     assert setup.watch.aliases == {}
     assert setup.watch.snapshots == {}
@@ -462,8 +465,14 @@ def test_a_canary_is_held_and_named_and_takes_the_place_of_nothing(setup: Setup)
     assert [one.role for one in setup.watch.records] == ["live", "canary"]
     assert setup.held() == {1, 2}
     setup.ask(0, alias="canary")
-    setup.poll(3)
+    setup.poll()
+    # Requests that named it are still answered.
     assert setup.watch.aliases == {}
+    assert setup.watch.snapshots == {2: str(setup.watch.path(2))}
+    setup.poll(1, forward_s=setup.config.swap.drain_ms / 1e3 - 0.1)
+    assert setup.held() == {1, 2}
+    setup.poll(2, forward_s=0.2)
+    assert setup.watch.snapshots == {}
     assert setup.held() == {1}
 
 
@@ -598,3 +607,178 @@ def test_a_store_that_cannot_be_read_leaves_all_as_it_is(
     asked = setup.ask(2)
     setup.poll(4)
     assert setup.operation(asked).state == "done"
+
+
+def test_a_way_back_that_failed_in_one_process_is_loaded_there_again(setup: Setup) -> None:
+    setup.ask(2)
+    setup.poll(4)
+    setup.host(0).states[1] = "failed", "it is full"
+    wishes = len(setup.host(1).wishes)
+    back = setup.ask(1, kind="rollback")
+    setup.poll(5)
+    assert setup.operation(back).state == "done"
+    assert setup.host(1).wishes[wishes:] == []
+    setup.poll(2)
+    assert setup.served == [(0, 0), (1, 0)]
+
+
+def test_a_canary_that_failed_in_one_process_can_be_activated(setup: Setup) -> None:
+    setup.ask(2, alias="canary")
+    setup.poll(4)
+    setup.host(0).states[2] = "failed", "it is full"
+    setup.poll(3)
+    assert setup.host(0).states[2][0] == "failed"
+    live = setup.ask(2)
+    setup.poll(5)
+    assert setup.operation(live).state == "done"
+
+
+@pytest.mark.parametrize("alias", ["canary", "warm"])
+def test_the_one_before_may_be_held_under_another_name_too(setup: Setup, alias: str) -> None:
+    setup.ask(2)
+    setup.poll(4)
+    setup.ask(1, alias=alias)
+    setup.poll(4)
+    live = setup.ask(3)
+    setup.poll(60, forward_s=1.0)
+    assert setup.operation(live).state == "done"
+    assert setup.watch.live == 3
+
+
+def test_what_cannot_begin_in_time_ends_and_says_what_was_in_the_way(setup: Setup) -> None:
+    setup.host(0).states[2] = "failed", "of yesterday"
+    setup.host(0).retire = lambda generation: None  # type: ignore[method-assign]
+    asked = setup.ask(2)
+    setup.poll(3, forward_s=300.0)
+    assert setup.operation(asked).state == "waiting"
+    setup.poll(2, forward_s=300.0)
+    assert setup.operation(asked).state == "failed"
+    assert setup.operation(asked).reason == (
+        "generation 2 failed earlier and is still held after 900 s, swap.timeout_s"
+    )
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("written", ["running", "done", "failed"])
+def test_a_write_of_the_store_that_fails_once_is_made_good(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, written: str, is_written: bool
+) -> None:
+    """A write that fails may have come through all the same."""
+    write, failed = setup.watch._store.write, []
+
+    def flaky(control: Control) -> Control:
+        if not failed and control.operations[-1].state == written:
+            failed.append(written)
+            if is_written:
+                write(control)
+            raise StateError("database or disk is full")
+        return write(control)
+
+    monkeypatch.setattr(setup.watch._store, "write", flaky)
+    setup.host(0).loads = False
+    asked = setup.ask(2)
+    setup.poll(3)
+    if written == "failed":
+        setup.host(0).states[2] = "failed", "damaged"
+    setup.host(0).loads = True
+    setup.poll(4)
+    assert failed == [written]
+    assert setup.operation(asked).state == ("failed" if written == "failed" else "done")
+    setup.poll(3, forward_s=3600.0)
+    assert setup.held() == ({1} if written == "failed" else {1, 2})
+    again = setup.ask(3)
+    setup.poll(6)
+    assert setup.operation(again).state == "done"
+
+
+def test_after_a_wave_the_late_replicas_hold_what_the_others_hold(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.replicas": 2})
+    setup.free_bytes = 0
+    setup.poll()
+    asked = setup.ask(2)
+    setup.poll(40, forward_s=0.2)
+    assert setup.operation(asked).state == "done"
+    setup.free_bytes = 1000 * MIB
+    for alias, generation in (("canary", 4), ("live", 3)):
+        beside = setup.ask(generation, alias=alias)
+        setup.poll(8)
+        assert setup.operation(beside).state == "done"
+    assert all(one.states.keys() == {2, 3, 4} for one in setup.hosts.values())
+
+
+def test_nothing_begins_while_a_wave_is_under_way(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.replicas": 2})
+    setup.free_bytes = 0
+    setup.poll()
+    setup.ask(2)
+    while setup.watch.live == 1:
+        setup.poll(1, forward_s=0.2)
+    back = setup.ask(1, kind="rollback")
+    for _ in range(60):
+        setup.poll(1, forward_s=0.2)
+        assert {shard for shard, _ in setup.served} == {0, 1}
+    assert setup.operation(back).state == "done"
+
+
+def test_what_made_room_for_a_swap_that_failed_is_loaded_again(setup: Setup) -> None:
+    setup.ask(2)
+    setup.poll(4)
+    for is_room in (True, False):
+        setup.host(1).loads = False
+        asked = setup.ask(3)
+        setup.poll(4, forward_s=20.0)
+        assert setup.held() == {2, 3}
+        setup.host(1).states[3] = "failed", "damaged"
+        setup.host(1).loads = True
+        setup.free_bytes = 1000 * MIB if is_room else 0
+        setup.poll(6)
+        assert setup.operation(asked).state == "failed"
+        assert setup.held() == ({1, 2} if is_room else {2})
+        setup.free_bytes = 1000 * MIB
+
+
+def test_a_canary_that_is_replaced_drains_before_it_is_let_go_of(setup: Setup) -> None:
+    setup.ask(2, alias="canary")
+    setup.poll(4)
+    moved = setup.ask(3, alias="canary")
+    setup.poll(3)
+    assert setup.operation(moved).state == "done"
+    assert setup.watch.aliases == {"canary": 3}
+    assert setup.watch.snapshots.keys() == {2, 3}
+    assert ("retire", 2) not in setup.host(0).wishes
+    setup.poll(2, forward_s=setup.config.swap.drain_ms / 1e3)
+    assert setup.held() == {1, 3}
+
+
+def test_a_cluster_that_does_not_come_up_leaves_the_live_generation(setup: Setup) -> None:
+    failing = setup.make(3)
+    failing.poll(setup.watches)
+    control = setup.store.read()
+    assert (failing.live, control.live, control.previous) == (3, 1, 0)
+    # It is not to be removed while it is being loaded.
+    assert 3 in control.kept
+    again = setup.make(3)
+    again.started()
+    control = setup.store.read()
+    assert (again.live, control.live, control.previous, control.warm) == (3, 3, 1, 0)
+    failing.close()
+
+
+def test_what_a_replica_of_another_wave_refused_too_is_not_lacking(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.replicas": 2})
+    setup.free_bytes = 0
+    setup.poll()
+    for replica, generation in ((0, 2), (1, 1)):
+        setup.host(0, replica).refused = {generation: ((7, "too many values"),)}
+    asked = setup.ask(2)
+    setup.poll(40, forward_s=0.2)
+    assert setup.operation(asked).state == "done"
+
+
+def test_what_cannot_be_compared_is_said_and_does_not_end_a_swap(setup: Setup) -> None:
+    many = tuple((item, "too many values") for item in range(REMEMBERED))
+    setup.host(0).refused = {1: many, 2: ((999, "too many values"),)}
+    asked = setup.ask(2)
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
+    assert "took what shards 0 refused is not known" in setup.operation(asked).progress

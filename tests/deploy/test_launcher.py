@@ -285,8 +285,10 @@ def test_a_router_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) 
 
 def test_a_failed_start_ends_everything(setup: Setup) -> None:
     setup.shards[0].said = ShardDead("broken")
+    store = ControlStore(setup.state.control_file)
     with pytest.raises(CommandError), setup.cluster:
         pass
+    assert store.read().live == 0
     assert setup.router.stopped == 1
     assert all(shard.ended for shard in setup.shards)
 
@@ -295,6 +297,7 @@ def test_the_context_ends_everything(setup: Setup) -> None:
     for shard in setup.shards:
         shard.serve()
     with setup.cluster as cluster:
+        assert ControlStore(setup.state.control_file).read().live == 3
         assert [shard.state for shard in cluster.shards] == ["serving", "serving"]
         assert setup.phases[0] == "router"
     assert setup.router.stopped == 1
@@ -407,8 +410,8 @@ def test_the_map_follows_a_swap_with_one_change(setup: Setup) -> None:
     setup.cluster.start_shards()
     for shard in setup.shards:
         shard.serve()
-    setup.cluster.poll()
     store = ControlStore(setup.state.control_file)
+    setup.cluster.wait_until_ready(0.0)
     operation = wanted("activate", 4, "live")
     store.change(lambda now: now.with_operation(operation))
     maps = {setup.map.version: setup.map}

@@ -144,6 +144,9 @@ def test_state_directories_of_one_log_leave_each_other_their_pins(
     assert other_pins(log, state) == {names[1]: {2: (9,)}}
     with pytest.raises(Refused, match=f"{names[0]} is .* itself"):
         release_pins(log, state, names[0])
+    with pytest.raises(Refused, match=f"{names[0]} is .* itself"):
+        release_pins(log, state, names[0], dry_run=True)
+    assert release_pins(log, state, names[1], dry_run=True) == 1
     # What is gone cannot release its own.
     assert release_pins(log, state, names[1]) == 1
     assert release_pins(log, state, names[1]) == 0

@@ -1,4 +1,5 @@
-from silvershard.deploy.readiness import Key, Readiness, refusals
+from silvershard.cluster import follower
+from silvershard.deploy.readiness import NOTHING, REMEMBERED, Key, Readiness, refusals
 from silvershard.deploy.shard_host import Held
 
 LIVE, COMING = 1, 2
@@ -77,12 +78,45 @@ def test_a_process_that_comes_again_begins_anew() -> None:
 def test_what_both_refused_is_not_lacking() -> None:
     one, two = (7, "too many values"), (8, "no embedding")
     both = {(0, 0): {LIVE: held(5, refused=(one, two)), COMING: held(5, refused=(two, one))}}
-    assert refusals(both, LIVE, COMING) == ""
+    assert refusals(both, LIVE, COMING) == NOTHING
     more = {
         **both,
         (1, 0): {LIVE: held(5, refused=(one,)), COMING: held(5, refused=(one, two))},
         (1, 1): {COMING: held(5, refused=(two,))},
     }
-    assert refusals(more, LIVE, COMING) == (
+    assert refusals(more, LIVE, COMING).refused == (
         "it refused updates of 1 items that the live one took; item 8: no embedding"
     )
+
+
+def test_what_any_replica_of_the_shard_refused_the_live_one_did_not_take() -> None:
+    poison = ((7, "too many values"),)
+    reports = {
+        (0, 0): {COMING: held(5, refused=poison)},
+        (0, 1): {LIVE: held(5, refused=poison)},
+        (1, 0): {LIVE: held(5)},
+    }
+    assert refusals(reports, LIVE, COMING) == NOTHING
+    # Another shard says nothing about it.
+    reports[0, 1], reports[1, 0] = reports[1, 0], reports[0, 1]
+    assert "it refused updates of 1 items" in refusals(reports, LIVE, COMING).refused
+
+
+def test_where_more_was_refused_than_is_remembered_nothing_can_be_said() -> None:
+    assert REMEMBERED == follower._REMEMBERED
+    many = tuple((item, "poison") for item in range(REMEMBERED))
+    reports = {(0, 0): {LIVE: held(5, refused=many), COMING: held(5, refused=((999, "poison"),))}}
+    found = refusals(reports, LIVE, COMING)
+    assert (found.refused, found.early) == ("", "")
+    assert "took what shards 0 refused is not known" in found.unknown
+    reports[0, 0][LIVE] = held(5, refused=many[1:])
+    assert refusals(reports, LIVE, COMING).refused != ""
+
+
+def test_the_live_one_may_still_come_to_what_the_coming_one_refused() -> None:
+    reports = {(0, 0): {LIVE: held(4), COMING: held(5, refused=((7, "poison"),))}}
+    assert refusals(reports, LIVE, COMING) == NOTHING._replace(
+        early="the live one has not come to all that shards 0 refused"
+    )
+    reports[0, 0][LIVE] = held(5)
+    assert refusals(reports, LIVE, COMING).refused != ""

@@ -1,5 +1,8 @@
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,45 @@ def test_a_ray_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(Exception, match="no space left"):
         start_ray()
+
+
+SLOW_ONCE = """
+import gc, sys
+from pathlib import Path
+from silvershard.deploy.runtime import prepare_ray, start_ray
+
+home = Path(sys.argv[1])
+prepare_ray(home / "token", threads=1)
+import ray
+from ray._private import services
+
+started, find = [], services.get_node
+
+def get_node(*words):
+    if not started:
+        node = sys._getframe(1).f_locals["self"]
+        started.extend(one.process.pid for all in node.all_processes.values() for one in all)
+        raise Exception("The current node timed out during startup.")
+    return find(*words)
+
+services.get_node = get_node
+start_ray(
+    address="local", include_dashboard=False, num_cpus=1, object_store_memory=80 << 20,
+    _temp_dir=str(home), log_to_driver=False, configure_logging=False,
+)
+gc.collect()
+print(len(started), sum(Path(f"/proc/{one}").exists() for one in started))
+ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_a_node_that_came_too_late_leaves_no_process() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray") as home:
+        command = [sys.executable, "-P", "-W", "always::ResourceWarning", "-c", SLOW_ONCE, home]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    num_started, num_left = map(int, done.stdout.split())
+    assert num_started >= 2
+    assert num_left == 0
+    assert "ResourceWarning" not in done.stderr

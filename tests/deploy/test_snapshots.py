@@ -234,6 +234,11 @@ def test_a_copy_of_another_log_is_refused_until_that_log_is_left(
     snapshots.restore(state, config, url, 5, dry_run=False, new_log=True, report=heard.append)
     assert heard[-1].startswith("generation 5 goes on without what update log 4711 holds beyond 12")
     assert open_snapshot(state.generations / "gen-000005").manifest.log_id == 0
+    # Once more is as good: what was cut off here is what shall come of it.
+    snapshots.restore(state, config, url, 5, dry_run=False, new_log=True, report=print)
+    assert open_snapshot(state.generations / "gen-000005").manifest.log_id == 0
+    with pytest.raises(SnapshotError, match="must go on in log 4711 from 12 like that of"):
+        snapshots.restore(state, config, url, 5, dry_run=False, report=print)
     # All that its new log holds will be replayed into it.
     state_id = ControlStore(state.control_file).read().state_id
     assert log.pins() == {f"{state_id}/gen-000005": (0,)}
@@ -263,7 +268,7 @@ def test_what_a_lost_state_directory_kept_of_the_log_is_released(
     shown = snapshots.render_pruned(done)
     assert f"state directory {name} keeps it for its generations 3" in shown
     released = snapshots.unpin(state, config, name)
-    assert released == {"state_id": name, "released": 1}
+    assert released == {"state_id": name, "released": 1, "done": True}
     assert f"released 1 pins of state directory {name}" in snapshots.render_unpinned(released)
     with pytest.raises(CommandError, match=f"has no pins of a state directory {name}"):
         snapshots.unpin(state, config, name)

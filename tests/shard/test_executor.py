@@ -1,4 +1,6 @@
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,8 +125,25 @@ def test_fields_are_those_of_the_shards_own_items(generation, executor: ShardExe
     ]
 
 
-def test_warming_leaves_nothing_open(executor: ShardExecutor) -> None:
+def test_warming_runs_every_batch_size_twice_and_leaves_nothing_open(
+    executor: ShardExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[tuple[str, int]] = []
+    retriever = executor._retriever
+    opened, closed = retriever.open, retriever.close
+
+    def open_(work: Work) -> Any:
+        rounds.append(("one", len(work.embedding)))
+        return opened(work)
+
+    def close(work: Work, *others: Any) -> Any:
+        rounds.append(("two", len(work.embedding)))
+        return closed(work, *others)
+
+    monkeypatch.setattr(retriever, "open", open_)
+    monkeypatch.setattr(retriever, "close", close)
     executor.warm()
+    assert Counter(rounds) == {(name, 2**power): 2 for name in ("one", "two") for power in range(7)}
     assert executor.num_open == 0
 
 
@@ -136,8 +155,10 @@ def load_live(generation, clock: Clock) -> Callable[..., ShardExecutor]:
     return load
 
 
-def commit(executor: ShardExecutor, *mutations: Mutation, cut: int = 1) -> list[tuple[int, str]]:
-    return executor.apply(executor.updater.prepare(mutations), (cut,))
+def commit(
+    executor: ShardExecutor, *mutations: Mutation, cut: int | None = 1
+) -> list[tuple[int, str]]:
+    return executor.apply(executor.updater.prepare(mutations), None if cut is None else (cut,))
 
 
 def titled(item_id: int, version: int, title: str) -> Patch:
@@ -277,22 +298,27 @@ def test_deleted_ids_are_forgotten_once_nothing_older_can_come(
         return sum(one.num_ids for one in maps)
 
     ids = generation.catalogue.item_ids[:40].tolist()
+    first, second, *halved = generation.catalogue.item_ids[40:44].tolist()
     commit(executor, *(Delete(one, 3) for one in ids), cut=5)
     assert known() == 600
-    # The batch that the cut came with may come again, and older updates of its items with it.
-    commit(executor, *(Upsert(one, 2, ItemValues()) for one in ids), cut=5)
-    assert executor.documents == 560
+    # What comes ahead of its turn says nothing of what can still come.
+    commit(executor, *(Upsert(one, 2, ItemValues()) for one in ids), cut=None)
+    assert (executor.documents, executor.cut) == (560, (5,))
     commit(executor, cut=6)
     assert known() == 560
-    # Urgent ones come under the old cut: what is older comes after them, and then they again.
-    first, second = generation.catalogue.item_ids[40:42].tolist()
-    commit(executor, Delete(first, 9, urgent=True), Delete(second, 9, urgent=True), cut=6)
+    # The cut moves with the second half of a batch; the deletes of the first one count too.
+    commit(executor, *(Delete(one, 3) for one in halved), cut=6)
+    assert known() == 560
+    commit(executor, cut=7)
+    assert (executor.documents, known()) == (558, 558)
+    # Urgent ones come ahead of their turn: what is older comes after them, and then they again.
+    commit(executor, Delete(first, 9, urgent=True), Delete(second, 9, urgent=True), cut=None)
     for cut in (7, 8, 9):
         commit(executor, Upsert(first, cut - 1, ItemValues()), Delete(second, cut - 2), cut=cut)
-        assert (executor.documents, known()) == (558, 560)
+        assert (executor.documents, known()) == (556, 558)
     commit(executor, Delete(first, 9, urgent=True), Delete(second, 9, urgent=True), cut=10)
     commit(executor, Upsert(second, 10, ItemValues()), cut=11)
-    assert (executor.documents, known()) == (559, 559)
+    assert (executor.documents, known()) == (557, 557)
     assert executor.fields([first, second], ["title"]) == {"title": [None, ""]}
 
 

@@ -1,7 +1,11 @@
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
@@ -12,7 +16,7 @@ from silvershard.shard.generations import generation_dir, list_generations
 from silvershard.shard.load import load_retriever
 from silvershard.shard.publish import publish_generation
 from silvershard.shard.repository import Repository
-from silvershard.shard.snapshot import MANIFEST, open_snapshot
+from silvershard.shard.snapshot import MANIFEST, canonical, open_snapshot
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -99,6 +103,34 @@ def test_a_number_with_other_content_is_refused_there_and_here(
     with pytest.raises(SnapshotError, match="must have the content"):
         there.fetch(1, other.parent)
     assert there.manifest(1) == open_snapshot(generation.path).manifest
+
+
+def cut_at(path: Path, log_id: int, cut: list[int]) -> Path:
+    """Let a generation go on from a position of an update log; its content stays as it is."""
+    document = json.loads((path / MANIFEST).read_bytes()) | {"log_id": log_id, "cut": cut}
+    del document["checksum"]
+    document["checksum"] = hashlib.sha256(canonical(document)).hexdigest()
+    (path / MANIFEST).write_bytes(canonical(document))
+    return path
+
+
+@pytest.mark.parametrize(("log_id", "cut"), [(0, []), (77, [900]), (78, [1000])])
+def test_the_same_content_from_elsewhere_in_the_log_is_refused_there_and_here(
+    url: str, tmp_path: Path, generation: Any, log_id: int, cut: list[int]
+) -> None:
+    there, here = Repository(url), tmp_path / "here"
+    path = Path(shutil.copytree(generation.path, generation_dir(here, 1)))
+    there.push(open_snapshot(cut_at(path, 77, [1000])))
+    there.push(open_snapshot(path))
+    kept = there.manifest(1)
+    cut_at(path, log_id, cut)
+    with pytest.raises(RepositoryError, match="is there and goes on in log 77 from 1000"):
+        there.push(open_snapshot(path))
+    assert there.manifest(1) == kept
+    with pytest.raises(SnapshotError, match="must go on in log 77 from 1000"):
+        there.fetch(1, here)
+    assert there.fetch(1, here, any_log=True).copied == 0
+    assert open_snapshot(path).manifest.log_id == log_id
 
 
 def test_a_generation_that_is_not_there_is_named_with_those_that_are(
@@ -199,6 +231,40 @@ def test_a_file_system_that_is_unknown_or_fails_is_named(tmp_path: Path, generat
     (tmp_path / "file").write_text("")
     with pytest.raises(RepositoryError, match=f"repository {tmp_path}/file/x: "):
         Repository(f"{tmp_path}/file/x").push(open_snapshot(generation.path))
+
+
+class Broken(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_error(503)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def broken_url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Broken) as server:
+        serving = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005})
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}/copies"
+        server.shutdown()
+        serving.join()
+
+
+def test_a_place_that_cannot_be_asked_does_not_pass_for_an_empty_one(
+    broken_url: str, local: Path, generation: Any
+) -> None:
+    for url, words in ((broken_url, "503"), ("http://127.0.0.1:9/copies", "connect")):
+        there = Repository(url)
+        for ask in (
+            there.generations,
+            lambda there=there: there.fetch(1, local),
+            lambda there=there: there.push(open_snapshot(generation.path)),
+        ):
+            with pytest.raises(RepositoryError, match=f"(?i)repository {url}: .*{words}"):
+                ask()
 
 
 def test_a_copy_is_complete_before_its_manifest_is_there(tmp_path: Path, generation: Any) -> None:

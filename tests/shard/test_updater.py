@@ -315,12 +315,36 @@ def test_rows_of_user_tables_are_written_once(
     assert not torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[1])
     for version in (2, 3):
-        live.updater.write_rows([replace(change, version=version, values=values * 0)])
+        live.updater.write_rows(
+            live.updater.prepare([replace(change, version=version, values=values * 0)]).rows
+        )
     assert torch.equal(retriever.encode(users).embedding, after)
-    live.updater.write_rows([replace(change, version=4, values=values * 0)])
+    live.updater.write_rows(
+        live.updater.prepare([replace(change, version=4, values=values * 0)]).rows
+    )
     assert not torch.equal(retriever.encode(users).embedding[0], after[0])
     # The tower of the items, and so what is in the index, stays.
     assert torch.equal(retriever.model.embed_items(made.catalogue.features), items)
+
+
+def test_rows_are_made_for_the_tower_before_the_thread_of_the_model_has_them(
+    live: LiveParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.arange(48, dtype=np.float32).reshape(3, 16)
+    prepared = live.updater.prepare([RowChange("history", 3, (7, 2, 4), values)])
+    (change,) = prepared.rows
+    assert (change.table, change.version) == ("history", 3)
+    assert torch.equal(change.rows, torch.tensor([7, 2, 4]))
+    assert torch.equal(change.values, torch.from_numpy(values))
+    given: list[Any] = []
+    monkeypatch.setattr(
+        type(live.updater._retriever.model), "update_rows", lambda _, *args: given.append(args)
+    )
+    live.updater.write_rows(prepared.rows)
+    ((table, rows, written, version),) = given
+    assert (table, version) == ("history", 3)
+    assert rows is change.rows
+    assert written is change.values
 
 
 def test_rows_of_remote_tables_are_written_by_their_source(
@@ -338,7 +362,8 @@ def test_rows_of_remote_tables_are_written_by_their_source(
     live.updater.write_rows(prepared.rows)
     after = retriever.encode(users).embedding
     assert not torch.equal(after, before)
-    live.updater.write_rows([replace(change, values=change.values * 0)])
+    again = live.updater.prepare([replace(change, values=change.values * 0)])
+    live.updater.write_rows(again.rows)
     assert torch.equal(retriever.encode(users).embedding, after)
 
 
