@@ -12,6 +12,7 @@ printed is one JSON object.
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import types
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ from benchmarks import live_catalogue as live  # noqa: E402
 from benchmarks.mixture import progress  # noqa: E402
 from silvershard.cluster import retrieval_pb2  # noqa: E402
 from silvershard.cluster.client import Client, Query  # noqa: E402
-from silvershard.cluster.updates import ItemDelete  # noqa: E402
+from silvershard.cluster.update_message import mutation_to  # noqa: E402
+from silvershard.cluster.updates import ItemDelete, Update, result_from  # noqa: E402
 from silvershard.deploy.state import ClusterRecord, StateDir  # noqa: E402
 
 GOALS = {
@@ -58,6 +60,8 @@ LOAD = 0.3
 """Of the peak of queries per second."""
 CALL = 250
 """Updates of one call."""
+_MOST = 20_000
+"""Updates per second that are made ready where as many are sent as are acked."""
 K = 50
 SENDERS = 8
 CANARY_EVERY_S = 0.25
@@ -125,6 +129,7 @@ def query(address: str, per_second: float, started: Any, ended: Any, found: Any)
     stream = Stream()
     answers: list[tuple[float, float, bytes]] = []
     questions = requests(256)
+    before_s = 0.0
 
     async def ask(call: Any, place: int, due_s: float) -> None:
         try:
@@ -139,10 +144,12 @@ def query(address: str, per_second: float, started: Any, ended: Any, found: Any)
             await ask(call, first + len(answers), time.monotonic())
 
     async def send_all() -> None:
+        nonlocal before_s
         async with grpc.aio.insecure_channel(address) as channel:
             call = channel.unary_unary("/silvershard.v1.Retrieval/Retrieve")
             await ask(call, 0, time.monotonic())
             answers.clear()
+            before_s = time.process_time()
             started.set()
             if not per_second:
                 await asyncio.gather(*(send_without_end(call, 7 * at) for at in range(SENDERS)))
@@ -158,7 +165,7 @@ def query(address: str, per_second: float, started: Any, ended: Any, found: Any)
             await asyncio.gather(*running)
 
     asyncio.run(send_all())
-    stream.cpu_s = time.process_time()
+    stream.cpu_s = time.process_time() - before_s
     for answer in answers:
         stream.add(*answer)
     found.put(stream)
@@ -211,10 +218,22 @@ def processor_times(record: ClusterRecord) -> dict[str, float]:
     return times
 
 
+def calls_of(source: Iterator[Update], count: int) -> deque[bytes]:
+    """Return calls of ``CALL`` updates each, as they go over the wire."""
+    made: deque[bytes] = deque()
+    for _ in range(count):
+        mutations = [mutation_to(one) for one in islice(source, CALL)]
+        made.append(retrieval_pb2.ApplyRequest(mutations=mutations).SerializeToString())
+    return made
+
+
 def update(
     address: str, num_items: int, rate: float, seconds: float, seed: int, started: Any, found: Any
 ) -> None:
     """Send updates, in a process of its own; put acks ``(time, position)`` and rejections.
+
+    They are made before: what this process computes meanwhile, it takes from those that are
+    measured.
 
     Args:
         address: of the router.
@@ -225,22 +244,25 @@ def update(
         started: event that is set when it begins.
         found: queue that gets the outcome.
     """
-    source = live.updates(num_items, seed)
+    calls = calls_of(live.updates(num_items, seed), math.ceil((rate or _MOST) * seconds / CALL))
     acks: list[tuple[float, int]] = []
     rejected: list[str] = []
     sent = 0
-    with Client(address, timeout_s=_TIMEOUT_S) as client:
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary("/silvershard.v1.Updates/Apply")
+        grpc.channel_ready_future(channel).result(_PATIENCE_S)
         started.set()
-        begin_s = time.monotonic()
-        while (now_s := time.monotonic()) < begin_s + seconds:
+        begin_s, before_s = time.monotonic(), time.process_time()
+        while (now_s := time.monotonic()) < begin_s + seconds and calls:
             due_s = begin_s + sent / rate if rate else now_s
             time.sleep(max(due_s - now_s, 0.0))
-            result = client.apply(list(islice(source, CALL)))
+            answer = call(calls.popleft(), timeout=_TIMEOUT_S)
+            result = result_from(retrieval_pb2.ApplyResponse.FromString(answer))
             acks.append((time.monotonic(), sum(one.position for one in result.tokens)))
             sent += CALL
             rejected += [one.reason for one in result.rejected]
         spent_s = time.monotonic() - begin_s
-    cpu_s = time.process_time()
+    cpu_s = time.process_time() - before_s
     found.put(
         {"acks": acks, "sent": sent, "rejected": rejected, "seconds": spent_s, "cpu_s": cpu_s}
     )
