@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -35,6 +35,11 @@ MAX_BATCH = 2048
 
 # A batch of this much work keeps what is urgent waiting no longer.
 _BATCH_S = 0.05
+# Beside it records gather, for a batch of many takes less time than many of a few.
+_SHARE = 0.1
+_LONGEST_PAUSE_S = 0.25
+# A part of a batch that is worth to step aside for.
+_READ = 512
 _SMALLEST_BATCH = 64
 
 # Longer than any query is open.
@@ -62,8 +67,13 @@ Rejected = Sequence[tuple[int, str]]
 class Updater(Protocol[P_co]):
     """What turns updates into a batch that is quickly committed."""
 
-    def prepare(self, mutations: Sequence[Any]) -> P_co:
-        """Return what the mutations, as they were decoded, mean for this shard."""
+    def prepare(self, mutations: Sequence[Any], give_way: Callable[[], None]) -> P_co:
+        """Return what the mutations, as they were decoded, mean for this shard.
+
+        Args:
+            mutations: of a batch.
+            give_way: is called between the parts of the work, and lets queries go first.
+        """
         ...
 
 
@@ -116,6 +126,7 @@ class Follower(Generic[P]):
         cut: Cut = (),
         max_batch: int = MAX_BATCH,
         name: str = "shard",
+        gap: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -130,6 +141,7 @@ class Follower(Generic[P]):
             cut: ``(L,)`` what is applied already; empty for nothing.
             max_batch: most records of a batch.
             name: what the log calls the shard.
+            gap: waits for a moment without a query, and returns for how long.
             clock: measures times.
             unix_clock: tells how old a record is.
         """
@@ -147,6 +159,9 @@ class Follower(Generic[P]):
         self._max_batch = max_batch
         self._batch = max_batch
         self._name = name
+        self._gap = gap
+        self._gave_way_s = 0.0
+        """What was spent on waiting for gaps."""
         self._clock = clock
         self._unix_clock = unix_clock
         self._began_s = clock()
@@ -165,6 +180,7 @@ class Follower(Generic[P]):
         """Whether a batch waits for room, and urgent records go ahead of it."""
         self._turn = 0
         self._ended = threading.Event()
+        self._hurried = threading.Event()
         self._thread: threading.Thread | None = None
         self._progressed: Callable[[], None] = lambda: None
 
@@ -203,8 +219,13 @@ class Follower(Generic[P]):
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the following; what is being committed is finished within ``timeout_s``."""
         self._ended.set()
+        self._hurried.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
+
+    def hurry(self) -> None:
+        """Apply what is in the log without waiting for more; any thread may ask."""
+        self._hurried.set()
 
     def catch_up(self) -> None:
         """Apply all that was logged so far, on this thread, while the shard serves nobody yet.
@@ -232,7 +253,8 @@ class Follower(Generic[P]):
             LogUnavailable: if the log cannot be reached.
             RetrievalError: if it cannot be followed any further.
         """
-        asked_s = self._clock()
+        self._hurried.clear()
+        asked_s, gave_way_s = self._clock(), self._gave_way_s
         ends = tuple(self._log.end(one) for one in range(self._log.num_partitions))
         for partition, end in enumerate(ends):
             self._applied.check(partition, self._lag.cut[partition], end)
@@ -244,7 +266,8 @@ class Follower(Generic[P]):
             self._apply(records, cut)
             for partition, record in self._read.items():
                 self._applied.note(partition, record)
-            self._fit_batch(len(records), self._clock() - asked_s)
+            spent_s = self._clock() - asked_s - (self._gave_way_s - gave_way_s)
+            self._fit_batch(len(records), spent_s)
         # What is left of a partition was logged after what was read last.
         left = [at for at, end in enumerate(ends) if end > cut[at]]
         more = bool(left)
@@ -274,7 +297,7 @@ class Follower(Generic[P]):
             room = self._batch - len(found)
             if room <= 0 or ends[partition] <= cut[partition]:
                 continue
-            for record in self._log.read(partition, cut[partition], room):
+            for record in self._records_of(partition, cut[partition], room):
                 size += len(record.payload)
                 self._cut_short = size >= READ_BYTES
                 if found and size > READ_BYTES:
@@ -284,6 +307,21 @@ class Follower(Generic[P]):
                 self._read[partition] = record
                 self._logged_s[partition] = record.logged_unix_ms / 1e3
         return found, tuple(cut)
+
+    def _records_of(self, partition: int, after: int, room: int) -> Iterator[LogRecord]:
+        """Yield the records of a partition beyond a position, ``room`` at most."""
+        while room > 0:
+            limit = min(room, _READ)
+            records = self._log.read(partition, after, limit)
+            yield from records
+            if len(records) < limit:
+                return
+            room, after = room - limit, records[-1].position
+            self._give_way()
+
+    def _give_way(self) -> None:
+        """Let queries go first, where there are some."""
+        self._gave_way_s += self._gap()
 
     def _apply_urgent(self) -> None:
         """Apply the urgent records beyond the cut; their versions make it harmless to do so again.
@@ -315,7 +353,8 @@ class Follower(Generic[P]):
         Each half frees the slots that its items had before. The cut moves with the last one; what
         came before it may come again, which versions make harmless.
         """
-        prepared = self._updater.prepare(mutations)
+        prepared = self._updater.prepare(mutations, self._give_way)
+        self._give_way()
         try:
             rejected, spent_s = self._committed(prepared, cut, len(mutations))
         except _TooLarge:
@@ -378,10 +417,14 @@ class Follower(Generic[P]):
     def _follow(self) -> None:
         delay_s = _FIRST_DELAY_S
         while not self._ended.is_set():
+            began_s, gave_way_s = self._clock(), self._gave_way_s
             try:
                 more = self.step()
                 delay_s = _FIRST_DELAY_S
                 self._progressed()
+                spent_s = self._clock() - began_s - (self._gave_way_s - gave_way_s)
+                if not more:
+                    self._pause(began_s + min(spent_s / _SHARE, _LONGEST_PAUSE_S))
                 if not more and not self._ended.is_set():
                     partition = self._turn % len(self._lag.cut)
                     self._log.wait(partition, self._lag.cut[partition], _IDLE_S)
@@ -394,6 +437,14 @@ class Follower(Generic[P]):
                 if not self._ended.is_set():
                     self._fail(error)
                 return
+
+    def _pause(self, until_s: float) -> None:
+        """Let records gather for the next batch, but for urgent ones, until somebody hurries."""
+        while (left_s := until_s - self._clock()) > 0:
+            if self._hurried.wait(min(left_s, _IDLE_S)):
+                return
+            if any(self._log.end(at) > end for at, end in enumerate(self._lag.ends)):
+                self._apply_urgent()
 
     def _suffer(self, error: RetrievalError) -> None:
         if self.trouble != str(error):

@@ -286,6 +286,8 @@ class Hosting:
                 progress = self._progress
                 if self._is_met(hosted, consistency, arrived_s):
                     return
+                if follower is not None:
+                    follower.hurry()
                 if hosted.retired:
                     raise GenerationError(hosted.generation, 0)
                 if not hosted.serves:

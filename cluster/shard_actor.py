@@ -16,6 +16,7 @@ from silvershard.cluster.follower import MAX_BATCH
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.log_reach import reach_log
 from silvershard.cluster.logs import log_to_stderr
+from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.shard_loader import ShardLoader, wanted_generations
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.table_config import ShardTables
@@ -72,6 +73,7 @@ class ShardActor:
         if log_url:
             sys.setswitchinterval(_TURN_S)
         settings = settings_of(ShardTables.model_validate(tables or {}))
+        gaps = QueryGaps()
         load = ShardLoader(
             shard,
             num_shards,
@@ -80,6 +82,7 @@ class ShardActor:
             log=reach_log(log_url) if log_url else None,
             headroom=headroom,
             max_batch=max_batch,
+            gaps=gaps,
         )
         first, further = wanted_generations(map_path, snapshot)
         sources = settings.sources
@@ -96,6 +99,7 @@ class ShardActor:
             host=host,
             insecure=insecure,
             lookups=sources.counts if isinstance(sources, RemoteSources) else dict,
+            gaps=gaps,
         )
         for generation, path in further.items():
             self._server.hosting.prepare(generation, path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from silvershard.cluster.follower import MAX_BATCH, Follower
 from silvershard.cluster.hosting import Commit, Loaded
 from silvershard.cluster.mutation_codec import logged_batch
+from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.signal_records import SignalRecords
 from silvershard.cluster.update_log import UpdateLog
@@ -41,6 +42,8 @@ class ShardLoader:
     """Free pages for updates, as a share of those in use."""
     max_batch: int = MAX_BATCH
     """Most updates that are applied at once."""
+    gaps: QueryGaps | None = None
+    """Between the queries that updates give way to; None: to none."""
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class ShardLoader:
             cut=executor.cut,
             max_batch=self.max_batch,
             name=f"shard {self.shard} of generation {executor.spec.generation}",
+            gap=(lambda: 0.0) if self.gaps is None else self.gaps.wait,
             clock=self.clock,
         )
 
@@ -101,10 +105,12 @@ class _RecordUpdater:
         self._updater = updater
         self._signals = SignalRecords()
 
-    def prepare(self, payloads: Sequence[bytes]) -> Prepared:
+    def prepare(self, payloads: Sequence[bytes], give_way: Callable[[], None]) -> Prepared:
         """Return what the shard commits; a payload that is no mutation is rejected."""
+        give_way()
         batch, refused = logged_batch(payloads, self._signals)
-        prepared = self._updater.prepare_batch(batch)
+        give_way()
+        prepared = self._updater.prepare_batch(batch, give_way)
         return prepared._replace(rejected=(*refused, *prepared.rejected))
 
 

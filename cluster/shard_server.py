@@ -20,6 +20,7 @@ from silvershard.cluster.field_columns import column_to
 from silvershard.cluster.freshness import Demand
 from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, seen_to
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
+from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
@@ -82,6 +83,7 @@ class ShardServer:
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
         lookups: Callable[[], Mapping[str, TableCounts]] = dict,
+        gaps: QueryGaps | None = None,
     ) -> None:
         """Make a server that does not listen yet.
 
@@ -98,6 +100,7 @@ class ShardServer:
             max_queue: calls that may wait or run; more are refused.
             clock: the clock of ``executor``.
             lookups: returns what was looked up in each remote table so far; any thread may call it.
+            gaps: is told of the calls of queries; None: nothing gives way to them.
         """
         first = executor if isinstance(executor, Loaded) else Loaded(executor)
         self.shard = first.executor.shard
@@ -109,6 +112,7 @@ class ShardServer:
         self._max_queue = max_queue
         self._clock = clock
         self._lookups = lookups
+        self._gaps = QueryGaps() if gaps is None else gaps
         self._pending = 0
         self._by_key: dict[str, set[_Job]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{self.shard}")
@@ -269,6 +273,7 @@ class ShardServer:
         stream.jobs.add(job)
         self._by_key.setdefault(call.key, set()).add(job)
         self._pending += 1
+        self._gaps.begin()
         task = asyncio.create_task(self._serve(job, stream))
         stream.tasks.add(task)
         task.add_done_callback(stream.tasks.discard)
@@ -310,6 +315,7 @@ class ShardServer:
                 stream.replies.put_nowait(reply)
         finally:
             self._pending -= 1
+            self._gaps.end()
             stream.jobs.discard(job)
             waiting = self._by_key[job.call.key]
             waiting.discard(job)

@@ -6,7 +6,7 @@ same bits for an item whatever other mutations are in its batch.
 Shapes: n upserts, m patches, D embedding dimension, S signals.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -41,6 +41,8 @@ from silvershard.shard.mutations import (
     check,
 )
 from silvershard.shard.partition import part_of, partition_of
+
+_EMBEDDED_AT_ONCE = 128
 
 
 class _Tower(Protocol):
@@ -128,12 +130,21 @@ class ShardUpdater:
         return self.prepare_batch(MutationBatch(list(enumerate(mutations))))
 
     @torch.inference_mode()
-    def prepare_batch(self, batch: MutationBatch) -> Prepared:
-        """Return what ``prepare`` does of the mutations of a batch; those in columns are quick."""
+    def prepare_batch(
+        self, batch: MutationBatch, give_way: Callable[[], None] = lambda: None
+    ) -> Prepared:
+        """Return what ``prepare`` does of the mutations of a batch; those in columns are quick.
+
+        Args:
+            batch: in log order.
+            give_way: is called between the parts of the work, which are short.
+        """
         spec = self._retriever.spec
         signals, mutations = in_columns(batch, spec.item_schema.signals)
         items, rows, rejected = self._checked(mutations)
-        kept, embedded, row_of = self._embed(items, rejected)
+        give_way()
+        kept, embedded, row_of = self._embed(items, rejected, give_way)
+        give_way()
         waves, refused = coalesce(kept, spec.planes)
         parts_of_signals = self.parts_of(signals.item_ids)
         if (parts_of_signals >= 0).any() and not waves:
@@ -149,6 +160,7 @@ class ShardUpdater:
                         signals.only((parts_of_signals == part) & (wave == 0)),
                         embedded,
                         row_of,
+                        give_way,
                     )
                     for part in range(self.num_parts)
                 )
@@ -196,7 +208,10 @@ class ShardUpdater:
         return items, rows, rejected
 
     def _embed(
-        self, items: Sequence[ItemMutation], rejected: list[Rejection]
+        self,
+        items: Sequence[ItemMutation],
+        rejected: list[Rejection],
+        give_way: Callable[[], None],
     ) -> tuple[list[ItemMutation], _Embedded, dict[int, int]]:
         """Embed every upsert.
 
@@ -206,9 +221,12 @@ class ShardUpdater:
         """
         spec, model = self._retriever.spec, self._retriever.model
         upserts = [one for one in items if isinstance(one, Upsert)]
-        embeddings = torch.zeros(0, spec.dim)
-        if upserts:
-            embeddings = embed_values(model, [one.values for one in upserts], spec.item_schema)
+        pieces = [torch.zeros(0, spec.dim)]
+        for at in range(0, len(upserts), _EMBEDDED_AT_ONCE):
+            values = [one.values for one in upserts[at : at + _EMBEDDED_AT_ONCE]]
+            pieces.append(embed_values(model, values, spec.item_schema))
+            give_way()
+        embeddings = torch.cat(pieces)
         problems = embedding_problems(embeddings)
         rejected += [
             (one.item_id, problem)
@@ -239,6 +257,7 @@ class ShardUpdater:
         signals: SignalColumns,
         embedded: _Embedded,
         row_of: Mapping[int, int],
+        give_way: Callable[[], None],
     ) -> Changes:
         """Return the changes of one part."""
         upserts: list[Upsert] = []
@@ -263,6 +282,7 @@ class ShardUpdater:
             None if semantic is None else semantic[at],
         )
         patched = self._patched_items(patches) if patches else self._no_patches
+        give_way()
         return Changes(
             upserts=self._new_items(upserts, mine),
             patches=with_signals(patched, signals) if len(signals.item_ids) else patched,

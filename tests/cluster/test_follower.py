@@ -82,7 +82,8 @@ class Shard:
     def names(self) -> list[str]:
         return [name for names, _ in self.commits for name in names]
 
-    def prepare(self, mutations: Any) -> list[str]:
+    def prepare(self, mutations: Any, give_way: Callable[[], None]) -> list[str]:
+        give_way()
         return list(mutations)
 
     def commit(self, prepared: list[str], cut: tuple[int, ...] | None) -> list[tuple[int, str]]:
@@ -498,6 +499,47 @@ def test_batches_shrink_when_they_take_long_and_grow_again(
     sizes = [len(names) for names, _ in shard.commits]
     assert sizes[3:8] == [64, 128, 256, 512, 1000]
     assert max(sizes) == 1000
+
+
+def test_waits_for_gaps_do_not_make_batches_smaller(
+    make: Any, shard: Shard, clock: Clock
+) -> None:
+    log = MemoryLog()
+    for at in range(3000):
+        log.add(f"r{at}")
+
+    def gap() -> float:
+        clock.now_s += 9.0
+        return 9.0
+
+    follower = make(log, max_batch=1000, gap=gap)
+    while follower.step():
+        pass
+    assert [len(names) for names, _ in shard.commits] == [1000, 1000, 1000]
+    assert clock.now_s > 100.0 + 3 * 9.0
+
+
+def test_records_gather_beside_work_but_urgent_ones_and_those_somebody_waits_for(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("silvershard.cluster.follower._SHARE", 1e-6)
+    monkeypatch.setattr("silvershard.cluster.follower._LONGEST_PAUSE_S", 60.0)
+    log = MemoryLog()
+    log.add("r0")
+    follower = Follower(log, shard, shard.commit, decode)  # type: ignore[arg-type]
+    follower.start()
+    until(lambda: shard.names == ["r0"])
+    log.add("r1")
+    log.add("take-down", urgent=True)
+    log.add("r2")
+    until(lambda: len(shard.commits) == 2)
+    assert shard.commits[1] == (["take-down"], None)
+    follower.hurry()
+    until(lambda: len(shard.commits) == 3)
+    assert shard.commits[2] == (["r1", "take-down", "r2"], (4,))
+    began_s = time.monotonic()
+    follower.stop()
+    assert time.monotonic() - began_s < 4
 
 
 def test_catching_up_waits_for_the_log_and_ends_with_the_follower(make: Any, shard: Shard) -> None:

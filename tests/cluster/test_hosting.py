@@ -77,6 +77,7 @@ class Follows:
         self.refused = ((11, "no room for its values"), (-1, "no such table"))
         self.progressed: Callable[[], None] = lambda: None
         self.started = self.stopped = False
+        self.hurried = 0
         self.may_catch_up = threading.Event()
         self.may_catch_up.set()
         self.error: Exception | None = None
@@ -86,6 +87,9 @@ class Follows:
         if self.error is not None:
             raise self.error
         self.commit("backlog", (7,))
+
+    def hurry(self) -> None:
+        self.hurried += 1
 
     def start(self, progressed: Callable[[], None]) -> None:
         self.started = True
@@ -313,6 +317,7 @@ def test_a_call_waits_for_its_updates_and_not_longer(bench: Bench, run: Any) -> 
     async def scene() -> None:
         await bench.hosting.wait(hosted, demand(7), bench.now_s())
         task = await waiting_for(bench, hosted, demand(9))
+        assert bench.followers[3].hurried == 1
         for position in (8, 9):
             assert not task.done()
             await asyncio.to_thread(bench.followers[3].commit, "next", (position,))
