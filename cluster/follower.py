@@ -167,6 +167,8 @@ class Follower(Generic[P]):
         self._began_s = clock()
         start = cut or (0,) * log.num_partitions
         self._lag = Lag(start, start, float("-inf"), float("inf"))
+        self._seen_ends = start
+        """``(L,)`` last positions when urgent records were looked for."""
         self._urgent = list(start)
         """``(L,)`` up to where urgent records are applied."""
         self._logged_s = [float("inf")] * len(start)
@@ -176,8 +178,8 @@ class Follower(Generic[P]):
         self._applied = AppliedRecords(log)
         self._cut_short = False
         """Whether the last batch had no room for more bytes."""
-        self._lets_pass = False
-        """Whether a batch waits for room, and urgent records go ahead of it."""
+        self._is_urgent = False
+        """Whether urgent records are applied ahead of their turn."""
         self._turn = 0
         self._ended = threading.Event()
         self._hurried = threading.Event()
@@ -255,7 +257,7 @@ class Follower(Generic[P]):
         """
         self._hurried.clear()
         asked_s, gave_way_s = self._clock(), self._gave_way_s
-        ends = tuple(self._log.end(one) for one in range(self._log.num_partitions))
+        ends = self._seen_ends = self._ends()
         for partition, end in enumerate(ends):
             self._applied.check(partition, self._lag.cut[partition], end)
         behind = sum(ends) - sum(self._lag.cut)
@@ -320,21 +322,38 @@ class Follower(Generic[P]):
             self._give_way()
 
     def _give_way(self) -> None:
-        """Let queries go first, where there are some."""
-        self._gave_way_s += self._gap()
+        """Let queries go first, and urgent records, where there are some."""
+        if not self._is_urgent:
+            self._gave_way_s += self._gap()
+            self._look_for_urgent()
+
+    def _look_for_urgent(self) -> None:
+        ends = self._ends()
+        if ends != self._seen_ends:
+            self._seen_ends = ends
+            self._apply_urgent()
+
+    def _ends(self) -> Cut:
+        return tuple(self._log.end(one) for one in range(self._log.num_partitions))
 
     def _apply_urgent(self) -> None:
         """Apply the urgent records beyond the cut; their versions make it harmless to do so again.
 
-        The cut stays where it is. They are deletes, which need no room.
+        The cut stays where it is. They are deletes, which need no room, and give way to nobody.
         """
-        for partition, done in enumerate(self._lag.cut):
-            after = max(done, self._urgent[partition])
-            records = self._log.read_urgent(partition, after, self._batch)
-            if records:
-                self._apply(records, None)
-                self._urgent[partition] = records[-1].position
-                self.counts.urgent += len(records)
+        if self._is_urgent:
+            return
+        self._is_urgent = True
+        try:
+            for partition, done in enumerate(self._lag.cut):
+                after = max(done, self._urgent[partition])
+                records = self._log.read_urgent(partition, after, self._batch)
+                if records:
+                    self._apply(records, None)
+                    self._urgent[partition] = records[-1].position
+                    self.counts.urgent += len(records)
+        finally:
+            self._is_urgent = False
 
     def _apply(self, records: Sequence[LogRecord], cut: Cut | None) -> None:
         mutations: list[Any] = []
@@ -383,20 +402,10 @@ class Follower(Generic[P]):
                 if started_s - began_s >= _ROOM_S or self._ended.is_set():
                     raise
                 self.trouble = str(error)
-                self._let_urgent_pass()
+                self._apply_urgent()
                 self._ended.wait(_ROOM_RETRY_S)
             else:
                 return rejected, self._clock() - started_s
-
-    def _let_urgent_pass(self) -> None:
-        """Apply urgent records ahead of the batch that waits."""
-        if self._lets_pass:
-            return
-        self._lets_pass = True
-        try:
-            self._apply_urgent()
-        finally:
-            self._lets_pass = False
 
     def _reject(self, rejected: Rejected) -> None:
         for item_id, reason in rejected:
@@ -443,8 +452,7 @@ class Follower(Generic[P]):
         while (left_s := until_s - self._clock()) > 0:
             if self._hurried.wait(min(left_s, _IDLE_S)):
                 return
-            if any(self._log.end(at) > end for at, end in enumerate(self._lag.ends)):
-                self._apply_urgent()
+            self._look_for_urgent()
 
     def _suffer(self, error: RetrievalError) -> None:
         if self.trouble != str(error):

@@ -4,7 +4,7 @@ Shapes: n rows, D embedding dimension.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from silvershard.shard.mutations import (
 MAX_TTL_S = 100 * 365 * 86_400
 """A hundred years."""
 
+_READ_AT_ONCE = 128
 _WEIGHTS = retrieval_pb2.Values.WEIGHTS_FIELD_NUMBER
 
 # Tags of the fields that a record adds to the bytes of a mutation.
@@ -154,13 +155,16 @@ def logged_from(payload: bytes) -> Mutation:
 
 
 def logged_batch(
-    payloads: Sequence[bytes], signals: SignalRecords
+    payloads: Sequence[bytes],
+    signals: SignalRecords,
+    give_way: Callable[[], None] = lambda: None,
 ) -> tuple[MutationBatch, list[tuple[int, str]]]:
     """Return the mutations in the payloads of records in log order, and what is no mutation.
 
     Args:
         payloads: of the records.
         signals: reads those that patch signals.
+        give_way: is called between the parts of the work, which are short.
 
     Returns:
         The batch; and for each payload without a mutation the item id, as far as it says one, else
@@ -168,7 +172,9 @@ def logged_batch(
     """
     patches, others = signals.read(payloads)
     placed, refused = [], []
-    for place in others:
+    for count, place in enumerate(others):
+        if count % _READ_AT_ONCE == 0:
+            give_way()
         try:
             placed.append((place, logged_from(payloads[place])))
         except MutationError as error:

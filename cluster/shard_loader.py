@@ -108,7 +108,7 @@ class _RecordUpdater:
     def prepare(self, payloads: Sequence[bytes], give_way: Callable[[], None]) -> Prepared:
         """Return what the shard commits; a payload that is no mutation is rejected."""
         give_way()
-        batch, refused = logged_batch(payloads, self._signals)
+        batch, refused = logged_batch(payloads, self._signals, give_way)
         give_way()
         prepared = self._updater.prepare_batch(batch, give_way)
         return prepared._replace(rejected=(*refused, *prepared.rejected))

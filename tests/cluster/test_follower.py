@@ -501,9 +501,34 @@ def test_batches_shrink_when_they_take_long_and_grow_again(
     assert max(sizes) == 1000
 
 
-def test_waits_for_gaps_do_not_make_batches_smaller(
-    make: Any, shard: Shard, clock: Clock
-) -> None:
+def test_urgent_records_pass_a_batch_between_its_parts_and_wait_for_no_gap(make: Any) -> None:
+    log = MemoryLog()
+    log.add("r0")
+    gaps: list[float] = []
+
+    class Working(Shard):
+        def prepare(self, mutations: Any, give_way: Callable[[], None]) -> list[str]:
+            if list(mutations) == ["r0"]:
+                log.add("take-down", urgent=True)
+            return super().prepare(mutations, give_way)
+
+    shard = Working()
+    follower = Follower(
+        log,  # type: ignore[arg-type]
+        shard,
+        shard.commit,
+        decode,
+        gap=lambda: gaps.append(0.0) or 0.0,
+    )
+    follower.step()
+    assert shard.commits == [(["take-down"], None), (["r0"], (1,))]
+    # Between preparing and committing the batch, and before: none for what is urgent.
+    assert len(gaps) == 2
+    follower.step()
+    assert shard.commits[2] == (["take-down"], (2,))
+
+
+def test_waits_for_gaps_do_not_make_batches_smaller(make: Any, shard: Shard, clock: Clock) -> None:
     log = MemoryLog()
     for at in range(3000):
         log.add(f"r{at}")
