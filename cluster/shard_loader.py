@@ -43,7 +43,7 @@ class ShardLoader:
     max_batch: int = MAX_BATCH
     """Most updates that are applied at once."""
     gaps: QueryGaps | None = None
-    """Between the queries that updates give way to; None: to none."""
+    """Between the queries that updates and loading give way to; None: to none."""
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -69,10 +69,14 @@ class ShardLoader:
             devices=self.devices,
             tables=self.tables,
             headroom=self.headroom if self.log is not None else 0.0,
+            give_way=self._gap,
             clock=self.clock,
         )
         follow = None if self.log is None else partial(self._follow, executor, self.log)
         return Loaded(executor, follow)
+
+    def _gap(self) -> float:
+        return 0.0 if self.gaps is None else self.gaps.wait()
 
     def _check_log(self, path: Path, log: UpdateLog) -> None:
         manifest = open_snapshot(path).manifest
@@ -93,7 +97,7 @@ class ShardLoader:
             cut=executor.cut,
             max_batch=self.max_batch,
             name=f"shard {self.shard} of generation {executor.spec.generation}",
-            gap=(lambda: 0.0) if self.gaps is None else self.gaps.wait,
+            gap=self._gap,
             clock=self.clock,
         )
 

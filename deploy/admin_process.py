@@ -23,11 +23,8 @@ from silvershard.deploy.admin_errors import failure_of
 from silvershard.deploy.admin_store import AdminTask, Failure
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CheckFailed
-from silvershard.deploy.processes import die_with_parent
+from silvershard.deploy.processes import die_with_parent, step_back
 from silvershard.deploy.state import StateDir
-
-_NICENESS = 10
-"""Queries go first: a check takes as much of the machine as they leave."""
 
 Report = Callable[[str], None]
 
@@ -142,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _call_off)
     try:
         die_with_parent(options.parent)
-        os.nice(_NICENESS)
+        # Queries go first: a check takes as much of the machine as they leave.
+        step_back()
         log_to_stderr()
         # What a library prints must not get between the lines.
         lines = os.fdopen(os.dup(1), "w")

@@ -15,6 +15,7 @@ from silvershard.deploy.arguments import (
 )
 from silvershard.deploy.control_store import CANARY, LIVE
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.processes import step_back
 
 
 def add_verbs(verb: AddVerb, shared: Parents) -> None:
@@ -99,6 +100,7 @@ def _dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _activate(options: argparse.Namespace) -> int:
+    step_back()
     from silvershard.deploy import activate
 
     state = state_of(options)
@@ -144,6 +146,7 @@ def _rollback(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    step_back()
     from silvershard.deploy import verify
 
     state = state_of(options)

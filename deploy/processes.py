@@ -4,6 +4,7 @@ A process is its pid, the tick of its start and the boot that it belongs to. Sig
 pidfd that is opened before the identity is checked, so the check cannot go stale. Linux only.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.01
+_NICENESS = 10
 
 
 class Process(BaseModel):
@@ -44,6 +46,17 @@ def _stat(pid: int) -> tuple[int, int] | None:
     if fields[0] in "ZX" and int(fields[17]) <= 1:
         return None
     return int(fields[1]), int(fields[19])
+
+
+def step_back() -> None:
+    """Take what others leave of the processors from now on, as long as they need them."""
+    os.nice(_NICENESS)
+    # What is loaded from now on computes on one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if os.getsid(0) == os.getpid():
+        # Where the kernel shares processors among sessions first, each has a niceness of its own.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(_NICENESS))
 
 
 def identify(pid: int) -> Process | None:

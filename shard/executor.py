@@ -273,13 +273,17 @@ class ShardExecutor:
                     found[name][place] = value
         return found
 
-    def warm(self) -> None:
+    def warm(self, give_way: Callable[[], object] = lambda: None) -> None:
         """Run every stage on empty users, so that no query pays what the first one costs.
 
         Each batch size that is a power of two up to 64, the largest batch by default, runs twice.
+
+        Args:
+            give_way: is called before each run.
         """
         for batch in _WARM_BATCHES:
             for _ in range(_WARM_RUNS):
+                give_way()
                 self._warm(batch)
 
     def _warm(self, batch: int) -> None:

@@ -30,7 +30,13 @@ from silvershard.shard.table_placement import (
 )
 from silvershard.shard.updater import ShardUpdater
 
+GiveWay = Callable[[], object]
+
 _FIELD_TYPES = {"int": np.int64, "float": np.float64, "string": object}
+
+
+def _to_nobody() -> None:
+    """Nothing waits."""
 
 
 def load_model(
@@ -96,6 +102,7 @@ def load_retriever(
     num_shards: int = 1,
     devices: Sequence[str] = ("cpu",),
     tables: TableSettings | None = None,
+    give_way: GiveWay = _to_nobody,
 ) -> tuple[Retriever, FieldStore]:
     """Load the partitions of one shard of a snapshot; by default all of them.
 
@@ -105,12 +112,15 @@ def load_retriever(
         num_shards: S; any number up to the partitions, whatever the snapshot was planned for.
         devices: the local devices that the shard's documents and tables are split over.
         tables: what is decided about embedding tables.
+        give_way: as for ``load_executor``.
 
     Raises:
         SnapshotError: if a file is missing or damaged.
         ValueError: if the shard or a device is out of range, or a table does not fit.
     """
-    snapshot, model, centroids, held = _load_shard(path, shard, num_shards, devices, tables)
+    snapshot, model, centroids, held = _load_shard(
+        path, shard, num_shards, devices, tables, give_way
+    )
     parts = [build_index(local, snapshot.spec) for local in held]
     retriever = Retriever(model, centroids, parts, snapshot.spec, load_semantic(snapshot)).eval()
     return retriever, _field_store([one for local in held for one in local], snapshot.spec)
@@ -124,6 +134,7 @@ def load_live(
     devices: Sequence[str] = ("cpu",),
     tables: TableSettings | None = None,
     headroom: float,
+    give_way: GiveWay = _to_nobody,
 ) -> tuple[Retriever, LiveParts]:
     """Load one shard of a snapshot so that it can follow updates; by default all of it.
 
@@ -134,6 +145,7 @@ def load_live(
         devices: the local devices that the shard's documents and tables are split over.
         tables: what is decided about embedding tables.
         headroom: free pages for updates as a share of those in use, more than 0.
+        give_way: as for ``load_executor``.
 
     Raises:
         SnapshotError: if a file is missing or damaged.
@@ -141,11 +153,14 @@ def load_live(
     """
     if not headroom > 0:
         raise ValueError(f"headroom must be more than 0, got {headroom}")
-    snapshot, model, centroids, held = _load_shard(path, shard, num_shards, devices, tables)
+    snapshot, model, centroids, held = _load_shard(
+        path, shard, num_shards, devices, tables, give_way
+    )
     spec, builder = snapshot.spec, snapshot.manifest.builder
     live = []
     for local in held:
         index = build_index(local, spec, headroom=headroom)
+        give_way()
         live.append(LiveIndex(index, _field_store(local, spec), spec, centroids.vectors))
     parts = [one.index for one in live]
     retriever = Retriever(model, centroids, parts, spec, load_semantic(snapshot)).eval()
@@ -160,6 +175,7 @@ def _load_shard(
     num_shards: int,
     devices: Sequence[str],
     tables: TableSettings | None,
+    give_way: GiveWay,
 ) -> tuple[Snapshot, nn.Module, Centroids, list[list[PartitionData]]]:
     """Return a snapshot, its model, its centroids, and the partitions of every device."""
     if not devices:
@@ -174,6 +190,7 @@ def _load_shard(
     place_tables(model, devices, settings)
     held: list[list[PartitionData]] = [[] for _ in devices]
     for number in owned:
+        give_way()
         data = snapshot.load_partition(number)
         if data is not None:
             held[part_of(number, len(devices))].append(data)
@@ -200,6 +217,7 @@ def load_executor(
     devices: Sequence[str] = ("cpu",),
     tables: TableSettings | None = None,
     headroom: float = 0.0,
+    give_way: GiveWay = _to_nobody,
     clock: Callable[[], float] = monotonic,
 ) -> ShardExecutor:
     """Load one shard of a snapshot and run every stage once.
@@ -211,6 +229,8 @@ def load_executor(
         devices: as for ``load_retriever``.
         tables: what is decided about embedding tables.
         headroom: free pages for updates as a share of those in use; 0: the shard follows none.
+        give_way: is called between the parts of the work; lets the queries of what this process
+            serves go first.
         clock: seconds.
 
     Raises:
@@ -227,11 +247,17 @@ def load_executor(
             devices=devices,
             tables=tables,
             headroom=headroom,
+            give_way=give_way,
         )
     else:
         retriever, held = load_retriever(
-            path, shard=shard, num_shards=num_shards, devices=devices, tables=tables
+            path,
+            shard=shard,
+            num_shards=num_shards,
+            devices=devices,
+            tables=tables,
+            give_way=give_way,
         )
     executor = ShardExecutor(retriever, held, shard=shard, num_shards=num_shards, clock=clock)
-    executor.warm()
+    executor.warm(give_way)
     return executor

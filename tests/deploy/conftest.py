@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from silvershard.deploy import generation_verbs
 from silvershard.deploy.control_store import Control, ControlStore
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
@@ -16,6 +17,14 @@ from silvershard.model.catalogue import NULL_INT
 from silvershard.model.spec import SearchDefaults
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.publish import publish_generation
+
+
+@pytest.fixture(autouse=True)
+def stepped_back(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """How often a verb stepped back, which would slow down this process for good."""
+    steps: list[None] = []
+    monkeypatch.setattr(generation_verbs, "step_back", lambda: steps.append(None))
+    return steps
 
 
 @pytest.fixture(scope="session")

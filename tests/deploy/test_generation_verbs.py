@@ -91,3 +91,11 @@ def test_what_needs_a_cluster_says_so(state: StateDir, capsys: pytest.CaptureFix
     ):
         assert run(state, *words) == ExitCode.FAILED
         assert "start one with `silvershard up`" in capsys.readouterr().err
+
+
+def test_checks_leave_the_processors_to_queries(state: StateDir, stepped_back: list[None]) -> None:
+    assert run(state, "verify", "1", "--checks", "files") == ExitCode.OK
+    assert len(stepped_back) == 1
+    # No cluster runs; what would come before is the same.
+    assert run(state, "activate", "1") == ExitCode.FAILED
+    assert len(stepped_back) == 2

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -171,3 +172,18 @@ def test_an_orphan_becomes_a_child_of_its_adopter(spawn: Spawn) -> None:
 def test_this_process_knows_itself() -> None:
     assert myself().pid == os.getpid()
     assert is_alive(myself())
+
+
+def test_a_process_that_steps_back_gets_what_others_leave(spawn: Spawn) -> None:
+    stepped = spawn(
+        "import os, sys\n"
+        "os.setsid()\n"
+        "from silvershard.deploy.processes import step_back\n"
+        "step_back()\n"
+        "print('up', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    assert os.getpriority(os.PRIO_PROCESS, stepped.pid) == 10
+    autogroup = Path(f"/proc/{stepped.pid}/autogroup")
+    if autogroup.exists() and autogroup.read_text().strip():
+        assert autogroup.read_text().split()[-1] == "10"

@@ -142,7 +142,10 @@ def test_warming_runs_every_batch_size_twice_and_leaves_nothing_open(
 
     monkeypatch.setattr(retriever, "open", open_)
     monkeypatch.setattr(retriever, "close", close)
-    executor.warm()
+    executor.warm(lambda: rounds.append(("way", 0)))
+    assert rounds[:3] == [("way", 0), ("one", 1), ("two", 1)]
+    assert rounds.count(("way", 0)) == 14
+    rounds = [one for one in rounds if one != ("way", 0)]
     assert Counter(rounds) == {(name, 2**power): 2 for name in ("one", "two") for power in range(7)}
     assert executor.num_open == 0
 
@@ -153,6 +156,18 @@ def load_live(generation, clock: Clock) -> Callable[..., ShardExecutor]:
         return load_executor(generation.path, 0, 1, devices=devices, headroom=headroom, clock=clock)
 
     return load
+
+
+@pytest.mark.parametrize("headroom", [0.0, 0.5])
+def test_loading_gives_way_at_every_part(generation, headroom: float) -> None:
+    ways: list[None] = []
+
+    def way() -> None:
+        ways.append(None)
+
+    executor = load_executor(generation.path, 0, 1, headroom=headroom, give_way=way)
+    # Before every partition, and before every run that warms it.
+    assert len(ways) >= executor.spec.num_partitions + 14
 
 
 def commit(
