@@ -3,13 +3,17 @@
 Shapes: n items of a call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 FieldValue = int | float | str | None
+
+
+_AT_ONCE = 1 << 16
+"""Rows of texts that are moved at once: no other thread of Python runs meanwhile."""
 
 
 def field_values(column: NDArray[Any]) -> list[FieldValue]:
@@ -26,13 +30,26 @@ def field_values(column: NDArray[Any]) -> list[FieldValue]:
     ]
 
 
+def _pieces(size: int) -> Iterator[slice]:
+    """Yield slices that together are all of ``size`` rows."""
+    for begin in range(0, size, _AT_ONCE):
+        yield slice(begin, begin + _AT_ONCE)
+
+
+def _reordered(column: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
+    moved = np.empty(len(order), dtype=column.dtype)
+    for piece in _pieces(len(order)):
+        moved[piece] = column[order[piece]]
+    return moved
+
+
 class FieldStore:
     """Stored columns of a set of documents, looked up by item id."""
 
     def __init__(self, item_ids: NDArray[np.int64], columns: Mapping[str, NDArray[Any]]) -> None:
         order = np.argsort(item_ids, kind="stable")
         self._ids = item_ids[order]
-        self._columns = {name: column[order] for name, column in columns.items()}
+        self._columns = {name: _reordered(column, order) for name, column in columns.items()}
 
     @property
     def names(self) -> Sequence[str]:
@@ -68,9 +85,9 @@ class SlotFields:
     ) -> None:
         self._columns: dict[str, NDArray[Any]] = {}
         for name in store.names:
-            values = store.column(name, item_ids)
-            laid = np.zeros(num_slots, dtype=values.dtype)
-            laid[slots] = values
+            laid = np.zeros(num_slots, dtype=store.column(name, item_ids[:0]).dtype)
+            for piece in _pieces(len(slots)):
+                laid[slots[piece]] = store.column(name, item_ids[piece])
             self._columns[name] = laid
 
     @property
