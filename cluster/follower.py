@@ -38,6 +38,8 @@ _BATCH_S = 0.05
 # Beside it records gather, for a batch of many takes less time than many of a few.
 _SHARE = 0.1
 _LONGEST_PAUSE_S = 0.25
+# Queries that leave no gap make a batch so much slower at most.
+_MOST_GAPS_S = 0.1
 # A part of a batch that is worth to step aside for.
 _READ = 512
 _SMALLEST_BATCH = 64
@@ -77,6 +79,10 @@ class Updater(Protocol[P_co]):
         ...
 
 
+Refused = tuple[tuple[int, str], ...]
+"""Items, -1 for a table, and why they were refused."""
+
+
 class _TooLarge(Exception):
     """A batch that there is no room for in one piece."""
 
@@ -93,6 +99,8 @@ class Lag(NamedTuple):
     """When the last record before the oldest one that is not applied was logged; inf: all are."""
     looked_s: float = float("-inf")
     """Reading of the clock just before ``ends`` were read; -inf: they never were."""
+    refused: Refused = ()
+    """The newest items up to the cut whose updates were refused for what they say, and why."""
 
 
 @dataclass
@@ -150,7 +158,7 @@ class Follower(Generic[P]):
         """Why it follows no more."""
         self.trouble = ""
         """Why it does not get on at present."""
-        self.refused: tuple[tuple[int, str], ...] = ()
+        self.refused: Refused = ()
         """The newest items whose updates were refused for what they say, and why."""
         self._log = log
         self._updater = updater
@@ -162,6 +170,12 @@ class Follower(Generic[P]):
         self._gap = gap
         self._gave_way_s = 0.0
         """What was spent on waiting for gaps."""
+        self._gaps_left_s = _MOST_GAPS_S
+        """What this step may still spend on it."""
+        self._looked_s = float("-inf")
+        """When urgent records were looked for."""
+        self._prepared_s = 0.0
+        """What preparing the batch took."""
         self._clock = clock
         self._unix_clock = unix_clock
         self._began_s = clock()
@@ -176,6 +190,8 @@ class Follower(Generic[P]):
         self._read: dict[int, LogRecord] = {}
         """The last record that was read of a partition."""
         self._applied = AppliedRecords(log)
+        self._applied_urgent = AppliedRecords(log)
+        """The last ones that were applied ahead of their turn."""
         self._cut_short = False
         """Whether the last batch had no room for more bytes."""
         self._is_urgent = False
@@ -255,21 +271,26 @@ class Follower(Generic[P]):
             LogUnavailable: if the log cannot be reached.
             RetrievalError: if it cannot be followed any further.
         """
+        in_haste = self._hurried.is_set()
         self._hurried.clear()
-        asked_s, gave_way_s = self._clock(), self._gave_way_s
+        self._step_began(in_haste=in_haste)
+        asked_s = self._clock()
         ends = self._seen_ends = self._ends()
         for partition, end in enumerate(ends):
             self._applied.check(partition, self._lag.cut[partition], end)
+            if self._urgent[partition] > self._lag.cut[partition]:
+                self._applied_urgent.check(partition, self._urgent[partition], end)
         behind = sum(ends) - sum(self._lag.cut)
-        if behind > self._batch or self._cut_short:
+        if behind > min(self._batch, _SMALLEST_BATCH) or self._cut_short:
             self._apply_urgent()
         records, cut = self._next_records(ends)
         if records:
+            self._prepared_s = 0.0
             self._apply(records, cut)
             for partition, record in self._read.items():
                 self._applied.note(partition, record)
-            spent_s = self._clock() - asked_s - (self._gave_way_s - gave_way_s)
-            self._fit_batch(len(records), spent_s)
+                self._logged_s[partition] = record.logged_unix_ms / 1e3
+            self._fit_batch(len(records), self._prepared_s)
         # What is left of a partition was logged after what was read last.
         left = [at for at, end in enumerate(ends) if end > cut[at]]
         more = bool(left)
@@ -277,7 +298,7 @@ class Follower(Generic[P]):
         current_s = self._lag.current_s if more else asked_s
         # Records may have come since the ends were read.
         known = tuple(max(pair) for pair in zip(ends, cut, strict=True))
-        self._lag = Lag(cut, known, current_s, oldest, asked_s)
+        self._lag = Lag(cut, known, current_s, oldest, asked_s, self.refused)
         if self.trouble:
             _log.info("%s follows the update log again", self._name)
             self.trouble = ""
@@ -292,6 +313,7 @@ class Follower(Generic[P]):
         found: list[LogRecord] = []
         size = 0
         self._cut_short = False
+        self._read.clear()
         # Another partition begins every time, so that a busy one holds up no other.
         self._turn += 1
         for step in range(len(cut)):
@@ -307,7 +329,6 @@ class Follower(Generic[P]):
                 found.append(record)
                 cut[partition] = record.position
                 self._read[partition] = record
-                self._logged_s[partition] = record.logged_unix_ms / 1e3
         return found, tuple(cut)
 
     def _records_of(self, partition: int, after: int, room: int) -> Iterator[LogRecord]:
@@ -323,11 +344,21 @@ class Follower(Generic[P]):
 
     def _give_way(self) -> None:
         """Let queries go first, and urgent records, where there are some."""
-        if not self._is_urgent:
-            self._gave_way_s += self._gap()
+        if self._is_urgent:
+            return
+        if self._gaps_left_s > 0 and not self._hurried.is_set():
+            spent_s = self._gap()
+            self._gaps_left_s -= spent_s
+            self._gave_way_s += spent_s
+        if self._clock() >= self._looked_s + _IDLE_S:
             self._look_for_urgent()
 
+    def _step_began(self, *, in_haste: bool) -> None:
+        self._gaps_left_s = 0.0 if in_haste else _MOST_GAPS_S
+        self._looked_s = self._clock()
+
     def _look_for_urgent(self) -> None:
+        self._looked_s = self._clock()
         ends = self._ends()
         if ends != self._seen_ends:
             self._seen_ends = ends
@@ -347,10 +378,10 @@ class Follower(Generic[P]):
         try:
             for partition, done in enumerate(self._lag.cut):
                 after = max(done, self._urgent[partition])
-                records = self._log.read_urgent(partition, after, self._batch)
-                if records:
+                while records := self._log.read_urgent(partition, after, self._batch):
                     self._apply(records, None)
-                    self._urgent[partition] = records[-1].position
+                    after = self._urgent[partition] = records[-1].position
+                    self._applied_urgent.note(partition, records[-1])
                     self.counts.urgent += len(records)
         finally:
             self._is_urgent = False
@@ -372,7 +403,9 @@ class Follower(Generic[P]):
         Each half frees the slots that its items had before. The cut moves with the last one; what
         came before it may come again, which versions make harmless.
         """
+        began_s, gave_way_s = self._clock(), self._gave_way_s
         prepared = self._updater.prepare(mutations, self._give_way)
+        self._prepared_s += self._clock() - began_s - (self._gave_way_s - gave_way_s)
         self._give_way()
         try:
             rejected, spent_s = self._committed(prepared, cut, len(mutations))
@@ -411,7 +444,9 @@ class Follower(Generic[P]):
         for item_id, reason in rejected:
             _log.warning("%s refuses an update of item %d: %s", self._name, item_id, reason)
             if reason != NOTHING_TO_PATCH:
-                others = [one for one in self.refused if one[0] != item_id]
+                # All tables are item -1.
+                same = (item_id, reason) if item_id < 0 else item_id
+                others = [one for one in self.refused if same not in (one, one[0])]
                 self.refused = (*others, (item_id, reason))[-_REMEMBERED:]
         self.counts.rejected += len(rejected)
 

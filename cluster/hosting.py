@@ -120,7 +120,10 @@ class Hosted:
         if follower is None or executor is None:
             return report
         report.reason = self.reason or follower.trouble
-        report.ends.extend(follower.lag.ends)
+        lag = follower.lag
+        # What was refused up to a cut is known with that cut, which may be behind what is applied.
+        report.seen.cut[:] = lag.cut
+        report.ends.extend(lag.ends)
         counts, usage = follower.counts, executor.usage()
         report.updates.CopyFrom(
             shard_pb2.UpdateReport(
@@ -133,7 +136,7 @@ class Hosted:
         )
         report.refused.extend(
             shard_pb2.RefusedUpdate(item_id=item_id, reason=reason)
-            for item_id, reason in follower.refused
+            for item_id, reason in lag.refused
         )
         report.pool.CopyFrom(shard_pb2.PoolReport(**usage._asdict()))
         return report
@@ -335,6 +338,13 @@ class Hosting:
 
     def _prepare(self, hosted: Hosted) -> None:
         """Load, catch up and serve; runs on a thread of its own."""
+        self._bring_up(hosted)
+        if hosted.retired:
+            # It was loaded after what was let go of had been given back.
+            hosted.executor = hosted.follower = None
+            gc.collect()
+
+    def _bring_up(self, hosted: Hosted) -> None:
         assert self._load is not None
         try:
             loaded = self._load(Path(hosted.snapshot))

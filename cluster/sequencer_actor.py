@@ -70,7 +70,7 @@ class SequencerActor:
             ConfigError: if the log would not keep what it acknowledges.
         """
         log_to_stderr()
-        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), _NICENESS))
         feed = FeedBlock(feed_block, hysteresis)
         live = load_live_generation(_snapshot_of(Path(map_path), snapshot))
         self._log = _reached(lambda: open_log(log_url, None, create=False))

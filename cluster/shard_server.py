@@ -273,7 +273,6 @@ class ShardServer:
         stream.jobs.add(job)
         self._by_key.setdefault(call.key, set()).add(job)
         self._pending += 1
-        self._gaps.begin()
         task = asyncio.create_task(self._serve(job, stream))
         stream.tasks.add(task)
         task.add_done_callback(stream.tasks.discard)
@@ -310,12 +309,16 @@ class ShardServer:
                 if stale is not None:
                     stream.replies.put_nowait(stale)
                     return
-            reply = await loop.run_in_executor(self._thread, self._run, job)
+            # What waits for updates is in nobody's way.
+            self._gaps.begin()
+            try:
+                reply = await loop.run_in_executor(self._thread, self._run, job)
+            finally:
+                self._gaps.end()
             if reply is not None:
                 stream.replies.put_nowait(reply)
         finally:
             self._pending -= 1
-            self._gaps.end()
             stream.jobs.discard(job)
             waiting = self._by_key[job.call.key]
             waiting.discard(job)

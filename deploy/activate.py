@@ -85,7 +85,8 @@ def activate(
         return _carried_out(state, store, operation, dry_run, timeout_s, report)
     number, path = choose_generation(state, generation)
     outline = read_outline(path)
-    live = read_outline(generation_dir(state.generations, record.generation))
+    served = control.live or record.generation
+    live = read_outline(generation_dir(state.generations, served))
     _check_log(state, config, outline)
     plan = memory_plan(config, record, control, live, outline)
     for line in render(plan):
@@ -113,7 +114,7 @@ def activate(
             raise CheckFailed(number, check.name, check.text)
     content = outline.content_hash
     operation = wanted("activate", number, alias, content, operation_id, allow_refused=allow_schema)
-    done = _carried_out(state, store, operation, dry_run, timeout_s, report)
+    done = _carried_out(state, store, operation, dry_run, timeout_s, report, control.live)
     return done | {"mode": plan.mode}
 
 
@@ -215,8 +216,24 @@ def _carried_out(
     dry_run: bool,
     timeout_s: float,
     report: Report,
+    compared_with: int = 0,
 ) -> dict[str, Any]:
-    """Write what is wanted and wait until it is done."""
+    """Write what is wanted and wait until it is done.
+
+    Args:
+        state: of the cluster.
+        store: its control store.
+        operation: what is wanted.
+        dry_run: write nothing.
+        timeout_s: longest wait.
+        report: hears how far it is.
+        compared_with: the live generation that the checks know; 0: there were none.
+
+    Raises:
+        Refused: if something else is going on, or was done meanwhile.
+        CommandError: if it could not be done.
+        TimedOut: if it is not done in time; it goes on.
+    """
     began_s = time.monotonic()
     alias, generation = operation.alias, operation.generation
     document = {
@@ -243,6 +260,11 @@ def _carried_out(
                 called_off = f"activate of generation {going.generation} is called off"
                 now = now.replaced(going.ended("cancelled", "a rollback called it off"))
                 going = None
+        if compared_with and now.live != compared_with:
+            raise Refused(
+                f"generation {now.live} has become live meanwhile, and generation {generation} was "
+                f"checked against generation {compared_with}: ask again"
+            )
         if going is not None:
             raise Refused(
                 f"{going.kind} of generation {going.generation} is going on since "

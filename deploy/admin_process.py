@@ -28,6 +28,9 @@ from silvershard.deploy.state import StateDir
 
 Report = Callable[[str], None]
 
+_AT_ONCE = ("plan", "rollback")
+"""What is no work, or cannot wait."""
+
 
 class Errand(BaseModel):
     """What the process shall do."""
@@ -139,8 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _call_off)
     try:
         die_with_parent(options.parent)
-        # Queries go first: a check takes as much of the machine as they leave.
-        step_back()
+        errand = Errand.model_validate_json(sys.stdin.buffer.read())
+        if errand.task.kind not in _AT_ONCE:
+            # Queries go first: a check takes as much of the machine as they leave.
+            step_back()
         log_to_stderr()
         # What a library prints must not get between the lines.
         lines = os.fdopen(os.dup(1), "w")
@@ -150,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines.write(said.model_dump_json(exclude_defaults=True) + "\n")
             lines.flush()
 
-        errand = Errand.model_validate_json(sys.stdin.buffer.read())
         say(carry_out(StateDir(options.state), errand, lambda line: say(Said(progress=line))))
     except _CalledOff:
         print(json.dumps({"event": "called off"}), file=sys.stderr)

@@ -94,7 +94,7 @@ class GenerationWatch:
         self._gave_way = ""
         """The operation for which it was given up."""
         self._leaving: dict[int, float] = {}
-        """Former canaries, and until when somebody can be waiting for an answer of them."""
+        """What was canary or live, and until when somebody can be waiting for an answer of it."""
         self._drained_s = 0.0
         """When nobody can be waiting for an answer of the previous generation any more."""
         self._is_late = range(0)
@@ -228,6 +228,8 @@ class GenerationWatch:
             late = range(len(self._first_wave), self._config.sharding.replicas)
             self._parked = self._config.swap.keep_previous and not is_wave
             self._gave_way = ""
+            if before.previous and now_s < self._drained_s:
+                self._leaving[before.previous] = self._drained_s
             self._is_late = late if is_wave else range(0)
             self._drained_s = now_s + self._drain_s(is_wave=is_wave)
         if before.canary not in (0, control.canary):

@@ -102,8 +102,10 @@ def refusals(reports: Reports, live: int, coming: int) -> Lacking:
         if coming not in held:
             continue
         others = [by[live] for (of, _), by in reports.items() if of == shard and live in by]
-        taken = {item for one in others for item, _ in one.refused}
-        missing = {item: why for item, why in held[coming].refused if item not in taken}
+        taken = {_subject(*refused) for one in others for refused in one.refused}
+        missing = {
+            item: why for item, why in held[coming].refused if _subject(item, why) not in taken
+        }
         if not missing:
             continue
         if not others or any(len(one.refused) >= REMEMBERED for one in others):
@@ -125,6 +127,11 @@ def refusals(reports: Reports, live: int, coming: int) -> Lacking:
         if unknown
         else "",
     )
+
+
+def _subject(item: int, why: str) -> tuple[int, str]:
+    """Return what was refused: an item, or what is said of a table."""
+    return (item, "") if item >= 0 else (item, why)
 
 
 def records_of(reports: Reports, control: Control) -> tuple[GenerationRecord, ...]:

@@ -31,6 +31,8 @@ from silvershard.shard.updater import Prepared, ShardUpdater
 
 _DELETES_KNOWN = 1 << 18
 """Deleted ids that stay known with their versions, of 36 bytes each."""
+_MOST_PIECES = 1024
+"""In which those of a part are held: one of a few ids takes 1.5 KB."""
 _WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _WARM_RUNS = 2
 
@@ -79,9 +81,8 @@ class ShardExecutor:
         self._open: dict[str, _OpenQuery] = {}
         self._parts: Sequence[LiveIndex] = held.parts if isinstance(held, LiveParts) else ()
         self._any_retired = False
-        self._deleted: deque[tuple[LiveIndex, Tensor, Tensor]] = deque()
+        self._deleted: list[deque[tuple[Tensor, Tensor]]] = [deque() for _ in self._parts]
         """Ids and versions of deletes up to the cut, the oldest first."""
-        self._num_deleted = 0
         self.shard = shard
         self.num_shards = num_shards
         self.documents = retriever.documents
@@ -154,15 +155,24 @@ class ShardExecutor:
         Nothing from before a cut comes again, so nothing older than its deletes does; the last ones
         stay known all the same. An urgent delete counts when it comes once more in its turn.
         """
-        while self._num_deleted > _DELETES_KNOWN:
-            part, item_ids, versions = self._deleted.popleft()
-            part.forget(item_ids, versions)
-            self._num_deleted -= len(item_ids)
+        known = _DELETES_KNOWN // len(self._parts)
+        for part, pieces in zip(self._parts, self._deleted, strict=True):
+            excess = sum(len(item_ids) for item_ids, _ in pieces) - known
+            while excess > 0:
+                item_ids, versions = pieces.popleft()
+                part.forget(item_ids[:excess], versions[:excess])
+                if excess < len(item_ids):
+                    pieces.appendleft((item_ids[excess:], versions[excess:]))
+                excess -= len(item_ids)
         for wave in prepared.waves:
-            for part, changes in zip(self._parts, wave, strict=True):
+            for pieces, changes in zip(self._deleted, wave, strict=True):
                 if len(changes.deletes):
-                    self._deleted.append((part, changes.deletes, changes.delete_versions))
-                    self._num_deleted += len(changes.deletes)
+                    pieces.append((changes.deletes, changes.delete_versions))
+        for pieces in self._deleted:
+            if len(pieces) > _MOST_PIECES:
+                ids, versions = (torch.cat(columns) for columns in zip(*pieces, strict=True))
+                pieces.clear()
+                pieces.append((ids, versions))
 
     def _reclaim(self) -> None:
         """Let the parts reuse the slots that no open query can reach."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from silvershard.shard.errors import RepositoryError, SnapshotError
 from silvershard.shard.generations import (
@@ -36,7 +37,7 @@ from silvershard.shard.snapshot import (
     parse_manifest,
     sha256_of,
 )
-from silvershard.shard.snapshot_writer import commit_directory
+from silvershard.shard.snapshot_writer import commit_directory, sync
 
 _GENERATIONS, _FILES = "generations", "files"
 
@@ -221,11 +222,18 @@ class Repository:
             self._files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             try:
                 self._files.put_file(str(source), partial)
+                self._sync(partial)
                 self._files.mv(partial, target)
+                self._sync(target.rsplit("/", 1)[0])
             except BaseException:
                 if self._files.exists(partial):
                     self._files.rm_file(partial)
                 raise
+
+    def _sync(self, path: str) -> None:
+        """Have what is on a local disk there before anything that comes after."""
+        if isinstance(self._files, LocalFileSystem):
+            sync(Path(path))
 
     def _read_manifest(self, generation: int) -> bytes:
         present = self.generations()

@@ -52,9 +52,9 @@ def without_log(path: Path) -> None:
     del document["checksum"]
     partial = path.parent / f".{path.name}.{os.getpid()}.manifest.tmp"
     partial.write_bytes(_sealed({**document, "log_id": 0, "cut": []}))
-    _sync(partial)
+    sync(partial)
     partial.replace(path / MANIFEST)
-    _sync(path)
+    sync(path)
 
 
 def _sealed(document: dict[str, Any]) -> bytes:
@@ -190,9 +190,9 @@ def _write_files(
 def commit_directory(staging: Path, target: Path) -> None:
     """Give a finished directory its name, after all of it is on storage."""
     for path in [*staging.rglob("*"), staging]:
-        _sync(path)
+        sync(path)
     staging.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _share_files(repository: Path, staging: Path, files: Mapping[str, FileEntry]) -> None:
@@ -211,7 +211,8 @@ def _share_files(repository: Path, staging: Path, files: Mapping[str, FileEntry]
             linked.replace(staging / name)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or directory on its disk before anything that comes after."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

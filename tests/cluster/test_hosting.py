@@ -71,10 +71,10 @@ class Follows:
 
     def __init__(self, commit: Any) -> None:
         self.commit = commit
-        self.lag = Lag((0,), (7,), 0.0, 0.0)
+        self.refused = ((11, "no room for its values"), (-1, "no such table"))
+        self.lag = Lag((0,), (7,), 0.0, 0.0, refused=self.refused)
         self.counts = UpdateCounts(batches=2, records=9, urgent=1, rejected=3)
         self.failure = self.trouble = ""
-        self.refused = ((11, "no room for its values"), (-1, "no such table"))
         self.progressed: Callable[[], None] = lambda: None
         self.started = self.stopped = False
         self.hurried = 0
@@ -273,7 +273,8 @@ def test_the_report_holds_what_a_supervisor_needs(bench: Bench) -> None:
     report = prepared(bench, 3).report()
     assert (report.generation, report.snapshot) == (3, "/s/3")
     assert report.state == shard_pb2.GENERATION_STATE_PREPARED
-    assert list(report.seen.cut) == [7]
+    # That of the refusals, which come after what is applied.
+    assert list(report.seen.cut) == [0]
     assert list(report.ends) == [7]
     assert (report.pool.pages, report.pool.free_pages, report.pool.dead_slots) == (10, 4, 20)
     assert (report.pool.longest_list, report.pool.mean_list) == (3, 1.5)

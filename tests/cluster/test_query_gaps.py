@@ -14,16 +14,23 @@ def test_a_gap_begins_a_moment_after_the_last_call() -> None:
     gaps.begin()
     gaps.begin()
     gaps.end()
-    waited: list[float] = []
-    thread = threading.Thread(target=lambda: waited.append(gaps.wait()))
+    ended_s: list[float] = []
+    begun = threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        gaps.wait()
+        ended_s.append(time.monotonic())
+
+    thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.05)
-    assert thread.is_alive()
+    assert begun.wait(30)
+    # Whether it waits already or not: one call is still there.
+    assert not ended_s
+    before_s = time.monotonic()
     gaps.end()
-    ended_s = time.monotonic()
     thread.join(30)
-    assert time.monotonic() - ended_s >= 0.001
-    assert 0.04 < waited[0] < 30
+    assert ended_s[0] - before_s >= 0.002
 
 
 def test_queries_that_leave_no_gap_do_not_keep_others_from_their_work() -> None:

@@ -559,6 +559,23 @@ def test_a_rollback_goes_to_nothing_else_than_it_was_asked_for(
     assert store.read().operations == ()
 
 
+def test_checks_against_a_generation_that_is_live_no_more_do_not_count(
+    idle: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ControlStore(idle.control_file)
+    run_checks = activate.run_checks
+
+    def slow(*words: Any, **options: Any) -> Any:
+        yield from run_checks(*words, **options)
+        # Somebody rolls back meanwhile.
+        store.change(lambda now: now.pointed("live", 3))
+
+    monkeypatch.setattr(activate, "run_checks", slow)
+    with pytest.raises(Refused, match="generation 3 has become live meanwhile, and generation 2 "):
+        asked(idle, 2, load=False)
+    assert store.read().operations == ()
+
+
 def test_the_live_alias_cannot_be_taken_away(idle: StateDir) -> None:
     with pytest.raises(CommandError, match="the live generation must be one that is published"):
         asked(idle, 0)

@@ -750,6 +750,22 @@ def test_a_canary_that_is_replaced_drains_before_it_is_let_go_of(setup: Setup) -
     assert setup.held() == {1, 3}
 
 
+def test_what_still_drains_is_kept_when_the_next_one_becomes_live(setup: Setup) -> None:
+    setup.ask(3, alias="canary")
+    setup.poll(4)
+    setup.ask(2)
+    setup.poll(4)
+    assert setup.watch.live == 2
+    setup.ask(3)
+    setup.poll(4)
+    assert setup.watch.live == 3
+    # Requests that were stamped with the first one may still be on their way.
+    assert ("retire", 1) not in setup.host(0).wishes
+    assert 1 in setup.watch.snapshots
+    setup.poll(3, forward_s=setup.config.swap.drain_ms / 1e3)
+    assert setup.held() == {2, 3}
+
+
 def test_a_cluster_that_does_not_come_up_leaves_the_live_generation(setup: Setup) -> None:
     failing = setup.make(3)
     failing.poll(setup.watches)

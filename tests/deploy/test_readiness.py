@@ -102,6 +102,14 @@ def test_what_any_replica_of_the_shard_refused_the_live_one_did_not_take() -> No
     assert "it refused updates of 1 items" in refusals(reports, LIVE, COMING).refused
 
 
+def test_tables_are_told_apart_by_what_is_said_of_them() -> None:
+    other = held(5, refused=((-1, "no such table b"),))
+    reports = {(0, 0): {LIVE: held(5, refused=((-1, "no such table a"),)), COMING: other}}
+    assert "item -1: no such table b" in refusals(reports, LIVE, COMING).refused
+    reports[0, 0][LIVE] = other
+    assert refusals(reports, LIVE, COMING) == NOTHING
+
+
 def test_where_more_was_refused_than_is_remembered_nothing_can_be_said() -> None:
     assert REMEMBERED == follower._REMEMBERED
     many = tuple((item, "poison") for item in range(REMEMBERED))

@@ -337,6 +337,22 @@ def test_deleted_ids_are_forgotten_once_nothing_older_can_come(
     assert executor.fields([first, second], ["title"]) == {"title": [None, ""]}
 
 
+def test_many_small_batches_of_deletes_are_held_in_one_piece(
+    generation, load_live: Callable[..., ShardExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "_MOST_PIECES", 4)
+    monkeypatch.setattr(executor_module, "_DELETES_KNOWN", 15)
+    executor = load_live()
+    for cut in range(1, 30):
+        commit(executor, Delete(1_000_000 + cut, 5), cut=cut)
+    assert len(executor._deleted[0]) <= 5
+    # The last fifteen and the one of the last batch.
+    assert executor._retriever.indexes[0].id_map.num_ids == 600 + 16
+    before = executor.documents
+    commit(executor, *(Upsert(1_000_000 + cut, 2, ItemValues()) for cut in range(14, 30)), cut=29)
+    assert executor.documents == before
+
+
 def test_the_last_deleted_ids_stay_known_and_older_changes_out(
     load_live: Callable[..., ShardExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
