@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from silvershard.cluster.freshness import Cut
+from silvershard.cluster.freshness import Cut, Lag, Refused
 from silvershard.cluster.update_log import (
     READ_BYTES,
     AppliedRecords,
@@ -79,28 +79,8 @@ class Updater(Protocol[P_co]):
         ...
 
 
-Refused = tuple[tuple[int, str], ...]
-"""Items, -1 for a table, and why they were refused."""
-
-
 class _TooLarge(Exception):
     """A batch that there is no room for in one piece."""
-
-
-class Lag(NamedTuple):
-    """How far a follower has come."""
-
-    cut: Cut
-    ends: Cut
-    """``(L,)`` last position of every log partition, as last seen."""
-    current_s: float
-    """Reading of the clock at which the cut was the end of the log; -inf: never yet."""
-    oldest_unix_s: float
-    """When the last record before the oldest one that is not applied was logged; inf: all are."""
-    looked_s: float = float("-inf")
-    """Reading of the clock just before ``ends`` were read; -inf: they never were."""
-    refused: Refused = ()
-    """The newest items up to the cut whose updates were refused for what they say, and why."""
 
 
 @dataclass

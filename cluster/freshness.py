@@ -18,6 +18,10 @@ Cut = tuple[int, ...]
 """``(L,)`` last position applied of every log partition; empty for a generation without a log."""
 
 
+Refused = tuple[tuple[int, str], ...]
+"""Items, -1 for a table, and why they were refused."""
+
+
 class Seen(NamedTuple):
     """What a shard had applied when it ran a call."""
 
@@ -28,6 +32,22 @@ class Seen(NamedTuple):
     """For how long an update may have been in the log without being applied."""
     documents: int
     """Live documents of the shard."""
+
+
+class Lag(NamedTuple):
+    """How far a follower has come."""
+
+    cut: Cut
+    ends: Cut
+    """``(L,)`` last position of every log partition, as last seen."""
+    current_s: float
+    """Reading of the clock at which the cut was the end of the log; -inf: never yet."""
+    oldest_unix_s: float
+    """When the last record before the oldest one that is not applied was logged; inf: all are."""
+    looked_s: float = float("-inf")
+    """Reading of the clock just before ``ends`` were read; -inf: they never were."""
+    refused: Refused = ()
+    """The newest items up to the cut whose updates were refused for what they say, and why."""
 
 
 class Demand(NamedTuple):

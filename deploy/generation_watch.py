@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from silvershard.cluster.shard_map import ShardEntry
+from silvershard.deploy import readiness
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, ControlStore, Operation
 from silvershard.deploy.memory_plan import (
@@ -25,7 +26,7 @@ from silvershard.deploy.memory_plan import (
     loaded_bytes,
     plan_memory,
 )
-from silvershard.deploy.readiness import NOTHING, Key, Lacking, Readiness, records_of, refusals
+from silvershard.deploy.readiness import Key, Lacking, Readiness, is_prepared
 from silvershard.deploy.shard_host import Connect, Held, Host, ShardHost
 from silvershard.deploy.shard_watch import ShardWatch
 from silvershard.deploy.state import GenerationRecord, StateDir
@@ -151,7 +152,7 @@ class GenerationWatch:
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return every generation that a process holds, as status shows it."""
-        return records_of(self._reports, self._control)
+        return readiness.records_of(self._reports, self._control)
 
     @property
     def _reports(self) -> dict[Key, Mapping[int, Held]]:
@@ -348,7 +349,7 @@ class GenerationWatch:
         prepared = sum(one is not None and one.state == "prepared" for one in held)
         shards = {one.shard for one in counted}
         is_whole = prepared == len(counted) and shards == set(range(self._config.sharding.shards))
-        lacking, behind = self._lacking(swap.operation) if is_whole else (NOTHING, "")
+        lacking, behind = self._lacking(swap.operation) if is_whole else (readiness.NOTHING, "")
         if broken:
             self._end(swap.operation, f"a shard process cannot hold it: {broken[0]}")
         elif lacking.refused:
@@ -376,11 +377,11 @@ class GenerationWatch:
         """Return which updates the next live generation refused, and where it is behind."""
         coming = operation.generation
         if operation.alias != LIVE or coming == self.live:
-            return NOTHING, ""
+            return readiness.NOTHING, ""
         behind = self._readiness.observe(self._reports, self.live, coming, self._clock())
         if operation.allow_refused or operation.kind == "rollback":
-            return NOTHING, behind
-        lacking = refusals(self._reports, self.live, coming)
+            return readiness.NOTHING, behind
+        lacking = readiness.refusals(self._reports, self.live, coming)
         return lacking, behind or lacking.early
 
     def _report(self, swap: _Swap, progress: str) -> None:
@@ -467,12 +468,8 @@ class GenerationWatch:
 
     def _is_in_service(self, replica: int, host: Host) -> bool:
         """Return whether the map names a process."""
-        offered = any(self._is_prepared(host, one) for one in self._offered)
+        offered = any(is_prepared(host.held, one) for one in self._offered)
         return offered and replica not in self._out_of_service()
-
-    def _is_prepared(self, host: Host, generation: int) -> bool:
-        held = (host.held or {}).get(generation)
-        return held is not None and held.state == "prepared"
 
     def _is_served(self, generation: int, apart_from: range = range(0)) -> bool:
         """Return whether every shard has a process that serves a generation, without some."""
@@ -480,7 +477,7 @@ class GenerationWatch:
             shard
             for (shard, replica), (_, host) in self._hosts.items()
             if replica not in apart_from
-            and self._is_prepared(host, generation)
+            and is_prepared(host.held, generation)
             and self._is_in_service(replica, host)
         }
         return bool(generation) and len(serving) == self._config.sharding.shards

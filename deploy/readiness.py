@@ -134,6 +134,12 @@ def _subject(item: int, why: str) -> tuple[int, str]:
     return (item, "") if item >= 0 else (item, why)
 
 
+def is_prepared(held: Mapping[int, Held] | None, generation: int) -> bool:
+    """Return whether a process said that it can serve a generation; None: it said nothing yet."""
+    one = (held or {}).get(generation)
+    return one is not None and one.state == "prepared"
+
+
 def records_of(reports: Reports, control: Control) -> tuple[GenerationRecord, ...]:
     """Return every generation that a process holds, as status shows it."""
     roles: dict[int, GenerationRole] = {

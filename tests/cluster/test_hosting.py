@@ -12,8 +12,8 @@ import pytest
 from silvershard.cluster import shard_pb2
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.consistency import Consistency, UpdateToken
-from silvershard.cluster.follower import Lag, UpdateCounts
-from silvershard.cluster.freshness import Demand, Seen
+from silvershard.cluster.follower import UpdateCounts
+from silvershard.cluster.freshness import Demand, Lag, Seen
 from silvershard.cluster.hosting import (
     Hosted,
     Hosting,

@@ -11,8 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_name
-from silvershard.cluster.follower import Lag, UpdateCounts
+from silvershard.cluster.follower import UpdateCounts
+from silvershard.cluster.freshness import Lag
 from silvershard.cluster.hosting import Loaded
+from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.compiled_request import compile_request
@@ -449,6 +451,31 @@ def test_a_reply_says_what_it_was_made_from(run: Any, executor: Any) -> None:
             )
             live.cut = (5,)
             assert list((await caller.ask(count=scan_of())).seen.cut) == [5]
+
+    run(scene())
+
+
+def test_updates_give_way_to_calls_that_run_and_not_to_those_that_wait_for_them(
+    run: Any, executor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, idle, made = loaded(executor, 1)
+    gaps = QueryGaps(longest_s=60)
+    running: list[int] = []
+    count = executor.count
+    monkeypatch.setattr(
+        executor, "count", lambda scan: (running.append(gaps._calls), count(scan))[1]
+    )
+
+    async def scene() -> None:
+        async with serving(made, gaps=gaps) as caller:
+            await caller.send(count=scan_of(), fresh=fresh(6))
+            await caller.ask(count=scan_of())
+            assert running == [1]
+            assert await asyncio.to_thread(gaps.wait) < 30
+            live.cut = (6,)
+            await asyncio.to_thread(idle.progressed)
+            await caller.receive()
+            assert await asyncio.to_thread(gaps.wait) < 30
 
     run(scene())
 
