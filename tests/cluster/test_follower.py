@@ -304,6 +304,29 @@ def test_a_log_that_lost_what_was_applied_is_not_followed(make: Any, shard: Shar
     assert shard.commits == []
 
 
+def test_a_log_that_lost_an_urgent_record_that_was_applied_is_not_followed(
+    make: Any, shard: Shard
+) -> None:
+    log = MemoryLog()
+    for number in range(3):
+        log.add(f"r{number}")
+    log.add("take-down", urgent=True)
+    follower = make(log, max_batch=1)
+    follower.step()
+    assert shard.names[:2] == ["take-down", "r0"]
+    whole = list(log.records[0])
+    log.records[0] = whole[:3]
+    with pytest.raises(LogDamaged, match="ends at 3, but 4 was applied"):
+        follower.step()
+    log.add("other")
+    with pytest.raises(LogDamaged, match="position 4 of partition 0 is not what was applied"):
+        follower.step()
+    log.records[0] = whole
+    while follower.step():
+        pass
+    assert shard.names[-1] == "take-down"
+
+
 def test_a_log_that_grew_again_is_followed_only_if_it_holds_what_was_applied(
     make: Any, shard: Shard
 ) -> None:

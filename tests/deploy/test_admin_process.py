@@ -170,6 +170,7 @@ def test_a_process_that_is_told_to_end_calls_off_what_it_wanted(idle_state: Stat
     errand = Errand(config=settings(), task=task, swap_id="swap")
     process = started(idle_state, errand.model_dump_json())
     store = ControlStore(idle_state.control_file)
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
     with process:
         identity = identify(process.pid)
         assert identity is not None
@@ -178,6 +179,8 @@ def test_a_process_that_is_told_to_end_calls_off_what_it_wanted(idle_state: Stat
             assert time.monotonic() < give_up_s
             assert is_alive(identity)
             time.sleep(0.01)
+        # What checks and loads a generation leaves the machine to the queries.
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(mine + 10, 19)
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -190,6 +193,28 @@ def test_a_process_that_is_told_to_end_calls_off_what_it_wanted(idle_state: Stat
     ended = control.operation("swap")
     assert ended is not None
     assert ended.state == "cancelled"
+
+
+def test_a_rollback_does_not_step_back_behind_queries(idle_state: StateDir) -> None:
+    store = ControlStore(idle_state.control_file)
+    store.change(lambda control: control.pointed("live", 2))
+    assert store.read().previous == 1
+    errand = Errand(config=settings(), task=AdminTask(kind="rollback"), swap_id="swap")
+    process = started(idle_state, errand.model_dump_json())
+    with process:
+        give_up_s = time.monotonic() + WAIT_S
+        while store.read().operation("swap") is None:
+            assert time.monotonic() < give_up_s
+            assert process.poll() is None
+            time.sleep(0.01)
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == mine
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read()
+        assert "called off" in process.stderr.read()
+    assert process.returncode == 1
 
 
 def test_a_process_whose_driver_has_ended_ends_before_it_begins(idle_state: StateDir) -> None:
