@@ -31,7 +31,7 @@ def config(port: int) -> Config:
     return load(None, environ={}, options={"listen.port": port, "query.queue": 7})
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(true: Callable[[], object]) -> None:
     give_up_s = time.monotonic() + 60
     while not true():
         assert time.monotonic() < give_up_s
@@ -67,6 +67,22 @@ def test_a_router_comes_back_on_its_port_and_ends_when_told(
     watch.stop()
     with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
         pass
+
+
+def test_a_router_that_hangs_is_killed_and_comes_back(state: StateDir) -> None:
+    watch = RouterWatch(state, load(None, environ={}, options={"runtime.hang_s": 1}))
+    try:
+        watch.start()
+        until(lambda: watch.poll() or (watch._pulse is not None and watch._pulse.status))
+        first = watch.record.pid
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: watch.poll() or watch.record.state == "restarting")
+        assert watch.record.reason.startswith("hung for ")
+        assert watch.record.reason.endswith(" s and was killed")
+        until(lambda: watch.poll() or watch.record.state == "serving")
+        assert watch.record.pid not in (0, first)
+    finally:
+        watch.stop()
 
 
 def test_the_reason_of_a_router_that_cannot_start_is_known(state: StateDir) -> None:
