@@ -14,8 +14,10 @@ import json
 import sys
 import time
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +48,7 @@ from silvershard.shard.page_pool import PoolUsage  # noqa: E402
 from silvershard.shard.snapshot import PartitionData  # noqa: E402
 
 _Ints = NDArray[np.int64]
+_T = TypeVar("_T")
 
 DIM, SIGNALS, GENRES, TAGS = 64, 4, 150, 20_000
 HEADROOM = 0.25
@@ -226,25 +229,32 @@ class State:
 
 @dataclass
 class Pauses:
-    """How long the commits took."""
+    """How long commits, and what tidies up after each, kept queries waiting."""
 
     seconds: list[float]
     cpu_seconds: list[float]
     updates: int = 0
     moved: int = 0
+    _epoch: int = 0
+    """Before the last commit."""
 
     def commit(self, live: LiveIndex, changes: Changes) -> None:
         """Apply changes while the queries of the commit before are still open."""
         count = len(changes.deletes) + len(changes.patches.item_ids)
         self.updates += count + len(changes.upserts.item_ids)
+        oldest, self._epoch = self._epoch, live.epoch
+        rejected = self._paused(lambda: (live.reclaim(oldest), live.commit(changes))[1])
+        # A shard lets queries pass between the two.
+        self.moved += self._paused(live.tidy_up)
+        if rejected:
+            raise RuntimeError(f"updates were rejected: {rejected[:3]}")
+
+    def _paused(self, work: Callable[[], _T]) -> _T:
         began, cpu = time.perf_counter(), time.thread_time()
-        live.reclaim(live.epoch - 1)
-        applied = live.apply(changes)
+        done = work()
         self.seconds.append(time.perf_counter() - began)
         self.cpu_seconds.append(time.thread_time() - cpu)
-        self.moved += applied.moved
-        if applied.rejected:
-            raise RuntimeError(f"updates were rejected: {applied.rejected[:3]}")
+        return done
 
 
 def check_equal(live: LiveIndex, state: State, spec: ServingSpec) -> None:
@@ -325,7 +335,7 @@ def run(
         restoring.commit(live, changes)
     idle = 0
     live.reclaim(live.epoch)
-    while live.apply(changes).moved:
+    while live.tidy_up():
         live.reclaim(live.epoch)
         idle += 1
     after = live.usage()

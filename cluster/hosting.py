@@ -396,9 +396,12 @@ class Hosting:
         executor = hosted.executor_in_service
         if not hosted.serves:
             return executor.apply(prepared, cut)
-        committed: Future[Rejected] = self._run_on_model(executor.apply, prepared, cut)
+        committed: Future[Rejected] = self._run_on_model(executor.commit, prepared, cut)
         try:
-            return committed.result()
+            rejected = committed.result()
+            # A query that waits goes first.
+            self._run_on_model(executor.tidy_up).result()
+            return rejected
         except (CancelledError, RuntimeError):
             if hosted.retired:
                 return ()

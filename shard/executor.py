@@ -118,6 +118,19 @@ class ShardExecutor:
         return self._held
 
     def apply(self, prepared: Prepared, cut: tuple[int, ...] | None) -> list[Rejection]:
+        """Commit prepared updates and tidy up, at once; see ``commit`` and ``tidy_up``."""
+        rejected = self.commit(prepared, cut)
+        self.tidy_up()
+        return rejected
+
+    def tidy_up(self) -> None:
+        """Bring the pages in order, which belongs to every commit; queries may pass between."""
+        self._any_retired = True
+        for part in self._live.parts:
+            part.tidy_up()
+        self._reclaim()
+
+    def commit(self, prepared: Prepared, cut: tuple[int, ...] | None) -> list[Rejection]:
         """Commit prepared updates; whoever opens a query from now on sees all of them.
 
         Args:
@@ -140,7 +153,7 @@ class ShardExecutor:
             self._reclaim()
             self._any_retired = True
             for part, changes in zip(live.parts, wave, strict=True):
-                rejected += part.apply(changes).rejected
+                rejected += part.commit(changes)
         live.updater.write_rows(prepared.rows)
         self._reclaim()
         if cut is not None:

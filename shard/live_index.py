@@ -29,9 +29,9 @@ from silvershard.shard.slot_rows import SlotRows, exact_columns
 _Ints = NDArray[np.int64]
 _Mask = NDArray[np.bool_]
 
-# Items that a commit moves so that pages which are not needed go back: 0.5 ms.
-_MOVES_PER_COMMIT = 256
-# Commits from one look at how well the clusters fit, of some 0.2 ms, to the next.
+# Items that are moved at once so that pages which are not needed go back.
+_MOVES = 256
+# Times of tidying up from one look at how well the clusters fit, of some 0.2 ms, to the next.
 _LOOK_EVERY = 4
 
 
@@ -72,7 +72,7 @@ class LiveIndex:
     ) -> None:
         self.index = index
         self.epoch = 0
-        """Grows by one with every commit."""
+        """Grows by one with every commit, and whenever items move."""
         self._planes = spec.planes
         self._rows = SlotRows(index, spec.planes)
         self._pool = PagePool(index.page_table, index.planes[LIVE_PLANE], centroids)
@@ -86,6 +86,7 @@ class LiveIndex:
         """The clusters of live items that stand in pages of another one, by slot."""
         self._categories = spec.planes.categories
         self._documents = len(held)
+        self._tidied = 0
 
     @property
     def documents(self) -> int:
@@ -98,6 +99,10 @@ class LiveIndex:
         return usage._replace(assignment_error=self._sample.error)
 
     def apply(self, changes: Changes) -> Applied:
+        """Commit changes and tidy up, at once; see ``commit`` and ``tidy_up``."""
+        return Applied(self.commit(changes), self.tidy_up())
+
+    def commit(self, changes: Changes) -> list[tuple[int, str]]:
         """Commit changes; whoever reads the index from now on sees all of them.
 
         A change whose version is not above what is known of its id is ignored. An upsert or delete
@@ -133,12 +138,41 @@ class LiveIndex:
             fresh[first_patch:first_delete],
             rejected,
         )
-        self._commit(changes, item_ids, versions, known, fresh, terms)
-        if self.epoch % _LOOK_EVERY == 0:
-            self._sample.look()
-        return Applied(rejected, self._tidy_up())
+        self._write(changes, item_ids, versions, known, fresh, terms)
+        return rejected
 
-    def _commit(
+    def tidy_up(self) -> int:
+        """Move some items home, and off pages that are not needed; return how many.
+
+        Readers find the same items. It belongs to every commit, and may be called for a while when
+        there is nothing to commit; queries may pass between the two.
+        """
+        self._tidied += 1
+        if self._tidied % _LOOK_EVERY == 0:
+            self._sample.look()
+        away = np.array(sorted(self._homes), dtype=np.int64)
+        if len(away):
+            away = away[self._pool.has_room(self._home_of(away))][:_MOVES]
+        old = np.union1d(self._pool.loose_slots(_MOVES - len(away)), away)
+        if not len(old):
+            return 0
+        item_ids, clusters = self._rows.item_ids[old], self._home_of(old)
+        if len(old) > self._pool.dead_slots:
+            return 0
+        versions = self.index.id_map.locate(item_ids).versions
+        exact = self._rows.exact_bits(old)
+        self.epoch += 1
+        self._retire(item_ids, old)
+        new = self._take(item_ids, clusters)
+        self._rows.copy(old, new)
+        self._fields.copy(old, new)
+        self._rows.write_planes(new, exact)
+        self.index.id_map.put(item_ids, new, versions)
+        self._rows.show(new, old)
+        self._tell(old, new, old)
+        return len(old)
+
+    def _write(
         self,
         changes: Changes,
         item_ids: _Ints,
@@ -289,29 +323,6 @@ class LiveIndex:
         if self._homes:
             for slot in retired.tolist():
                 self._homes.pop(slot, None)
-
-    def _tidy_up(self) -> int:
-        """Move items home, and off pages that are not needed; return how many."""
-        away = np.array(sorted(self._homes), dtype=np.int64)
-        if len(away):
-            away = away[self._pool.has_room(self._home_of(away))][:_MOVES_PER_COMMIT]
-        old = np.union1d(self._pool.loose_slots(_MOVES_PER_COMMIT - len(away)), away)
-        if not len(old):
-            return 0
-        item_ids, clusters = self._rows.item_ids[old], self._home_of(old)
-        if len(old) > self._pool.dead_slots:
-            return 0
-        versions = self.index.id_map.locate(item_ids).versions
-        exact = self._rows.exact_bits(old)
-        self._retire(item_ids, old)
-        new = self._take(item_ids, clusters)
-        self._rows.copy(old, new)
-        self._fields.copy(old, new)
-        self._rows.write_planes(new, exact)
-        self.index.id_map.put(item_ids, new, versions)
-        self._rows.show(new, old)
-        self._tell(old, new, old)
-        return len(old)
 
     def _tell(self, retired: _Ints, taken: _Ints, sources: _Ints) -> None:
         change = SlotChange(*map(torch.from_numpy, (retired, taken, sources)))

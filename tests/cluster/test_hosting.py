@@ -51,8 +51,16 @@ class Executor:
         self.spec = Spec(generation)
         self.cut: tuple[int, ...] = ()
         self.threads: list[str] = []
+        self.tidied: list[str] = []
 
     def apply(self, prepared: Any, cut: tuple[int, ...]) -> list[Any]:
+        self.tidy_up()
+        return self.commit(prepared, cut)
+
+    def tidy_up(self) -> None:
+        self.tidied.append(threading.current_thread().name)
+
+    def commit(self, prepared: Any, cut: tuple[int, ...]) -> list[Any]:
         self.threads.append(threading.current_thread().name)
         if isinstance(prepared, Exception):
             raise prepared
@@ -202,6 +210,23 @@ def test_what_serves_is_changed_on_the_thread_of_the_model(bench: Bench) -> None
     assert bench.executors[3].cut == (8,)
     with pytest.raises(ZeroDivisionError):
         bench.followers[3].commit(ZeroDivisionError("odd"), (9,))
+
+
+def test_a_query_that_waits_passes_between_a_commit_and_its_tidying_up(bench: Bench) -> None:
+    prepared(bench, 3)
+    until(lambda: bench.followers[3].started)
+    executor, done = bench.executors[3], []
+    free = threading.Event()
+    bench.model.submit(free.wait, 10)
+    executor.commit = lambda prepared, cut: done.append("commit") or []  # type: ignore[method-assign,func-returns-value]
+    executor.tidy_up = lambda: done.append("tidy up")  # type: ignore[method-assign]
+    committing = threading.Thread(target=bench.followers[3].commit, args=("next", (8,)))
+    committing.start()
+    until(lambda: bench.model._work_queue.qsize() == 1)
+    bench.model.submit(done.append, "query")
+    free.set()
+    committing.join(10)
+    assert done == ["commit", "query", "tidy up"]
 
 
 @pytest.mark.parametrize(
