@@ -7,9 +7,7 @@ What a writer sends carries a token that the server keeps: sent again as it is, 
 was lost, it finds itself done. What comes too late finds another epoch and changes nothing.
 """
 
-import contextlib
 import itertools
-import random
 import secrets
 import struct
 import threading
@@ -17,13 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlencode, urlsplit
-
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from silvershard.cluster.redis_scripts import ACQUIRE, APPEND, CREATE, LOOK, PIN, READ, TRIM
+from silvershard.cluster.redis_server import NotDurable, RedisServer, ServerUnavailable
 from silvershard.cluster.update_log import (
     READ_BYTES,
     Head,
@@ -51,9 +45,6 @@ from silvershard.shard.errors import (
 T = TypeVar("T")
 
 FORMAT = 1
-DURABLE = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
-_FIRST_PAUSE_S = 0.01
-_LONGEST_PAUSE_S = 0.5
 _BLOCK_S = 0.5
 _TRIMMED_AT_ONCE = 10_000
 # Fewer than a script of Redis can hand to one command.
@@ -61,10 +52,6 @@ _WORDS_AT_ONCE = 4_000
 _RECORD = struct.Struct("<qqq?I")
 _HEAD = struct.Struct("<qBqq")
 _DELETED, _PATCHED = 1, 2
-
-
-class _Refused(redis.RedisError):
-    """A server whose settings could lose what it acknowledges."""
 
 
 class RedisLog:
@@ -83,33 +70,20 @@ class RedisLog:
             LogUnavailable: if the server cannot be reached, or there is no log.
             LogDamaged: if something else is stored under its keys.
         """
-        server, self._prefix, self._trusted = _split(url)
-        self.url = _shown(server, self._prefix)
+        self._server = RedisServer(url, timeout_s)
+        self._client, self._prefix = self._server.client, self._server.prefix
+        self.url = self._server.url
         self.log_id = 0
         self._timeout_s = timeout_s
-        self._closed = False
-        self._calls = 0
-        self._calls_lock = threading.Lock()
-        try:
-            self._client = redis.Redis.from_url(
-                server,
-                protocol=2,
-                retry=Retry(NoBackoff(), 0),
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                redis_connect_func=self._connected,
-            )
-        except ValueError as error:
-            raise ConfigError(f"the url of a Redis log cannot be used: {error}") from None
         try:
             self.log_id, self.num_partitions = self._open(num_partitions, create=create)
         except LogUnavailable as error:
-            self._client.close()
-            if isinstance(error.__cause__, _Refused):
+            self.close()
+            if isinstance(error.__cause__, NotDurable):
                 raise ConfigError(str(error)) from None
             raise
         except BaseException:
-            self._client.close()
+            self.close()
             raise
         self._write_locks = [threading.Lock() for _ in range(self.num_partitions)]
         self._ends = [0] * self.num_partitions
@@ -138,29 +112,6 @@ class RedisLog:
             )
         return int(found[1]), held
 
-    def _connected(self, connection: Any) -> None:
-        """Refuse every connection, also a later one, to a server that is not durable."""
-        connection.on_connect()
-        needed = DURABLE
-        try:
-            if _setting(connection, "maxmemory") != "0":
-                needed = {**DURABLE, "maxmemory-policy": "noeviction"}
-            found = {name: _setting(connection, name) for name in needed}
-        except redis.ResponseError as error:
-            if self._trusted:
-                return
-            raise _Refused(
-                f"the settings of the server cannot be read ({error}): allow CONFIG GET, or, where "
-                "appendonly is known to be yes and appendfsync always, put trust_durability=1 into "
-                "the url"
-            ) from None
-        for name, value in needed.items():
-            if found[name] != value:
-                raise _Refused(
-                    f"{name} of the server must be {value}, got {found[name]}: run redis-cli "
-                    f"CONFIG SET {name} {value} and redis-cli CONFIG REWRITE"
-                )
-
     @property
     def _log(self) -> str:
         return f"{self._prefix}:log"
@@ -168,47 +119,12 @@ class RedisLog:
     def _key(self, partition: int, what: str) -> str:
         return f"{self._prefix}:{partition}:{what}"
 
-    @contextlib.contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Keep connections until the last call has ended that was under way at ``close``."""
-        with self._calls_lock:
-            if self._closed:
-                raise LogUnavailable(self.url, "is closed")
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._calls_lock:
-                self._calls -= 1
-                last = self._closed and self._calls == 0
-            if last:
-                self._client.close()
-
     def _call(self, work: Callable[[], T]) -> T:
         """Do ``work``, again after a pause while the server cannot be reached."""
-        with self._under_way():
-            return self._tried(work)
-
-    def _tried(self, work: Callable[[], T]) -> T:
-        give_up_s = time.monotonic() + self._timeout_s
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                return work()
-            except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
-                raise LogUnavailable(self.url, f"access was refused: {error}") from None
-            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-                # Nobody comes back together with all the others that lost the same server.
-                pause_s = min(pause_s * random.uniform(1.5, 2.5), _LONGEST_PAUSE_S)
-                if time.monotonic() + pause_s >= give_up_s:
-                    raise LogUnavailable(self.url, f"cannot be reached: {error}") from None
-                time.sleep(pause_s)
-            except _Refused as error:
-                raise LogUnavailable(self.url, str(error)) from error
-            except redis.RedisError as error:
-                # What follows says where in a script.
-                reason = str(error).partition(". script: ")[0]
-                raise LogUnavailable(self.url, reason) from None
+        try:
+            return self._server.call(work)
+        except ServerUnavailable as error:
+            raise LogUnavailable(self.url, str(error)) from error
 
     def _change(self, source: str, keys: Sequence[str], *values: Any) -> list[Any]:
         """Run a script of ``redis_scripts`` and return its answer, the word decoded."""
@@ -414,40 +330,7 @@ class RedisLog:
 
     def close(self) -> None:
         """See ``UpdateLog.close``."""
-        with self._calls_lock:
-            self._closed = True
-            idle = self._calls == 0
-        if idle:
-            self._client.close()
-
-
-def _split(url: str) -> tuple[str, str, bool]:
-    """Return the url without our own options, the prefix, and whether durability is trusted."""
-    parts = urlsplit(url)
-    options = parse_qs(parts.query, keep_blank_values=True)
-    prefix = options.pop("prefix", ["silvershard"])[-1]
-    trusted = options.pop("trust_durability", ["0"])[-1]
-    if trusted not in ("0", "1") or not prefix:
-        raise ConfigError(
-            "the url of a Redis log takes trust_durability 0 or 1 and a prefix that is not empty, "
-            f"got {trusted!r} and {prefix!r}"
-        )
-    query = urlencode(options, doseq=True)
-    return parts._replace(query=query).geturl(), prefix, trusted == "1"
-
-
-def _shown(server: str, prefix: str) -> str:
-    parts = urlsplit(server)
-    place = f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-    return f"{parts.scheme}://{place}{parts.path}?prefix={prefix}"
-
-
-def _setting(connection: Any, name: str) -> str:
-    connection.send_command("CONFIG", "GET", name)
-    found = connection.read_response()
-    if len(found) != 2:
-        raise redis.ResponseError(f"there is no setting {name}")
-    return str(found[1].decode())
+        self._server.close()
 
 
 def _appended(records: Sequence[NewRecord], first: int, logged_unix_ms: int) -> Iterator[Any]:

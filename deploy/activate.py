@@ -78,7 +78,7 @@ def activate(
         text = "the live generation must be one that is published, got none"
         raise CommandError(text, ExitCode.USAGE)
     record = running(state)
-    store = ControlStore(state.control_file)
+    store = state.control
     control = store.read()
     if generation == 0:
         operation = wanted("activate", 0, alias, "", operation_id)
@@ -137,7 +137,7 @@ def rollback(
         TimedOut: if it is not done in time; it goes on.
     """
     running(state)
-    store = ControlStore(state.control_file)
+    store = state.control
     previous = store.read().previous
     if not previous:
         raise CommandError(

@@ -110,7 +110,6 @@ def _done(state: StateDir, errand: Errand, report: Report) -> dict[str, Any]:
 def _planned(state: StateDir, config: Config, generation: int) -> dict[str, Any]:
     """Return how a generation could be brought into the running cluster now."""
     from silvershard.deploy import activate
-    from silvershard.deploy.control_store import ControlStore
     from silvershard.deploy.launch import choose_generation
     from silvershard.shard.generations import generation_dir
     from silvershard.shard.outline import read_outline
@@ -120,7 +119,7 @@ def _planned(state: StateDir, config: Config, generation: int) -> dict[str, Any]
     plan = activate.memory_plan(
         config,
         record,
-        ControlStore(state.control_file).read(),
+        state.control.read(),
         read_outline(generation_dir(state.generations, record.generation)),
         read_outline(path),
     )

@@ -16,7 +16,7 @@ from silvershard.deploy.admin_errors import failure_of
 from silvershard.deploy.admin_process import Errand, Said
 from silvershard.deploy.admin_store import AdminOperation, AdminStore, AdminTask, Failure
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import ControlStore, OperationState
+from silvershard.deploy.control_store import OperationState
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import Overloaded, RetrievalError, StateError
 
@@ -78,7 +78,7 @@ class AdminRunner:
         self._command = tuple(command)
         self._grace_s = grace_s
         self._store = AdminStore(state.control_file)
-        self._control = ControlStore(state.control_file)
+        self._control = state.control
         self._going: dict[str, _Going] = {}
         self._lanes = {is_quick: asyncio.Lock() for is_quick in (False, True)}
         self._is_closed = False

@@ -20,6 +20,7 @@ from silvershard.cluster.config import ListenSection, PingSection, QuerySection
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
     AdminSection,
+    ControlSection,
     IndexSection,
     ModelSection,
     PathsSection,
@@ -61,6 +62,9 @@ class Config(BaseModel):
     )
     admin: AdminSection = Field(
         default=AdminSection(), description="where the admin plane is reached"
+    )
+    control: ControlSection = Field(
+        default=ControlSection(), description="where it is written what shall be served"
     )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"

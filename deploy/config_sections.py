@@ -151,6 +151,19 @@ class AdminSection(BaseModel):
         return host
 
 
+class ControlSection(BaseModel):
+    """Where it is written down what a cluster shall serve."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str = Field(
+        default="",
+        pattern=r"^$|^rediss?://",
+        description="control store: `redis://host:port/db?prefix=name`, to which `up` moves what "
+        "is in the old one; empty: where it is, at first a file in the state directory",
+    )
+
+
 class RuntimeSection(BaseModel):
     """How the processes of a cluster are started, watched and stopped."""
 

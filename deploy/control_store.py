@@ -1,8 +1,8 @@
 """The control store: which generation a cluster shall serve, and what is being done about it.
 
-It is one document in a SQLite file of the state directory. Whoever changes it has read it before: a
-change is taken only if nobody else changed it meanwhile. Commands write what they want, the driver
-of the cluster makes it so and writes how far it is. What is there is durable.
+It is one document, in a SQLite file of the state directory or in Redis. Whoever changes it has read
+it before: a change is taken only if nobody else changed it meanwhile. Commands write what they
+want, the driver of the cluster makes it so and writes how far it is. What is there is durable.
 """
 
 import os
@@ -10,6 +10,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -134,55 +135,61 @@ class Conflict(StateError):
     """A change of a document that somebody else changed meanwhile."""
 
 
-class ControlStore:
-    """The document in its file; any number of processes may use it."""
+class ControlStore(ABC):
+    """Where the document is; any number of processes may use it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Return what people call it."""
+
+    @abstractmethod
+    def load(self) -> str:
+        """Return the document as it was written; empty before the first change.
+
+        Raises:
+            StateError: if the store is damaged or cannot be read.
+        """
+
+    @abstractmethod
+    def replace(self, document: str, version: int) -> bool:
+        """Replace the document of version ``version - 1``; return False if that is not there.
+
+        Args:
+            document: what shall be there.
+            version: its version, 1 for the first one.
+
+        Raises:
+            StateError: if the store is damaged or cannot be written.
+        """
 
     def read(self) -> Control:
         """Return the document; an empty one before the first change.
 
         Raises:
-            StateError: if the file is damaged or cannot be read.
+            StateError: if it is damaged or cannot be read.
         """
-        if not self.path.is_file():
-            return Control()
-        with opened(self.path, _TABLE) as database:
-            row = database.execute("SELECT document FROM control").fetchone()
+        text = self.load()
         try:
-            return Control.model_validate_json(row[0]) if row else Control()
+            return Control.model_validate_json(text) if text else Control()
         except pydantic.ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"]) or "content"
-            raise StateError(f"control store {self.path}: {where}: {problem['msg']}") from None
+            raise StateError(f"control store {self.place}: {where}: {problem['msg']}") from None
 
     def write(self, control: Control) -> Control:
         """Replace the document that ``control`` was made from; return the new one.
 
         Raises:
             Conflict: if the document is of another version by now.
-            StateError: if the file is damaged or cannot be written.
+            StateError: if the store is damaged or cannot be written.
         """
         changed = control.model_copy(update={"version": control.version + 1})
-        text = changed.model_dump_json()
-        with opened(self.path, _TABLE) as database:
-            if control.version == 0:
-                done = database.execute(
-                    "INSERT INTO control (one, version, document) VALUES (1, 1, ?) "
-                    "ON CONFLICT DO NOTHING",
-                    (text,),
-                )
-            else:
-                done = database.execute(
-                    "UPDATE control SET version = ?, document = ? WHERE version = ?",
-                    (changed.version, text, control.version),
-                )
-            if done.rowcount != 1:
-                raise Conflict(
-                    f"control store {self.path}: somebody else changed it after version "
-                    f"{control.version}"
-                )
+        if not self.replace(changed.model_dump_json(), changed.version):
+            raise Conflict(
+                f"control store {self.place}: somebody else changed it after version "
+                f"{control.version}"
+            )
         return changed
 
     def change(self, make: Callable[[Control], Control]) -> Control:
@@ -218,6 +225,43 @@ class ControlStore:
             return now.with_operation(going.ended("cancelled", reason))
 
         return self.change(make).operation(operation_id)
+
+
+class FileControlStore(ControlStore):
+    """The document in a SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        """Use the file ``path``, which the first change makes."""
+        self.path = path
+
+    @property
+    def place(self) -> str:
+        """Return the path of the file."""
+        return str(self.path)
+
+    def load(self) -> str:
+        """See ``ControlStore.load``."""
+        if not self.path.is_file():
+            return ""
+        with opened(self.path, _TABLE) as database:
+            row = database.execute("SELECT document FROM control").fetchone()
+        return str(row[0]) if row else ""
+
+    def replace(self, document: str, version: int) -> bool:
+        """See ``ControlStore.replace``."""
+        with opened(self.path, _TABLE) as database:
+            if version == 1:
+                done = database.execute(
+                    "INSERT INTO control (one, version, document) VALUES (1, 1, ?) "
+                    "ON CONFLICT DO NOTHING",
+                    (document,),
+                )
+            else:
+                done = database.execute(
+                    "UPDATE control SET version = ?, document = ? WHERE version = ?",
+                    (version, document, version - 1),
+                )
+            return done.rowcount == 1
 
 
 def _create(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy import readiness
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, ControlStore, Operation
+from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, Operation
 from silvershard.deploy.memory_plan import (
     MemoryPlan,
     Mode,
@@ -83,7 +83,7 @@ class GenerationWatch:
         self._config = config
         self._free_bytes = free_bytes
         self._clock = clock
-        self._store = ControlStore(state.control_file)
+        self._store = state.control
         self._hosts = ShardHosts(connect)
         self._roster = Roster(config.sharding.replicas)
         self._starting = generation

@@ -18,7 +18,7 @@ from silvershard.cluster.config import ListenSection
 from silvershard.cluster.listen import is_loopback
 from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import ControlStore
+from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, NotPublished, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
 from silvershard.deploy.serve import Launch, Progress
@@ -88,7 +88,7 @@ def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
             "run `silvershard train` and then `silvershard publish`"
         )
     if wanted is None:
-        live = ControlStore(state.control_file).read().live
+        live = state.control.read().live
         wanted = live if live in published else 0
     generation = wanted or published[-1]
     if generation not in published:
@@ -127,12 +127,15 @@ def start(
         TimedOut: if it does not start in time; nothing is left running.
     """
     check_listen(config.listen)
-    number, snapshot = choose_generation(state, generation)
+    # Nothing is made where there is nothing to serve.
+    choose_generation(state, generation)
     state.create()
     lock = state.lock()
-    launched = Launch(config=config, generation=number, snapshot=str(snapshot))
     ray_dir = ""
     try:
+        move_control(state.root, config.control.store)
+        number, snapshot = choose_generation(state, generation)
+        launched = Launch(config=config, generation=number, snapshot=str(snapshot))
         admit(snapshot)
         state.clean_leftovers()
         ray_dir = _make_ray_dir()

@@ -8,7 +8,6 @@ bear its name, and none touches those of another.
 from pathlib import Path
 
 from silvershard.cluster.update_log import UpdateLog
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.state_log import adopt_log
@@ -92,7 +91,7 @@ def release_pins(log: UpdateLog, state: StateDir, name: str, *, dry_run: bool = 
     Raises:
         Refused: if it is the name of this one, or this one has another log.
     """
-    own_name = ControlStore(state.control_file).read().state_id
+    own_name = state.control.read().state_id
     if name == (own_name if dry_run else adopt_log(state, log)):
         raise Refused(f"{name} is {state.root} itself: its generations need what they keep")
     own = [one for one in log.pins() if one.startswith(f"{name}/")]

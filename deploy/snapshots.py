@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, NotPublished
 from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.log_pins import (
@@ -32,7 +31,7 @@ Report = Callable[[str], None]
 
 def listing(state: StateDir) -> dict[str, Any]:
     """Return every generation of a state directory, and what it is there for."""
-    control = ControlStore(state.control_file).read()
+    control = state.control.read()
     roles = {control.previous: "previous", control.canary: "canary", control.live: "live"}
     if control.current is not None:
         roles.setdefault(control.current.generation, "staged")
@@ -211,7 +210,7 @@ def prune(state: StateDir, config: Config, keep: int, *, dry_run: bool) -> dict[
         log = existing_log(state, config)
         try:
             present = list_generations(state.generations)
-            kept = set(present[-keep:]) | ControlStore(state.control_file).read().kept
+            kept = set(present[-keep:]) | state.control.read().kept
             removed = [number for number in present if number not in kept]
             if not dry_run:
                 for number in removed:

@@ -9,6 +9,7 @@ Layout::
       generations/           what ``publish`` made: gen-000001, gen-000002, ...
       users.safetensors      histories of the users of the data set
       control.sqlite         which generation is live, and what is being done about it
+      control.url            the server that knows this instead, if there is one
       updates.sqlite         the update log, unless `updates.log` names another one
       lock                   held while a cluster runs
       work.lock              held while ``train`` or ``publish`` writes
@@ -32,6 +33,8 @@ from typing import Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.deploy.control_place import FILE, control_store
+from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.processes import Process, is_alive, kill_all, send_signal, wait_gone
 
@@ -43,7 +46,7 @@ _LAYOUT = frozenset(
     {
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
-        *("ray.token", "log", "tables"),
+        *("ray.token", "log", "tables", "control.url"),
         *(f"control.sqlite{suffix}" for suffix in ("", "-journal")),
         *(f"updates.sqlite{suffix}" for suffix in ("", "-wal", "-shm")),
     }
@@ -206,8 +209,17 @@ class StateDir:
 
     @property
     def control_file(self) -> Path:
-        """Return the control store."""
-        return self.root / "control.sqlite"
+        """Return the file of the control store, and of the operations of the admin plane."""
+        return self.root / FILE
+
+    @property
+    def control(self) -> ControlStore:
+        """Return the control store.
+
+        Raises:
+            ConfigError: if it is on a server that cannot be used here.
+        """
+        return control_store(self.root)
 
     @property
     def updates_file(self) -> Path:

@@ -8,7 +8,7 @@ import secrets
 
 from silvershard.cluster.update_log import UpdateLog, open_log
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import Control, ControlStore
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.errors import Refused
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import LogMissing, SnapshotError
@@ -34,7 +34,7 @@ def existing_log(state: StateDir, config: Config) -> UpdateLog | None:
         LogDamaged: if what is there is not an update log.
     """
     url = log_url(state, config)
-    own = ControlStore(state.control_file).read().log_id
+    own = state.control.read().log_id
     if not url:
         if own:
             raise Refused(
@@ -108,7 +108,7 @@ def adopt_log(state: StateDir, log: UpdateLog) -> str:
         state_id = now.state_id or secrets.token_hex(8)
         return now.model_copy(update={"log_id": log.log_id, "state_id": state_id})
 
-    return ControlStore(state.control_file).change(make).state_id
+    return state.control.change(make).state_id
 
 
 def leave_log(state: StateDir, config: Config) -> list[str]:
@@ -124,7 +124,7 @@ def leave_log(state: StateDir, config: Config) -> list[str]:
     from silvershard.shard.snapshot_writer import without_log
 
     check_stopped(state)
-    store = ControlStore(state.control_file)
+    store = state.control
     own = store.read().log_id
     log = _opened(state, config, log_url(state, config))
     found = 0

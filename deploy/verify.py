@@ -5,7 +5,6 @@ from typing import Any
 
 from silvershard.deploy.checks import run_checks
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir, list_generations
@@ -28,7 +27,7 @@ def verify(
         SnapshotError: if its manifest is missing or damaged.
     """
     number, path = choose_generation(state, generation)
-    live = ControlStore(state.control_file).read().live
+    live = state.control.read().live
     beside = live if live in set(list_generations(state.generations)) - {number} else 0
     checks = list(
         run_checks(

@@ -8,7 +8,7 @@ import pytest
 
 from silvershard.deploy.activate import activate, rollback
 from silvershard.deploy.config import load
-from silvershard.deploy.control_store import Control, ControlStore
+from silvershard.deploy.control_store import Control
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ class Swaps:
         """How often who was dead at which moment of a swap."""
         self._cluster = cluster
         self._until = until
-        self._store = ControlStore(cluster.state.control_file)
+        self._store = cluster.state.control
         self._config = load(None, environ={}, options=cluster.options)
         self._draw = random.Random(5)
         self._commands = ThreadPoolExecutor(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from silvershard.deploy import generation_verbs
-from silvershard.deploy.control_store import Control, ControlStore
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
 from silvershard.deploy.synthetic import generate
@@ -128,5 +128,5 @@ def idle_state(tmp_path: Path, two_generations: Path) -> StateDir:
         since_unix_s=0.0,
     )
     state.write_record(record)
-    ControlStore(state.control_file).write(Control(live=1))
+    state.control.write(Control(live=1))
     return state

@@ -241,7 +241,7 @@ def test_a_canary_answers_those_who_name_it(cluster: Cluster) -> None:
 
 @pytest.mark.ray
 def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) -> None:
-    start = ControlStore(cluster.state.control_file).read()
+    start = cluster.state.control.read()
     answers: list[tuple[int, str]] = []
     failed: list[str] = []
     stop = threading.Event()
@@ -277,12 +277,12 @@ def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) 
 
 @pytest.mark.ray
 def test_a_dry_run_changes_nothing(cluster: Cluster) -> None:
-    before = ControlStore(cluster.state.control_file).read()
+    before = cluster.state.control.read()
     cluster.said.clear()
     done = cluster.activate(before.previous, dry_run=True, allow_schema=True)
     assert done["done"] is False
     assert "would make generation" in activate.render_done(done)
-    assert ControlStore(cluster.state.control_file).read() == before
+    assert cluster.state.control.read() == before
     assert any(one.startswith("memory plan: ") for one in cluster.said)
 
 
@@ -433,7 +433,7 @@ def idle(tmp_path: Path, generation: Any) -> StateDir:
         since_unix_s=0.0,
     )
     state.write_record(record)
-    ControlStore(state.control_file).write(Control(live=1))
+    state.control.write(Control(live=1))
     return state
 
 
@@ -456,7 +456,7 @@ def test_a_cluster_that_does_not_answer_times_out_and_the_operation_goes_on(
 ) -> None:
     with pytest.raises(TimedOut, match=r"generation 2 is not live yet: it goes on"):
         asked(idle, 2)
-    going = ControlStore(idle.control_file).read().current
+    going = idle.control.read().current
     assert going is not None
     assert (going.generation, going.state) == (2, "waiting")
     assert (
@@ -477,7 +477,7 @@ def test_nothing_is_activated_while_the_log_is_another_one_or_gone(idle: StateDi
     other.close()
     with pytest.raises(Refused, match=rf"has update log {log.log_id}, .* is log {other.log_id}"):
         asked(idle, 2)
-    assert ControlStore(idle.control_file).read().current is None
+    assert idle.control.read().current is None
     (idle.root / "kept.sqlite").rename(idle.updates_file)
     with pytest.raises(TimedOut):
         asked(idle, 2)
@@ -492,7 +492,7 @@ def test_an_interrupted_command_cancels_what_it_wanted(
     monkeypatch.setattr(activate.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         asked(idle, 2, timeout_s=60.0)
-    (ended,) = ControlStore(idle.control_file).read().operations
+    (ended,) = idle.control.read().operations
     assert (ended.state, ended.reason) == ("cancelled", "its command was interrupted")
 
 
@@ -505,7 +505,7 @@ def test_what_does_not_fit_is_refused_with_numbers_before_anything_is_wanted(
         asked(idle, 2, config=tight, report=said.append)
     assert refused.value.exit_code == ExitCode.REFUSED
     assert [line for line in said if line.startswith("memory of the new generation at most")]
-    assert ControlStore(idle.control_file).read() == Control(version=1, live=1)
+    assert idle.control.read() == Control(version=1, live=1)
 
 
 def test_what_fails_a_check_is_refused_before_anything_is_wanted(idle: StateDir) -> None:
@@ -514,19 +514,19 @@ def test_what_fails_a_check_is_refused_before_anything_is_wanted(idle: StateDir)
         asked(idle, 2)
     with pytest.raises(CommandError, match="generation 7 is not published"):
         asked(idle, 7)
-    assert ControlStore(idle.control_file).read() == Control(version=1, live=1)
+    assert idle.control.read() == Control(version=1, live=1)
 
 
 def test_nothing_to_return_to_is_said(idle: StateDir) -> None:
     with pytest.raises(CommandError, match="nothing was live before"):
         activate.rollback(idle, timeout_s=1.0, report=print)
-    ControlStore(idle.control_file).change(lambda now: now.pointed("live", 9).pointed("live", 1))
+    idle.control.change(lambda now: now.pointed("live", 9).pointed("live", 1))
     with pytest.raises(CommandError, match="generation 9, which was live before, is not published"):
         activate.rollback(idle, timeout_s=1.0, report=print)
 
 
 def test_a_rollback_calls_off_what_is_being_activated(idle: StateDir) -> None:
-    store = ControlStore(idle.control_file)
+    store = idle.control
     store.change(lambda now: now.pointed("live", 2).pointed("live", 1))
     with pytest.raises(TimedOut):
         asked(idle, 2)
@@ -545,7 +545,7 @@ def test_a_rollback_calls_off_what_is_being_activated(idle: StateDir) -> None:
 def test_a_rollback_goes_to_nothing_else_than_it_was_asked_for(
     idle: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = ControlStore(idle.control_file)
+    store = idle.control
     store.change(lambda now: now.pointed("live", 2).pointed("live", 1))
     change = ControlStore.change
 
@@ -562,7 +562,7 @@ def test_a_rollback_goes_to_nothing_else_than_it_was_asked_for(
 def test_checks_against_a_generation_that_is_live_no_more_do_not_count(
     idle: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = ControlStore(idle.control_file)
+    store = idle.control
     run_checks = activate.run_checks
 
     def slow(*words: Any, **options: Any) -> Any:

@@ -13,7 +13,7 @@ from silvershard.deploy import activate
 from silvershard.deploy.admin_process import Errand, Said, carry_out
 from silvershard.deploy.admin_store import AdminTask
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import Control, ControlStore
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.processes import identify, is_alive
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import list_generations
@@ -106,7 +106,7 @@ def test_a_dry_run_plans_and_checks_and_changes_nothing(
     assert said.result["done"] is False
     assert said.result["generation"] == task["generation"]
     assert any(line.startswith("checksums: ") for line in lines) == bool(task["generation"])
-    assert ControlStore(idle_state.control_file).read() == Control(version=1, live=1)
+    assert idle_state.control.read() == Control(version=1, live=1)
     assert list_generations(idle_state.generations) == [1, 2]
 
 
@@ -122,7 +122,7 @@ def test_what_is_refused_says_so_in_words_and_wants_nothing(idle_state: StateDir
     assert failure(said) == ("FAILED_PRECONDITION", "REFUSED")
     assert said.failure is not None
     assert "MiB are free" in said.failure.message
-    assert ControlStore(idle_state.control_file).read().operations == ()
+    assert idle_state.control.read().operations == ()
 
 
 def test_a_bug_tells_an_id_and_no_trace(
@@ -169,7 +169,7 @@ def test_a_process_that_is_told_to_end_calls_off_what_it_wanted(idle_state: Stat
     task = AdminTask(kind="activate", generation=2, load=False)
     errand = Errand(config=settings(), task=task, swap_id="swap")
     process = started(idle_state, errand.model_dump_json())
-    store = ControlStore(idle_state.control_file)
+    store = idle_state.control
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     with process:
         identity = identify(process.pid)
@@ -196,7 +196,7 @@ def test_a_process_that_is_told_to_end_calls_off_what_it_wanted(idle_state: Stat
 
 
 def test_a_rollback_does_not_step_back_behind_queries(idle_state: StateDir) -> None:
-    store = ControlStore(idle_state.control_file)
+    store = idle_state.control
     store.change(lambda control: control.pointed("live", 2))
     assert store.read().previous == 1
     errand = Errand(config=settings(), task=AdminTask(kind="rollback"), swap_id="swap")
@@ -226,4 +226,4 @@ def test_a_process_whose_driver_has_ended_ends_before_it_begins(idle_state: Stat
         assert process.stdout.read() == ""
         assert "called off" in process.stderr.read()
     assert process.returncode == 1
-    assert ControlStore(idle_state.control_file).read().operations == ()
+    assert idle_state.control.read().operations == ()

@@ -10,7 +10,7 @@ from silvershard.cluster.codec import Refusal
 from silvershard.deploy.admin_runner import MAX_GOING, AdminRunner
 from silvershard.deploy.admin_store import AdminOperation, AdminStore, AdminTask
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import Control, ControlStore, wanted
+from silvershard.deploy.control_store import Control, wanted
 from silvershard.deploy.processes import identify, is_alive
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import Overloaded, StateError
@@ -50,7 +50,7 @@ def state(tmp_path: Path) -> StateDir:
     state = StateDir(tmp_path / "s")
     state.create()
     (state.root / "process.py").write_text(PROCESS)
-    ControlStore(state.control_file).write(Control(live=1))
+    state.control.write(Control(live=1))
     return state
 
 
@@ -205,7 +205,7 @@ def test_what_waits_is_cancelled_at_once_and_what_runs_is_ended(state: StateDir)
 
 
 def test_a_swap_that_was_wanted_is_called_off_with_its_operation(state: StateDir) -> None:
-    control = ControlStore(state.control_file)
+    control = state.control
 
     async def test(runner: AdminRunner) -> None:
         runner.submit("one", task("activate", url="hold"))
@@ -227,9 +227,7 @@ def test_a_swap_that_was_quicker_than_its_cancellation_is_done(state: StateDir) 
         submitted = runner.submit("one", task("activate", url="hold"))
         await begun(state, "activate-2")
         swap = wanted("activate", 2, "live", operation_id=submitted.swap_id).ended("done")
-        ControlStore(state.control_file).change(
-            lambda now: now.pointed("live", 2).with_operation(swap)
-        )
+        state.control.change(lambda now: now.pointed("live", 2).with_operation(swap))
         runner.cancel("one")
         ended = await runner.wait("one", None)
         assert (ended.state, ended.failure) == ("done", None)
@@ -360,7 +358,7 @@ def test_what_goes_on_when_the_cluster_stops_is_abandoned_and_its_process_ended(
 
 
 def test_the_next_cluster_abandons_what_was_going_on_and_says_why(state: StateDir) -> None:
-    store, control = AdminStore(state.control_file), ControlStore(state.control_file)
+    store, control = AdminStore(state.control_file), state.control
 
     def left(name: str, phase: Any) -> None:
         store.add(

@@ -26,7 +26,6 @@ from silvershard.deploy import launch, operate
 from silvershard.deploy.admin_runner import AdminRunner
 from silvershard.deploy.admin_server import SERVICE, AdminServer
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.shard.errors import RetrievalError, StateError
 from silvershard.shard.generations import list_generations
@@ -256,7 +255,7 @@ def test_a_cluster_is_run_by_its_admin_plane_under_load(
     for number in list_generations(two_generations):
         Repository(copies).push(open_snapshot(Path(url) / f"gen-{number:06d}"))
     Repository(copies).fetch(1, state.generations)
-    store = ControlStore(state.control_file)
+    store = state.control
     with running(state):
         document, _ = operate.status(state)
         assert document["admin"] == latest(state).admin
@@ -281,7 +280,7 @@ def test_a_cluster_is_run_by_its_admin_plane_under_load(
 
 def run_by(client: AdminClient, state: StateDir, copies: str) -> None:
     """Bring a generation in, make it live and go back, all through the admin plane."""
-    store = ControlStore(state.control_file)
+    store = state.control
 
     def done(operation: Any) -> Any:
         return client.finish(operation, timeout_s=WAIT_S)

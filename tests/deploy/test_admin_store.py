@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from silvershard.deploy.admin_store import KEPT, AdminOperation, AdminStore, AdminTask, Failure
-from silvershard.deploy.control_store import Control, ControlStore, opened
+from silvershard.deploy.control_store import Control, FileControlStore, opened
 from silvershard.shard.errors import StateError
 
 
@@ -59,7 +59,7 @@ def test_only_the_newest_that_have_ended_are_remembered(store: AdminStore) -> No
 
 
 def test_the_control_document_lies_beside_it_untouched(store: AdminStore) -> None:
-    control = ControlStore(store.path)
+    control = FileControlStore(store.path)
     written = control.write(Control(live=3))
     store.add(operation("one"))
     assert control.read() == written

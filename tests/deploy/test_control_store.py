@@ -9,7 +9,7 @@ import pytest
 from silvershard.deploy.control_store import (
     Conflict,
     Control,
-    ControlStore,
+    FileControlStore,
     Operation,
     opened,
     wanted,
@@ -18,24 +18,26 @@ from silvershard.shard.errors import StateError
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ControlStore:
-    return ControlStore(tmp_path / "control.sqlite")
+def store(tmp_path: Path) -> FileControlStore:
+    return FileControlStore(tmp_path / "control.sqlite")
 
 
-def test_before_the_first_change_nothing_is_live_and_there_is_no_file(store: ControlStore) -> None:
+def test_before_the_first_change_nothing_is_live_and_there_is_no_file(
+    store: FileControlStore,
+) -> None:
     assert store.read() == Control()
     assert not store.path.exists()
 
 
-def test_a_change_is_read_back_from_a_file_of_its_owner_only(store: ControlStore) -> None:
+def test_a_change_is_read_back_from_a_file_of_its_owner_only(store: FileControlStore) -> None:
     written = store.write(Control(live=3))
     assert written == Control(version=1, live=3)
-    assert ControlStore(store.path).read() == written
+    assert FileControlStore(store.path).read() == written
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
     assert store.write(written.pointed("live", 4)) == Control(version=2, live=4, previous=3)
 
 
-def test_a_change_of_what_somebody_else_changed_is_refused(store: ControlStore) -> None:
+def test_a_change_of_what_somebody_else_changed_is_refused(store: FileControlStore) -> None:
     store.write(Control(live=1))
     with pytest.raises(Conflict, match="after version 0"):
         store.write(Control(live=9))
@@ -46,7 +48,7 @@ def test_a_change_of_what_somebody_else_changed_is_refused(store: ControlStore) 
     assert store.read().live == 2
 
 
-def test_changes_of_many_threads_are_all_taken(store: ControlStore) -> None:
+def test_changes_of_many_threads_are_all_taken(store: FileControlStore) -> None:
     def add(number: int) -> None:
         for _ in range(5):
             store.change(lambda now: now.model_copy(update={"canary": now.canary + number}))
@@ -59,7 +61,7 @@ def test_changes_of_many_threads_are_all_taken(store: ControlStore) -> None:
     assert store.read() == Control(version=15, canary=555)
 
 
-def test_a_reader_leaves_the_lock_of_another_thread_alone(store: ControlStore) -> None:
+def test_a_reader_leaves_the_lock_of_another_thread_alone(store: FileControlStore) -> None:
     store.write(Control(live=1))
     other = (
         "import sqlite3, sys\n"
@@ -78,12 +80,12 @@ def test_a_reader_leaves_the_lock_of_another_thread_alone(store: ControlStore) -
     assert "database is locked" in locked.stderr
 
 
-def test_a_change_that_changes_nothing_is_not_written(store: ControlStore) -> None:
+def test_a_change_that_changes_nothing_is_not_written(store: FileControlStore) -> None:
     store.write(Control(live=1))
     assert store.change(lambda now: now.pointed("live", 1)).version == 1
 
 
-def test_a_damaged_store_is_named(store: ControlStore) -> None:
+def test_a_damaged_store_is_named(store: FileControlStore) -> None:
     store.path.write_bytes(b"this is no database, and long enough to be taken for one" * 9)
     with pytest.raises(StateError, match=f"control store {store.path}: file is not a database"):
         store.read()
@@ -135,7 +137,9 @@ def test_only_the_current_operation_is_replaced_by_a_newer_state_of_it() -> None
     assert ended.replaced(running) is ended
 
 
-def test_what_is_going_on_can_be_called_off_and_what_has_ended_stays(store: ControlStore) -> None:
+def test_what_is_going_on_can_be_called_off_and_what_has_ended_stays(
+    store: FileControlStore,
+) -> None:
     first = wanted("activate", 2, "live", operation_id="mine")
     assert first.operation_id == "mine"
     store.change(lambda now: now.with_operation(first))

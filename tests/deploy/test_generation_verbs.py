@@ -7,7 +7,6 @@ import pytest
 
 from silvershard.cluster.update_log import open_log
 from silvershard.deploy import verbs
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import ExitCode
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir, list_generations
@@ -60,7 +59,7 @@ def test_a_dry_run_releases_no_pin(state: StateDir, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "would release 1 pins of state directory other\n"
     assert list(log.pins()) == ["other/gen-000003"]
     # Not even the log becomes that of the directory.
-    assert ControlStore(state.control_file).read().log_id == 0
+    assert state.control.read().log_id == 0
     assert run(state, *words) == ExitCode.OK
     assert log.pins() == {}
     log.close()

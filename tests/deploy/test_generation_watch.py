@@ -7,7 +7,7 @@ import pytest
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import load
-from silvershard.deploy.control_store import Control, ControlStore, Operation, wanted
+from silvershard.deploy.control_store import Control, Operation, wanted
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.readiness import REMEMBERED
 from silvershard.deploy.shard_host import Held
@@ -106,7 +106,7 @@ class Setup:
         self.config = load(None, environ={}, options=settings)
         self.hosts: dict[str, FakeHost] = {}
         self.all_hosts: list[FakeHost] = []
-        self.store = ControlStore(state.control_file)
+        self.store = state.control
         self.handles = [
             FakeHandle(shard, replica)
             for replica in range(self.config.sharding.copies)
@@ -380,7 +380,7 @@ def test_a_swap_that_is_cancelled_while_it_commits_is_not_made(
         going = found.operation(asked)
         if going is not None and not going.has_ended and setup.host(1).states.get(2):
             ended = going.ended("cancelled")
-            ControlStore(setup.state.control_file).change(lambda now: now.with_operation(ended))
+            setup.state.control.change(lambda now: now.with_operation(ended))
         return found
 
     monkeypatch.setattr(setup.watch._store, "read", cancelled_after)

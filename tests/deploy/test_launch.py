@@ -18,7 +18,6 @@ from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.config import ListenSection
 from silvershard.deploy import golden, launch, operate
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
 from silvershard.deploy.state import ClusterRecord, StateDir
@@ -98,7 +97,7 @@ def test_what_was_live_last_is_chosen_before_the_newest(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     for number in (1, 2, 10):
         generation_dir(state.generations, number).mkdir(parents=True)
-    store = ControlStore(state.control_file)
+    store = state.control
     store.change(lambda now: now.pointed("live", 2))
     assert launch.choose_generation(state, None)[0] == 2
     assert launch.choose_generation(state, 0)[0] == 10

@@ -16,7 +16,7 @@ from silvershard.cluster.table_map import TableEntry, map_path
 from silvershard.cluster.update_log import open_log
 from silvershard.deploy import launcher
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore, wanted
+from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.launcher import LocalCluster
 from silvershard.deploy.processes import is_alive
@@ -285,7 +285,7 @@ def test_a_router_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) 
 
 def test_a_failed_start_ends_everything(setup: Setup) -> None:
     setup.shards[0].said = ShardDead("broken")
-    store = ControlStore(setup.state.control_file)
+    store = setup.state.control
     with pytest.raises(CommandError), setup.cluster:
         pass
     assert store.read().live == 0
@@ -297,7 +297,7 @@ def test_the_context_ends_everything(setup: Setup) -> None:
     for shard in setup.shards:
         shard.serve()
     with setup.cluster as cluster:
-        assert ControlStore(setup.state.control_file).read().live == 3
+        assert setup.state.control.read().live == 3
         assert [shard.state for shard in cluster.shards] == ["serving", "serving"]
         assert setup.phases[0] == "router"
     assert setup.router.stopped == 1
@@ -383,7 +383,7 @@ def test_the_log_is_made_and_the_map_names_it_and_the_sequencer(
     assert setup.map.log_url == f"sqlite:///{setup.state.updates_file}"
     assert setup.map.log_partitions == 4
     log = open_log(setup.map.log_url, None, create=False)
-    control = ControlStore(setup.state.control_file).read()
+    control = setup.state.control.read()
     pinned = {f"{control.state_id}/gen-000003": (0, 0, 0, 0)}
     assert (log.num_partitions, log.pins(), log.log_id) == (4, pinned, control.log_id)
     log.close()
@@ -410,7 +410,7 @@ def test_the_map_follows_a_swap_with_one_change(setup: Setup) -> None:
     setup.cluster.start_shards()
     for shard in setup.shards:
         shard.serve()
-    store = ControlStore(setup.state.control_file)
+    store = setup.state.control
     setup.cluster.wait_until_ready(0.0)
     operation = wanted("activate", 4, "live")
     store.change(lambda now: now.with_operation(operation))

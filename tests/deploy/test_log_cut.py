@@ -5,7 +5,6 @@ import pytest
 
 from silvershard.cluster.update_log import NewRecord, UpdateLog, open_log
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.log_cut import FROM_START, NOW, START, LogCut, cut_of_data
 from silvershard.deploy.state import StateDir
@@ -38,7 +37,7 @@ def log(state: StateDir, config: Config) -> Iterator[UpdateLog]:
 
 
 def pinned(state: StateDir, log: UpdateLog) -> tuple[int, ...] | None:
-    state_id = ControlStore(state.control_file).read().state_id
+    state_id = state.control.read().state_id
     return log.pins().get(f"{state_id}/gen-000002")
 
 
@@ -47,7 +46,7 @@ def test_data_without_updates_are_of_the_start(
 ) -> None:
     assert cut_of_data(state, config, START) == FROM_START == LogCut(0, ())
     assert pinned(state, log) == (0, 0)
-    assert ControlStore(state.control_file).read().log_id == log.log_id
+    assert state.control.read().log_id == log.log_id
 
 
 def test_data_of_now_hold_all_updates(state: StateDir, config: Config, log: UpdateLog) -> None:

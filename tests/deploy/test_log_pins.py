@@ -6,7 +6,6 @@ import pytest
 
 from silvershard.cluster.update_log import NewRecord, UpdateLog, open_log
 from silvershard.deploy.config import load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.log_pins import (
     check_log,
@@ -61,7 +60,7 @@ def outline(
 
 def pins(log: UpdateLog, state: StateDir) -> dict[str, tuple[int, ...]]:
     """Return the pins of a state directory by generation."""
-    own = f"{ControlStore(state.control_file).read().state_id}/"
+    own = f"{state.control.read().state_id}/"
     assert len(own) > 16
     return {name.removeprefix(own): cut for name, cut in log.pins().items() if name.startswith(own)}
 
@@ -140,7 +139,7 @@ def test_state_directories_of_one_log_leave_each_other_their_pins(
     drop_pins(log, other)
     assert trim_log(log) == [9]
     assert pins(log, state) == {"gen-000001": (15,)}
-    names = [ControlStore(one.control_file).read().state_id for one in (state, other)]
+    names = [one.control.read().state_id for one in (state, other)]
     assert other_pins(log, state) == {names[1]: {2: (9,)}}
     with pytest.raises(Refused, match=f"{names[0]} is .* itself"):
         release_pins(log, state, names[0])

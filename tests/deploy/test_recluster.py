@@ -12,7 +12,6 @@ from silvershard.cluster.update_message import mutation_to
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert, Update
 from silvershard.deploy import recluster, verbs
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.state_log import log_url
@@ -97,7 +96,7 @@ def test_the_next_generation_holds_what_the_log_made_of_the_live_one(
     assert gone not in eligible(published.path, "")
     assert list(log.pins().values()) == [(6,)]
     # From there it goes on at its cut.
-    ControlStore(state.control_file).change(lambda now: now.pointed("live", 2))
+    state.control.change(lambda now: now.pointed("live", 2))
     append(log, own(3))
     third = recluster.republish(state, config)
     assert open_snapshot(third.path).manifest.cut == (7,)
@@ -108,7 +107,7 @@ def test_the_live_generation_is_the_base_and_not_the_newest(
     state: StateDir, config: Config, log: UpdateLog
 ) -> None:
     generation_dir(state.generations, 7).mkdir()
-    ControlStore(state.control_file).change(lambda now: now.pointed("live", 1))
+    state.control.change(lambda now: now.pointed("live", 1))
     append(log, own(0))
     assert recluster.republish(state, config).generation == 8
 

@@ -10,7 +10,7 @@ import pytest
 from silvershard.cluster.update_log import NewRecord, open_log
 from silvershard.deploy import snapshots
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore, wanted
+from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, ExitCode, NotPublished, Refused
 from silvershard.deploy.log_pins import pin_generation, pin_generations
 from silvershard.deploy.state import StateDir
@@ -47,7 +47,7 @@ def state(tmp_path: Path, generation: Any) -> StateDir:
 
 
 def test_the_list_says_what_every_generation_is(state: StateDir) -> None:
-    store = ControlStore(state.control_file)
+    store = state.control
     store.change(lambda now: now.pointed("live", 2).pointed("live", 3).pointed("canary", 5))
     store.change(lambda now: now.with_operation(wanted("activate", 4, "live")))
     document = snapshots.listing(state)
@@ -75,7 +75,7 @@ def test_a_generation_goes_to_a_url_and_comes_back(
     state: StateDir, config: Config, tmp_path: Path
 ) -> None:
     url, heard = str(tmp_path / "copies"), list[str]()
-    ControlStore(state.control_file).change(lambda now: now.pointed("live", 2))
+    state.control.change(lambda now: now.pointed("live", 2))
     dry = snapshots.push(state, url, None, dry_run=True, report=heard.append)
     assert (dry["generation"], dry["present"], dry["done"]) == (2, False, False)
     assert "would be copied" in snapshots.render_copied(dry)
@@ -109,7 +109,7 @@ def test_an_empty_url_and_a_busy_directory_are_said(
 
 
 def test_only_old_generations_that_nobody_uses_are_removed(state: StateDir, config: Config) -> None:
-    store = ControlStore(state.control_file)
+    store = state.control
     store.change(lambda now: now.pointed("live", 1).pointed("live", 2))
     dry = snapshots.prune(state, config, 1, dry_run=True)
     assert (dry["removed"], dry["kept"], dry["done"]) == ([3, 4], [1, 2, 5], False)
@@ -137,14 +137,12 @@ def test_the_log_forgets_what_no_kept_generation_needs(
     document = json.loads(path.read_bytes())
     path.write_text(json.dumps({**document, "log_id": log.log_id, "cut": [12]}))
     pin_generations(log, state)
-    ControlStore(state.control_file).change(lambda now: now.pointed("live", 4))
+    state.control.change(lambda now: now.pointed("live", 4))
     assert snapshots.prune(state, config, 1, dry_run=False)["log_start"] == [0]
-    ControlStore(state.control_file).change(
-        lambda now: now.model_copy(update={"live": 5, "previous": 0})
-    )
+    state.control.change(lambda now: now.model_copy(update={"live": 5, "previous": 0}))
     done = snapshots.prune(state, config, 1, dry_run=False)
     assert (done["kept"], done["log_start"]) == ([5], [12])
-    state_id = ControlStore(state.control_file).read().state_id
+    state_id = state.control.read().state_id
     assert (log.start(0), log.pins()) == (12, {f"{state_id}/gen-000005": (12,)})
     assert "the update log begins after 12" in snapshots.render_pruned(done)
     log.close()
@@ -182,7 +180,7 @@ def test_what_is_restored_keeps_the_log_from_its_cut(
     other = StateDir(tmp_path / "other")
     same = load(None, environ={}, options={"updates.log": f"sqlite:///{state.updates_file}"})
     snapshots.restore(other, same, url, 5, dry_run=False, report=print)
-    own = ControlStore(other.control_file).read()
+    own = other.control.read()
     assert own.log_id == log.log_id
     assert log.pins() == {f"{own.state_id}/gen-000005": (12,)}
     assert log.trim(0, 30) == 12
@@ -240,7 +238,7 @@ def test_a_copy_of_another_log_is_refused_until_that_log_is_left(
     with pytest.raises(SnapshotError, match="must go on in log 4711 from 12 like that of"):
         snapshots.restore(state, config, url, 5, dry_run=False, report=print)
     # All that its new log holds will be replayed into it.
-    state_id = ControlStore(state.control_file).read().state_id
+    state_id = state.control.read().state_id
     assert log.pins() == {f"{state_id}/gen-000005": (0,)}
     log.close()
 
@@ -262,7 +260,7 @@ def test_what_a_lost_state_directory_kept_of_the_log_is_released(
     lost = StateDir(tmp_path / "lost")
     lost.create()
     pin_generation(log, lost, 3, (7,))
-    name = ControlStore(lost.control_file).read().state_id
+    name = lost.control.read().state_id
     done = snapshots.prune(state, config, 5, dry_run=False)
     assert done["other_pins"] == {name: {3: (7,)}}
     shown = snapshots.render_pruned(done)

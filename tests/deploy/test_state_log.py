@@ -9,7 +9,6 @@ import pytest
 from silvershard.cluster.update_log import open_log
 from silvershard.deploy import verbs
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import ExitCode, Refused
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.state_log import (
@@ -190,7 +189,7 @@ def test_a_person_leaves_a_log_and_is_told_what_is_lost(
     new = made_log(state, config, read_outline(second))
     assert adopt_log(state, new)
     assert new.log_id != own
-    assert ControlStore(state.control_file).read().log_id == new.log_id
+    assert state.control.read().log_id == new.log_id
     new.close()
     assert leave_log(state, config) == []
 
@@ -208,7 +207,7 @@ def test_leaving_a_log_for_another_one_that_is_there_keeps_what_is_of_that_one(
     assert said.startswith(f"generation 1 goes on without what update log {own} holds beyond 3")
     assert open_snapshot(first).manifest.log_id == 0
     assert open_snapshot(second).manifest.cut == (4,)
-    assert ControlStore(state.control_file).read().log_id == other.log_id
+    assert state.control.read().log_id == other.log_id
 
 
 def run(state: StateDir, *words: str) -> int:
@@ -244,7 +243,7 @@ def test_every_verb_that_depends_on_the_log_refuses_another_one_until_it_is_left
     assert f"generation 1 goes on without what update log {own} holds: all updates are lost" in (
         capsys.readouterr().out
     )
-    assert ControlStore(state.control_file).read().log_id == 0
+    assert state.control.read().log_id == 0
     # Another log is another one for the next verb as well.
     first = used(state, config)
     state.updates_file.unlink()

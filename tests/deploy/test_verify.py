@@ -7,7 +7,6 @@ import pytest
 
 from silvershard.deploy import verbs, verify
 from silvershard.deploy.config import load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir
@@ -35,7 +34,7 @@ def test_the_newest_generation_is_checked_alone(state: StateDir) -> None:
 
 
 def test_it_is_compared_with_the_live_one(state: StateDir) -> None:
-    ControlStore(state.control_file).change(lambda now: now.pointed("live", 1))
+    state.control.change(lambda now: now.pointed("live", 1))
     assert checked(state)["live"] == 0
     generation_dir(state.generations, 2).symlink_to(generation_dir(state.generations, 1))
     document = checked(state, 2)

@@ -17,7 +17,6 @@ from silvershard.cluster.update_message import mutation_to
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert, Update
 from silvershard.deploy import launch, recipe, recluster, verbs
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.state_log import log_url
@@ -159,7 +158,7 @@ def test_the_live_items_are_embedded_by_the_new_model(
     assert (manifest.log_id, manifest.cut) == (log.log_id, (5,))
     assert manifest.spec.defaults.probes == round(world.config.index.probe_share * 16)
     # The same without a model keeps the one that is live.
-    ControlStore(state.control_file).change(lambda now: now.pointed("live", 1))
+    state.control.change(lambda now: now.pointed("live", 1))
     again = recluster.republish(state, world.config)
     assert_embedded_by(world.models[0], again.path)
 
@@ -208,7 +207,7 @@ def test_data_that_hold_updates_are_published_at_their_place_in_the_log(
     # From data alone a trimmed log takes nothing, and with their moment it does.
     shutil.rmtree(paths[1])
     shutil.rmtree(state.generations / "gen-000001")
-    ControlStore(state.control_file).change(lambda now: now.model_copy(update={"live": 4}))
+    state.control.change(lambda now: now.model_copy(update={"live": 4}))
     assert run(state, "snapshots", "--prune", "2") == ExitCode.OK
     assert log.start(0) == 2
     assert run(state, *data) == ExitCode.REFUSED
