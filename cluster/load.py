@@ -135,13 +135,13 @@ class OpenLoop:
         self._running: set[asyncio.Task[None]] = set()
         self._sender: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
-        self._stopped = False
+        self.stopped = False
         self.cut_short = 0
         """Requests that were in flight when the load was stopped, and are not noted."""
 
     def stop(self) -> None:
         """End the load: nothing more is sent, and nothing waited for."""
-        self._stopped = True
+        self.stopped = True
         if self._sender is not None:
             self._sender.cancel()
 
@@ -156,11 +156,11 @@ class OpenLoop:
             Exception: whatever sending a request, or noting its answer, raises.
         """
         self._sender = asyncio.create_task(self._send_all(arrivals, start_s))
-        if self._stopped:
+        if self.stopped:
             self._sender.cancel()
         try:
             await asyncio.wait([self._sender])
-            if self._running and not self._stopped:
+            if self._running and not self.stopped:
                 await asyncio.wait(self._running, timeout=self._deadline_s + _GRACE_S)
         finally:
             left = [self._sender, *self._running]
@@ -191,7 +191,7 @@ class OpenLoop:
         try:
             reply = await self._send(number, max(at_s + self._deadline_s - sent_s, 0.0))
         except asyncio.CancelledError:
-            if self._stopped:
+            if self.stopped:
                 self.cut_short += 1
                 raise
             reply = Reply(DEADLINE_EXCEEDED, b"")

@@ -8,13 +8,14 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
+from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.config import MEBIBYTE
 from silvershard.cluster.load import OK, Reply
-from silvershard.cluster.server import SERVICE
 from silvershard.cluster.service import DETAILS
 from silvershard.shard.errors import DeadlineExceeded
 
-_METHOD = f"/{SERVICE}/Retrieve"
+_SERVICE = retrieval_pb2.DESCRIPTOR.services_by_name["Retrieval"].full_name
+_METHOD = f"/{_SERVICE}/Retrieve"
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", 256 * MEBIBYTE),

@@ -187,7 +187,7 @@ class LoadReport:
             late_s, took_s = lag.quantile(share) or 0.0, latency.quantile(share) or math.inf
             if late_s > max(LATE_SHARE * took_s, _LATE_S):
                 said.append(
-                    f"requests were sent {late_s * 1e3:.1f} ms late at p{share * 100:.0f}, which is in "
+                    f"at p{share * 100:.0f} requests were sent {late_s * 1e3:.1f} ms late, part of "
                     f"the {took_s * 1e3:.1f} ms there: the generator was the limit, or had no core"
                 )
                 break

@@ -34,9 +34,6 @@ _STOP = "stop"
 _LEAD_S = 0.1
 """From the word to begin to the begin, so that every process has heard it."""
 
-_CANCEL_S = 30.0
-"""Longest time that reading the answers may take once a load was stopped."""
-
 
 @dataclass(frozen=True)
 class Target:
@@ -151,7 +148,7 @@ class Generators:
             TimedOut: if one could not.
         """
         self._tell("connect")
-        self._answers()
+        self._answers({})
 
     def run(self, load: Load) -> tuple[LoadReport, bool]:
         """Return what a load found, and whether a Ctrl-C ended it before its time.
@@ -168,39 +165,36 @@ class Generators:
             start_s = time.monotonic() + _LEAD_S
             for (_, connection), part in zip(self._running, parts, strict=True):
                 connection.send((load, start_s, part))
+            found: dict[int, LoadReport] = {}
             try:
-                reports = self._answers()
+                self._answers(found)
             except KeyboardInterrupt:
                 interrupted = True
                 self._tell(_STOP)
-                reports = self._answers(_CANCEL_S)
+                self._answers(found)
             if load.record is not None:
                 _join(load.record, [part for part in parts if part is not None])
         finally:
             for part in parts:
                 if part is not None:
                     part.unlink(missing_ok=True)
-        return merged(reports), interrupted
+        return merged(found[process] for process in sorted(found)), interrupted
 
     def _tell(self, message: str) -> None:
         for _, connection in self._running:
             connection.send(message)
 
-    def _answers(self, timeout_s: float | None = None) -> list[Any]:
-        """Return one answer of each process.
+    def _answers(self, found: dict[int, Any]) -> None:
+        """Add the answer of each process that is not there yet.
 
         Raises:
-            CommandError: if one answers with an error, or ends, or is not in time.
+            CommandError: if one answers with an error, or ends.
         """
-        found: dict[int, Any] = {}
         while len(found) < len(self._running):
             missing = {
                 one: place for place, (_, one) in enumerate(self._running) if place not in found
             }
-            ready = wait(list(missing), timeout_s)
-            if not ready:
-                raise TimedOut(f"the load generator did not end within {timeout_s} s")
-            for connection in ready:
+            for connection in wait(list(missing)):
                 assert isinstance(connection, Connection)
                 try:
                     answer = connection.recv()
@@ -209,7 +203,6 @@ class Generators:
                 if isinstance(answer, Exception):
                     raise answer
                 found[missing[connection]] = answer
-        return [found[place] for place in range(len(self._running))]
 
 
 def _join(record: Path, parts: Sequence[Path]) -> None:
@@ -273,9 +266,8 @@ class _Worker:
         except (EOFError, ConnectionError):
             asyncio.get_running_loop().remove_reader(self._connection.fileno())
             message = None
-        if message is None or message == _STOP:
-            if self._loop is not None:
-                self._loop.stop()
+        if self._loop is not None and message in (None, _STOP):
+            self._loop.stop()
         if message != _STOP:
             self._heard.put_nowait(message)
 
@@ -301,9 +293,11 @@ class _Worker:
             await self._loop.run(share_of(due, place.process, place.num_processes), start_s)
             spent_s = clock() - start_s
             generator = Generator(spent_s, time.process_time() - cpu_s, self._loop.cut_short)
-            self._loop = None
             report.generators.append(generator)
-            report.measured_s = min(max(spent_s - zero_s, 0.0), report.whole_s)
+            report.measured_s = report.whole_s
+            if self._loop.stopped:
+                report.measured_s = min(max(spent_s - zero_s, 0.0), report.whole_s)
+            self._loop = None
             zero_unix_s = time.time() - clock() + start_s + zero_s
             with _recorder(part, self._target, channels, zero_s, zero_unix_s) as note:
                 for entry in journal.entries():
