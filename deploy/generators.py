@@ -248,10 +248,10 @@ class _Worker:
         target = self._target
         async with LoadChannels(target.addresses, target.requests) as channels:
             while (message := await self._heard.get()) is not None:
-                answer: Any
+                answer: LoadReport | CommandError | None = None
                 try:
                     if message == "connect":
-                        answer = await channels.connect(self._place.connect_s)
+                        await channels.connect(self._place.connect_s)
                     else:
                         answer = await self._run(channels, *message)
                 except DeadlineExceeded as error:
