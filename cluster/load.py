@@ -101,8 +101,9 @@ class Journal:
         for place in sorted(range(len(self)), key=self._numbers.__getitem__):
             self._file.seek(self._ends[place])
             body = self._file.read(self._ends[place + 1] - self._ends[place])
-            times = self._times[3 * place : 3 * place + 3]
-            yield Entry(self._numbers[place], *times, names[self._codes[place]], body)
+            at_s, sent_s, done_s = self._times[3 * place : 3 * place + 3]
+            code = names[self._codes[place]]
+            yield Entry(self._numbers[place], at_s, sent_s, done_s, code, body)
 
 
 class OpenLoop:

@@ -110,8 +110,8 @@ class Generators:
         context = multiprocessing.get_context("spawn")
         self._running = []
         for process in range(processes):
-            cpu = cpus[process % len(cpus)] if cpus else None
-            place = _Place(process, processes, cpu, os.getpid(), connect_s)
+            pinned = cpus[process % len(cpus)] if cpus else None
+            place = _Place(process, processes, pinned, os.getpid(), connect_s)
             ours, theirs = context.Pipe()
             started = context.Process(target=_work, args=(theirs, target, place), daemon=True)
             # A Ctrl-C on the terminal reaches them, too; it is this process that tells them.
