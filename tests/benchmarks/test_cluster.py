@@ -19,7 +19,7 @@ ANN_K = CANDIDATES // 2
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return live.publish(tmp_path_factory.mktemp("generations"), 300, 4)
+    return live.publish(tmp_path_factory.mktemp("generations"), 300, 16)
 
 
 def work(executor: SleepingExecutor, numbers: list[int], k: int) -> Work:

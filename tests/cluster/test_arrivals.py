@@ -73,8 +73,8 @@ def test_processes_together_send_what_one_would() -> None:
 @pytest.mark.parametrize(
     ("stretch", "message"),
     [
-        ((0.0, 1.0, 1.0), "must last more than 0 seconds, got 0"),
-        ((math.inf, 1.0, 1.0), "must last more than 0 seconds"),
+        ((0.0, 1.0, 1.0), "must last a positive number of seconds, got 0"),
+        ((math.inf, 1.0, 1.0), "must last a positive number of seconds, got inf"),
         ((1.0, -1.0, 1.0), "a rate must be a number from 0, got -1"),
         ((1.0, 1.0, math.nan), "a rate must be a number from 0, got nan"),
         ((1.0, 0.0, 0.0), "a rate above 0 at its begin or its end"),

@@ -173,7 +173,7 @@ def test_a_load_that_is_stopped_keeps_what_was_answered(virtual: Any, journal: J
 
     async def run() -> OpenLoop:
         loop = OpenLoop(answer, journal, deadline_s=1.0, max_in_flight=100, clock=virtual.time)
-        virtual.call_later(0.505, loop.stop)
+        virtual.call_later(0.502, loop.stop)
         due = arrivals([Stretch(3600, 100, 100)], poisson=False, seed=0)
         await loop.run(enumerate(due), virtual.time())
         return loop
