@@ -38,7 +38,7 @@ def prepare(source: str, queries: Iterable[tuple[Query, Mapping[str, Any]]]) -> 
     """
     messages, described = [], []
     # It never connects: it only knows how a query is written.
-    with Client("") as client:
+    with Client("127.0.0.1:1") as client:
         for number, (query, more) in enumerate(queries):
             try:
                 messages.append(client.message(query).SerializeToString())

@@ -155,7 +155,10 @@ class Generators:
 
         Raises:
             CommandError: if a process failed or died.
+            OSError: if the record cannot be written; nothing was sent then.
         """
+        if load.record is not None:
+            load.record.open("w").close()
         parts = [
             None if load.record is None else Path(f"{load.record}.part-{process}")
             for process in range(len(self._running))

@@ -13,7 +13,7 @@ from silvershard.shard.errors import DeadlineExceeded
 
 
 def messages(*queries: Query) -> list[bytes]:
-    with Client("") as client:
+    with Client("127.0.0.1:1") as client:
         return [client.message(one).SerializeToString() for one in queries]
 
 

@@ -146,7 +146,7 @@ def _too_many(report: LoadReport, most: float) -> list[str]:
         (("--rate", "1", "--find-peak"), "not allowed with argument"),
         (("--rate", "0"), "must be above 0, got '0'"),
         (("--rate", "1,x"), "must be requests per second as 200, 100,200 or 100..400"),
-        (("--rate", "-5"), "expected one argument"),
+        (("--rate", "-5"), "must be requests per second as 200, 100,200 or 100..400, got '-5'"),
         (("--find-peak", "0"), "must be above 0"),
         (("--rate", "1", "--pin", "a"), "must be numbers of processors as 0,1, got 'a'"),
         (("--rate", "1", "--processes", "0"), "must be a number from 1"),

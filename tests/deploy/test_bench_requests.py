@@ -10,6 +10,7 @@ from silvershard.deploy.bench_requests import Requests, of_file, of_golden, of_u
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.users import write_users
+from silvershard.model.spec import SearchDefaults
 from silvershard.shard.publish import publish_generation
 
 
@@ -107,6 +108,7 @@ def test_golden_requests_stand_in_where_there_are_no_users(tmp_path: Path, gener
         config=generation.model.config.model_dump(mode="json"),
         catalogue=generation.catalogue,
         schema=generation.schema,
+        defaults=SearchDefaults(probes=4, ann_k=40),
         num_clusters=16,
         golden_requests=6,
         seed=18,

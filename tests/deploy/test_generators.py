@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -124,10 +125,12 @@ def _works(process: Process) -> bool:
 
 @pytest.mark.usefixtures("nobody_is_left")
 def test_a_record_that_cannot_be_written_is_an_error(fake_router: Any, tmp_path: Path) -> None:
+    record = tmp_path / "none" / "record"
     with Generators(target_of(fake_router.address)) as generators:
         generators.connect()
-        with pytest.raises(CommandError, match=r"the load generator failed: .*none"):
-            generators.run(load(record=tmp_path / "none" / "record"))
+        with pytest.raises(FileNotFoundError, match=re.escape(str(record))):
+            generators.run(load(record=record))
+    assert fake_router.asked == []
 
 
 def test_a_processor_that_is_not_there_is_refused(fake_router: Any) -> None:
