@@ -124,3 +124,8 @@ def test_figures_that_speak_of_the_generator_say_so(
 
 def test_a_generator_that_kept_up_is_not_blamed() -> None:
     assert report((0.5, 0.06, OK, answer()), lag_s=0.0015).warnings() == []
+
+
+def test_latency_counts_from_when_a_request_was_due_although_it_was_sent_late() -> None:
+    found = report((0.5, 0.06, OK, answer()), lag_s=0.02).as_json()
+    assert (found["p50_ms"], found["generator"]["lag_p50_ms"]) == (60.0, 20.0)
