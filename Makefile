@@ -17,7 +17,7 @@ COMPILER := $(shell command -v $${CXX:-g++})
 PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-crash test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-crash test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ bench-freshness: $(VENV)/.installed ## measure updates, their lag and swaps on a
 
 bench-churn: $(VENV)/.installed ## measure the index under 10 million updates (QUICK=1: 300,000)
 	$(BIN)/python -P benchmarks/churn.py $(if $(QUICK),--quick)
+
+bench-cluster: $(VENV)/.installed ## measure what a cluster adds to its shards and what faults and overload cost (QUICK=1: five minutes)
+	$(BIN)/python -P benchmarks/cluster.py $(if $(QUICK),--quick)
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[bench]'

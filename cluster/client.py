@@ -11,8 +11,7 @@ from typing import Self, TypedDict, Unpack
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import ArrayLike, NDArray
 
@@ -33,7 +32,7 @@ from silvershard.cluster.consistency import (
 )
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.outcome import Coverage
-from silvershard.cluster.service import DETAILS
+from silvershard.cluster.service import refused_by
 from silvershard.cluster.update_message import mutation_to
 from silvershard.cluster.updates import (
     ApplyResult,
@@ -222,12 +221,12 @@ class Client:
         """
         if query is not None and fields:
             raise ValueError(f"give a query or its fields, got both: {', '.join(sorted(fields))}")
-        message = self._message(query or Query(**fields))
+        message = self.message(query or Query(**fields))
         self._check_size(message)
         try:
             reply = self._stub.Retrieve(message, timeout=self._timeout_s(timeout_s))
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         return _result_of(reply)
 
     def retrieve_batch(
@@ -240,13 +239,13 @@ class Client:
             ValueError: if a request has no form on the wire, or all together are too large for it.
         """
         batch = retrieval_pb2.RetrieveBatchRequest(
-            requests=[self._message(query) for query in queries]
+            requests=[self.message(query) for query in queries]
         )
         self._check_size(batch)
         try:
             reply = self._stub.RetrieveBatch(batch, timeout=self._timeout_s(timeout_s))
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         return [
             refused(code_name(item.code), item.reason, item.details)
             if item.code
@@ -280,7 +279,7 @@ class Client:
         try:
             reply = self._updates.Apply(message, timeout=self._timeout_s(timeout_s))
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         return result_from(reply)
 
     def apply_stream(
@@ -317,7 +316,7 @@ class Client:
             for reply in replies:
                 yield result_from(reply)
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         finally:
             replies.cancel()
         if failed:
@@ -424,7 +423,12 @@ class Client:
     def _timeout_s(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s
 
-    def _message(self, query: Query) -> retrieval_pb2.RetrieveRequest:
+    def message(self, query: Query) -> retrieval_pb2.RetrieveRequest:
+        """Return a request as it goes over the wire.
+
+        Raises:
+            ValueError: if it has no form there.
+        """
         message = request_to(query)
         message.model = self.model
         message.request_id = query.request_id
@@ -449,21 +453,6 @@ class Client:
                 f"the message must be at most {self.max_request_bytes} bytes, got {size}: "
                 "exclude fewer ids, or send fewer requests or updates at once"
             )
-
-
-def _refused_by(error: grpc.RpcError) -> RequestRefused:
-    """Return a failed call as an error with its fields."""
-    code = error.code().name
-    for key, value in error.trailing_metadata() or ():
-        if key == DETAILS:
-            status = status_pb2.Status()
-            try:
-                status.ParseFromString(value)
-            except DecodeError:
-                continue
-            if code_name(status.code) == code:
-                return refused(code, status.message, status.details)
-    return refused(code, error.details() or "", ())
 
 
 def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:

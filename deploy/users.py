@@ -61,6 +61,24 @@ def user_history(path: Path, user: int) -> list[int] | None:
     return None if found is None else found.history
 
 
+def read_user_ids(path: Path) -> list[int]:
+    """Return the ids of all users in the file, ascending; none where there is no file.
+
+    Raises:
+        CommandError: if it is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            ids: list[int] = file.get_tensor("user_ids").tolist()
+            return ids
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CommandError(
+            f"{path} cannot be read: {error}; run `silvershard publish` again"
+        ) from None
+
+
 class StoredUser(NamedTuple):
     """What the file knows of a user."""
 

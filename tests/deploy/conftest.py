@@ -2,12 +2,17 @@ import csv
 import os
 import re
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
+from silvershard.cluster import retrieval_pb2
 from silvershard.deploy import generation_verbs
 from silvershard.deploy.control_store import Control
 from silvershard.deploy.processes import myself
@@ -130,3 +135,73 @@ def idle_state(tmp_path: Path, two_generations: Path) -> StateDir:
     state.write_record(record)
     state.control.write(Control(live=1))
     return state
+
+
+class FakeRouter:
+    """A router that answers by a function, given the number of requests before."""
+
+    def __init__(self) -> None:
+        self.asked: list[retrieval_pb2.RetrieveRequest] = []
+        self.answer: Callable[[int], retrieval_pb2.RetrieveResponse] = self.full
+        self.hold = threading.Event()
+        """While it is not set, nobody is answered."""
+        self.hold.set()
+        self.reached = threading.Event()
+        """Set with the first request."""
+        handler = grpc.unary_unary_rpc_method_handler(
+            self._retrieve,
+            request_deserializer=retrieval_pb2.RetrieveRequest.FromString,
+            response_serializer=retrieval_pb2.RetrieveResponse.SerializeToString,
+        )
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    "silvershard.v1.Retrieval", {"Retrieve": handler}
+                ),
+            )
+        )
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    @staticmethod
+    def full(number: int) -> retrieval_pb2.RetrieveResponse:
+        message = retrieval_pb2.RetrieveResponse(item_ids=[number, 7])
+        message.coverage.documents = 1.0
+        message.version.generation = 1
+        message.version.shard_map_version = 3
+        message.version.cut.add(partition=0, position=number)
+        return message
+
+    @staticmethod
+    def partial(number: int) -> retrieval_pb2.RetrieveResponse:
+        message = FakeRouter.full(number)
+        message.coverage.documents = 0.5
+        message.coverage.degraded = True
+        message.coverage.reasons.append(retrieval_pb2.DEGRADE_REASON_SHARD_UNAVAILABLE)
+        return message
+
+    def fail(self, number: int) -> retrieval_pb2.RetrieveResponse:
+        raise RuntimeError
+
+    def _retrieve(
+        self, request: retrieval_pb2.RetrieveRequest, context: grpc.ServicerContext
+    ) -> retrieval_pb2.RetrieveResponse:
+        self.asked.append(request)
+        self.reached.set()
+        self.hold.wait(30)
+        try:
+            return self.answer(len(self.asked) - 1)
+        except RuntimeError:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it failed")
+
+    def close(self) -> None:
+        self.hold.set()
+        self._server.stop(0).wait(10)
+
+
+@pytest.fixture
+def fake_router() -> Iterator[FakeRouter]:
+    router = FakeRouter()
+    yield router
+    router.close()

@@ -5,7 +5,7 @@ import pytest
 import safetensors.numpy
 
 from silvershard.deploy.errors import CommandError
-from silvershard.deploy.users import read_user, user_history, write_users
+from silvershard.deploy.users import read_user, read_user_ids, user_history, write_users
 from silvershard.model.request import FeatureValues, WeightedIds
 
 
@@ -64,3 +64,11 @@ def test_a_damaged_file_says_what_to_do(users_file: Path) -> None:
     users_file.write_bytes(b"no tensors")
     with pytest.raises(CommandError, match="run `silvershard publish` again, or use --history"):
         user_history(users_file, 1)
+
+
+def test_all_users_are_listed(users_file: Path, tmp_path: Path) -> None:
+    assert read_user_ids(users_file) == [2, 5, 9]
+    assert read_user_ids(tmp_path / "none") == []
+    users_file.write_bytes(b"x")
+    with pytest.raises(CommandError, match=f"{users_file} cannot be read"):
+        read_user_ids(users_file)
