@@ -23,7 +23,7 @@ from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
 from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost, DegradeReason
-from silvershard.cluster.replica_choice import ReplicaChoice
+from silvershard.cluster.replica_choice import ReplicaChoice, kind_of
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import ShardLink
 from silvershard.model.compiled_request import CompiledRequest, compile_request
@@ -311,7 +311,7 @@ class Coordinator:
                 scan, remaining_s, fanout.demand(link, remaining_s)
             ),
             _COUNT_WAIT if any_will_do else _FRESH_COUNT_WAIT,
-            op="count",
+            kind=kind_of("count", len(missing)),
         )
         if replies:
             sums = torch.stack([reply.value for reply in replies.values()]).sum(0).tolist()
@@ -342,7 +342,7 @@ class Coordinator:
                 users, remaining_s, fanout.demand(link, remaining_s)
             ),
             _ENCODE_SHARE if fanout.consistency == ANY else _FRESH_ENCODE_SHARE,
-            op="encode",
+            kind=kind_of("encode", len(users)),
             max_attempts=_ENCODE_ATTEMPTS,
         )
         if reply is not None:

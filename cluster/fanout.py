@@ -230,7 +230,7 @@ class Fanout:
         ask_one: Callable[[ShardLink, float], Awaitable[T]],
         wait: Wait,
         *,
-        op: str,
+        kind: str,
         first: Mapping[int, ShardLink] | None = None,
         let_go: Callable[[ShardLink], None] = lambda _: None,
     ) -> dict[int, Reply[T]]:
@@ -243,7 +243,7 @@ class Fanout:
             shards: whom to ask.
             ask_one: asks one replica, given the seconds left.
             wait: how long to wait.
-            op: names what is asked; the same takes about as long on every replica of a shard.
+            kind: of the call; the same takes about as long on every replica of a shard.
             first: the replica of a shard to prefer.
             let_go: is told of a replica whose answer nobody wants any more, because another one
                 was faster.
@@ -257,7 +257,7 @@ class Fanout:
                 races.start(
                     Race(
                         shard,
-                        self.choice.latencies(shard, op),
+                        self.choice.latencies(shard, kind),
                         partial(self.choose, shard, first=known),
                         has_rivals=len(self.replicas(shard)) > 1,
                         max_attempts=self.choice.extra.max_attempts,
@@ -311,7 +311,7 @@ class Fanout:
         ask_one: Callable[[ShardLink, float], Awaitable[T]],
         share: float,
         *,
-        op: str,
+        kind: str,
         max_attempts: int,
     ) -> tuple[Reply[T] | None, dict[int, RetrievalError]]:
         """Return the answer of one replica of any shard, and what went wrong on which shard.
@@ -320,7 +320,7 @@ class Fanout:
             order: the shards, the one to prefer first.
             ask_one: asks one replica, given the seconds left.
             share: of the remaining time, for all attempts together.
-            op: names what is asked.
+            kind: of the call.
             max_attempts: replicas that may fail.
         """
         started_s = self.clock()
@@ -328,7 +328,7 @@ class Fanout:
         races = self._races(ask_one, lambda _: None)
         race: Race[T] = Race(
             ANY_SHARD,
-            self.choice.latencies(ANY_SHARD, op),
+            self.choice.latencies(ANY_SHARD, kind),
             partial(self._choose_any, order),
             has_rivals=sum(len(self.replicas(shard)) for shard in order) > 1,
             max_attempts=max_attempts,
@@ -342,7 +342,7 @@ class Fanout:
             for attempt in race.running.values():
                 self.timed_out = True
                 shard = attempt.call.link.shard
-                errors[shard] = DeadlineExceeded(f"shard {shard} did not {op} in time")
+                errors[shard] = DeadlineExceeded(f"shard {shard} did not answer in time")
             races.give_up()
         finally:
             await races.close()

@@ -45,7 +45,17 @@ _LONGEST_BACKOFF_S = 10.0
 # Of the time after which calls are hedged. Of one call in twenty it takes that long by definition,
 # and so of three in a row it says something.
 _SILENT = 3.0
+_SOON_S = 1e-6
 _UNANSWERED = 3
+
+
+def kind_of(op: str, *amounts: int) -> str:
+    """Return the name of calls that take about as long: of one operation, on similar amounts.
+
+    An amount of one kind is up to four times as large as another one, so that large calls have
+    latencies of their own and do not look like hung ones among small calls.
+    """
+    return "/".join([op, *(str((amount.bit_length() + 1) // 2) for amount in amounts)])
 
 
 class Latencies:
@@ -156,7 +166,7 @@ class ReplicaChoice:
             rng: picks the two replicas of which the better one is asked.
         """
         self.extra = extra
-        self.ejections: Counter[Cause] = Counter()
+        self.set_aside: Counter[Cause] = Counter()
         """How often a replica was set aside."""
         self._health = health
         self._clock = clock
@@ -165,9 +175,9 @@ class ReplicaChoice:
         self._quantile = int(extra.hedging.after.removeprefix("p")) / 100
         self._latencies: dict[tuple[int, str], Latencies] = {}
 
-    def latencies(self, shard: int, op: str) -> Latencies:
+    def latencies(self, shard: int, kind: str) -> Latencies:
         """Return the latencies of one kind of call to a shard."""
-        key = shard, op
+        key = shard, kind
         if key not in self._latencies:
             self._latencies[key] = Latencies(self._quantile)
         return self._latencies[key]
@@ -292,7 +302,7 @@ class ReplicaChoice:
     def is_silent(self, call: Call) -> bool:
         """Return whether the replica has answered nothing for long while this call waits."""
         since_s = max(call.started_s, self._of(call.link).answered_s)
-        return self._clock() - since_s >= _SILENT * call.latencies.delay_s
+        return self._clock() - since_s >= _SILENT * call.latencies.delay_s - _SOON_S
 
     def _of(self, link: ShardLink) -> _Replica:
         known = self._known.get(link)
@@ -378,4 +388,4 @@ class ReplicaChoice:
         now_s = self._clock()
         known.backoff_s = min(max(2 * known.backoff_s, _FIRST_BACKOFF_S), _LONGEST_BACKOFF_S)
         known.aside_s, known.aside_until_s = now_s, now_s + known.backoff_s
-        self.ejections[cause] += 1
+        self.set_aside[cause] += 1

@@ -22,6 +22,7 @@ from silvershard.cluster.fanout import Fanout, Reply, Wait
 from silvershard.cluster.freshness import Seen
 from silvershard.cluster.freshness import slowest as slowest_seen
 from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut, DegradeReason
+from silvershard.cluster.replica_choice import kind_of
 from silvershard.cluster.shard_link import ShardLink
 from silvershard.model.answer import Answer, split_answers
 from silvershard.model.compiled_request import CompiledRequest
@@ -145,7 +146,11 @@ class Rounds:
         work = self._batch.work
         opened = await self._timed(
             self._fanout.ask(
-                self._fanout.alive, self._open, ROUND_WAIT, op="open", let_go=self._let_go
+                self._fanout.alive,
+                self._open,
+                ROUND_WAIT,
+                kind=self._kind("open"),
+                let_go=self._let_go,
             )
         )
         for shard, reply in opened.items():
@@ -204,6 +209,10 @@ class Rounds:
         else:
             self._closed[shard] = found.second
 
+    def _kind(self, op: str) -> str:
+        plans = self._batch.plans
+        return kind_of(op, sum(one.probes for one in plans), sum(one.ann_k for one in plans))
+
     def _let_go(self, link: ShardLink) -> None:
         """Release what a replica has open that another one was faster than."""
         link.release(self._batch.key)
@@ -234,7 +243,12 @@ class Rounds:
         holders = {shard: self._opened[shard].link for shard in shards}
         replies = await self._timed(
             self._fanout.ask(
-                shards, ask_or_open, ROUND_WAIT, op=op, first=holders, let_go=self._let_go
+                shards,
+                ask_or_open,
+                ROUND_WAIT,
+                kind=self._kind(op),
+                first=holders,
+                let_go=self._let_go,
             )
         )
         found: dict[int, T] = {}

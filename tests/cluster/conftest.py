@@ -100,6 +100,10 @@ class FakeLink:
     def _saw(self) -> Seen:
         return self.seen or Seen(0, (), 0.0, self.executor.documents)
 
+    def _own(self, key: str) -> str:
+        """Return the name of a key on an executor that replicas share."""
+        return f"{key}@{self.replica}"
+
     async def _call(self, op: str, remaining_s: float, work: Callable[[], T]) -> T:
         self.calls.append(op)
         faults = self.faults.get(op, [])
@@ -130,6 +134,7 @@ class FakeLink:
         return await self._call("count", remaining_s, lambda: self.executor.count(scan))
 
     async def open(self, key: str, work: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
+        key = self._own(key)
         self.sizes.append(len(work.k))
         self.opened.append(key)
         self.demands.append(demand)
@@ -141,9 +146,13 @@ class FakeLink:
         )
 
     async def close(self, key: str, cutoffs: Any, remaining_s: float) -> Any:
-        return await self._call("close", remaining_s, lambda: self.executor.close(key, cutoffs))
+        return await self._call(
+            "close", remaining_s, lambda: self.executor.close(self._own(key), cutoffs)
+        )
 
     async def fields(self, key: str, item_ids: Any, names: Any, remaining_s: float) -> Any:
+        key = self._own(key)
+
         def look_up() -> Any:
             if not self.executor.is_open(key):
                 raise CandidatesExpired(key)
@@ -152,8 +161,8 @@ class FakeLink:
         return await self._call("fields", remaining_s, look_up)
 
     def release(self, key: str) -> None:
-        self.released.append(key)
-        self.executor.release(key)
+        self.released.append(self._own(key))
+        self.executor.release(self._own(key))
 
 
 class Bench:

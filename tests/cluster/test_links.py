@@ -645,3 +645,22 @@ def test_answers_of_an_epoch_that_a_newer_map_fences_are_refused(run: Any) -> No
             await connections.aclose()
 
     run(scene())
+
+
+def test_a_call_that_nobody_waits_for_is_given_up(run: Any) -> None:
+    shard = Scripted()
+
+    async def scene() -> None:
+        async with shard.serving(), linked(entry(shard.address), ping=PATIENT) as link:
+            for ask in (link.count(SCAN, 8), link.encode([{}], 8)):
+                shard.calls.clear()
+                task = asyncio.ensure_future(ask)
+                await until(lambda: bool(shard.calls))
+                task.cancel()
+                await until(lambda: len(shard.calls) == 2)
+                asked, released = shard.calls
+                assert released.WhichOneof("op") == "release"
+                assert released.key == asked.key != ""
+                assert task.cancelled()
+
+    run(scene())

@@ -32,7 +32,7 @@ class Replica:
 
     async def answer(self) -> int:
         self.asked += 1
-        fault = self.faults.pop(0) if self.faults else 0.01
+        fault = self.faults.pop(0) if self.faults else 0.008
         if isinstance(fault, Exception):
             raise fault
         try:
@@ -106,7 +106,7 @@ def make_scene(virtual: Any, make_choice: Any) -> Callable[..., Scene]:
 def test_an_answer_in_time_is_that_of_the_first_replica_alone(make_scene: Any) -> None:
     scene = make_scene(Replica(0), Replica(1))
     race, took_s = scene.run()
-    assert (race.winner[1], took_s, race.hedged) == (0, 0.01, False)
+    assert (race.winner[1], took_s, race.hedged) == (0, 0.008, False)
     assert scene.replicas[1].asked == 0
     assert scene.counts.calls == 1
 
@@ -150,7 +150,7 @@ def test_a_failure_is_repaired_by_another_replica_at_once(make_scene: Any) -> No
     for error in (GONE, CandidatesExpired("key"), Overloaded("full", 0.1)):
         scene = make_scene(Replica(0, error), Replica(1), Replica(2))
         race, took_s = scene.run()
-        assert (race.winner[1], took_s, race.hedged) == (1, 0.01, False)
+        assert (race.winner[1], took_s, race.hedged) == (1, 0.008, False)
         assert scene.counts.retries == 1
 
 
@@ -203,7 +203,7 @@ def test_a_failure_waits_for_the_other_replica_that_was_asked(make_scene: Any) -
 def test_a_retry_may_be_hedged_like_a_first_call(make_scene: Any) -> None:
     scene = make_scene(Replica(0, GONE), Replica(1, HANG), Replica(2))
     race, took_s = scene.run()
-    assert (race.winner[1], took_s, race.hedged, len(race.tried)) == (2, 0.02, True, 3)
+    assert (race.winner[1], took_s, race.hedged, len(race.tried)) == (2, 0.018, True, 3)
 
 
 def test_without_budget_only_a_replica_that_shows_no_life_is_hedged(make_scene: Any) -> None:
@@ -218,7 +218,7 @@ def test_without_budget_only_a_replica_that_shows_no_life_is_hedged(make_scene: 
     scene.replicas[0].faults = [HANG]
     race, took_s = scene.run()
     assert (race.winner[1], race.hedged) == (1, True)
-    assert 0.04 <= took_s <= 0.05
+    assert took_s == 0.038
     assert (scene.counts.hedges_free, scene.counts.hedges_suppressed) == (1, 2)
 
 
@@ -287,4 +287,4 @@ def test_whoever_leaves_teaches_nothing(make_scene: Any, virtual: Any) -> None:
     virtual.run_until_complete(leave())
     assert (scene.hung, scene.outrun) == ([], [])
     assert scene.latencies.typical_s == 0.01
-    assert not scene.choice.ejections
+    assert not scene.choice.set_aside
