@@ -231,7 +231,7 @@ def test_a_replica_that_turns_suspect_is_hedged_soon(make_scene: Any, virtual: A
     virtual.call_later(0.2, suspect)
     race, took_s = scene.run()
     assert race.winner[1] == 1
-    assert 0.21 <= took_s <= 0.27
+    assert 0.2 < took_s <= 0.27
 
 
 def test_nobody_is_hedged_by_a_replica_in_a_worse_state(make_scene: Any) -> None:
