@@ -249,6 +249,7 @@ def coverage_to(coverage: Coverage) -> retrieval_pb2.Coverage:
             documents=one.documents,
             latency_us=one.latency_us,
             attempts=one.attempts,
+            hedged=one.hedged,
         )
     return message
 
@@ -270,6 +271,7 @@ def coverage_from(message: retrieval_pb2.Coverage) -> Coverage:
                 documents=one.documents,
                 latency_us=one.latency_us,
                 attempts=one.attempts,
+                hedged=one.hedged,
             )
             for one in message.shards
         ),

@@ -1,6 +1,6 @@
 """Settings of the processes of a cluster; deploy joins them with those of the other folders."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,7 +32,9 @@ class PingSection(BaseModel):
         default=2, ge=1, description="unanswered pings after which other replicas are preferred"
     )
     eject_after: int = Field(
-        default=5, ge=1, description="unanswered pings after which a replica is not asked at all"
+        default=5,
+        ge=1,
+        description="unanswered pings after which a replica is asked only if there is no other",
     )
 
     @model_validator(mode="after")
@@ -43,6 +45,54 @@ class PingSection(BaseModel):
                 f"got {self.eject_after}"
             )
         return self
+
+
+class HealthSection(BaseModel):
+    """How replicas that answer badly are kept from requests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_ejected: float = Field(
+        default=0.34,
+        ge=0,
+        le=1,
+        description="share of the replicas of a shard that may be ejected; of more bad ones than "
+        "that, the least bad are asked",
+    )
+
+
+class HedgingSection(BaseModel):
+    """When a second replica is asked because the first is slow."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(
+        default=True, description="ask a second replica when the first takes unusually long"
+    )
+    after: Literal["p90", "p95", "p99"] = Field(
+        default="p95",
+        description="latency of the shard after which its second replica is asked, at least 2 ms",
+    )
+    budget: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of the calls to shards that may be hedged; a replica that gives no sign "
+        "of life is hedged beyond it",
+    )
+
+
+class RetriesSection(BaseModel):
+    """How often a failed call is sent to another replica."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_attempts: int = Field(
+        default=2, ge=1, description="replicas of a shard that are asked one after the other"
+    )
+    budget: float = Field(
+        default=0.1, ge=0, le=1, description="share of the calls to shards that may be retried"
+    )
 
 
 class QuerySection(BaseModel):
@@ -110,3 +160,12 @@ class RouterConfig(BaseModel):
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
+    health: HealthSection = Field(
+        default=HealthSection(), description="ejection of replicas that answer badly"
+    )
+    hedging: HedgingSection = Field(
+        default=HedgingSection(), description="second calls where the first is slow"
+    )
+    retries: RetriesSection = Field(
+        default=RetriesSection(), description="second calls where the first failed"
+    )

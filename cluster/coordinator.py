@@ -6,6 +6,7 @@ Shapes: B requests, H heads.
 """
 
 import asyncio
+import random
 import time
 import uuid
 from collections import OrderedDict
@@ -16,12 +17,15 @@ from typing import Any, TypeVar
 import torch
 
 from silvershard.cluster.codec import Refusal
+from silvershard.cluster.config import HealthSection, HedgingSection, RetriesSection
 from silvershard.cluster.consistency import ANY, Consistency
+from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
 from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost, DegradeReason
+from silvershard.cluster.replica_choice import ReplicaChoice, kind_of
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
-from silvershard.cluster.shard_link import LinkState, ShardLink
+from silvershard.cluster.shard_link import ShardLink
 from silvershard.model.compiled_request import CompiledRequest, compile_request
 from silvershard.model.plan import Plan
 from silvershard.model.request import FeatureValues, Request, RequestError
@@ -36,7 +40,7 @@ T = TypeVar("T")
 
 # Counting and encoding come before the rounds, which must find most of the time left.
 _COUNT_WAIT = Wait(soft=0.25, hard=0.5)
-_ENCODE_SHARE = 0.25
+_ENCODE_SHARE = 0.4
 
 # Where a replica may have to catch up first; counting and encoding wait side by side, and the
 # rounds find it done.
@@ -122,6 +126,7 @@ class Coordinator:
         merge_headroom_s: float = 0.003,
         max_batch: int = 64,
         lagging_s: float = float("inf"),
+        choice: ReplicaChoice | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a coordinator.
@@ -133,6 +138,7 @@ class Coordinator:
             merge_headroom_s: time kept back from the shards for merging and answering.
             max_batch: requests that run together.
             lagging_s: staleness of a shard from which on an answer says that updates lag.
+            choice: chooses among the replicas; None: one with budgets of its own.
             clock: must be the clock of the event loop.
         """
         self.spec = spec
@@ -150,6 +156,10 @@ class Coordinator:
         self._max_batch = max_batch
         self._lagging_s = lagging_s
         self._clock = clock
+        if choice is None:
+            extra = ExtraCalls(HedgingSection(), RetriesSection(), retry_burst=max_batch)
+            choice = ReplicaChoice(HealthSection(), extra, clock, random.Random())
+        self._choice = choice
         self._counts = CountCache(clock)
         self._router = uuid.uuid4().hex[:12]
         self._batches = 0
@@ -235,6 +245,7 @@ class Coordinator:
         fanout = Fanout(
             documents=self.documents,
             replicas=self.replicas,
+            choice=self._choice,
             clock=self._clock,
             deadline_s=min(queries[at].deadline_s for at in compiled) - self._merge_headroom_s,
             min_coverage=max(queries[at].min_coverage for at in compiled),
@@ -300,6 +311,7 @@ class Coordinator:
                 scan, remaining_s, fanout.demand(link, remaining_s)
             ),
             _COUNT_WAIT if any_will_do else _FRESH_COUNT_WAIT,
+            kind=kind_of("count", len(missing)),
         )
         if replies:
             sums = torch.stack([reply.value for reply in replies.values()]).sum(0).tolist()
@@ -324,28 +336,18 @@ class Coordinator:
         start = self._next_encoder
         self._next_encoder = (start + 1) % self.num_shards
         order = [(start + step) % self.num_shards for step in range(self.num_shards)]
-        links = [link for shard in order for link in self.replicas(shard)]
-        usable = [link for link in links if link.state in (LinkState.UP, LinkState.SUSPECT)]
-        usable.sort(key=lambda link: link.state is not LinkState.UP)
-        errors: dict[int, RetrievalError] = {}
-        share = _ENCODE_SHARE if fanout.consistency == ANY else _FRESH_ENCODE_SHARE
-        for link in usable[:_ENCODE_ATTEMPTS]:
-            remaining_s = max(fanout.remaining_s, 0.0)
-            try:
-                async with asyncio.timeout(remaining_s * share):
-                    demand = fanout.demand(link, remaining_s)
-                    encoded = await link.encode(users, remaining_s, demand)
-            # DeadlineExceeded is a TimeoutError too.
-            except TimeoutError:
-                fanout.timed_out = True
-                fanout.hung.add(link)
-                message = f"shard {link.shard} did not encode in time"
-                errors[link.shard] = DeadlineExceeded(message)
-            except LOSSES as error:
-                errors[link.shard] = error
-            else:
-                times["tower"] = int((self._clock() - started_s) * 1e6)
-                return encoded
+        reply, errors = await fanout.ask_any(
+            order,
+            lambda link, remaining_s: link.encode(
+                users, remaining_s, fanout.demand(link, remaining_s)
+            ),
+            _ENCODE_SHARE if fanout.consistency == ANY else _FRESH_ENCODE_SHARE,
+            kind=kind_of("encode", len(users)),
+            max_attempts=_ENCODE_ATTEMPTS,
+        )
+        if reply is not None:
+            times["tower"] = int((self._clock() - started_s) * 1e6)
+            return reply.value
         for shard in fanout.alive:
             message = "no shard could encode the request"
             reason: RetrievalError = ShardUnavailable(shard, message)

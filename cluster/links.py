@@ -5,6 +5,8 @@ Shapes: B requests, H heads.
 
 import asyncio
 import contextlib
+import itertools
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -23,6 +25,12 @@ from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.errors import ShardUnavailable
 from silvershard.shard.fields import FieldValue
+
+_PROCESS = uuid.uuid4().hex[:12]
+_CALLS = itertools.count(1)
+
+# Between two looks at whether a connection that is to be closed is idle.
+_LOOK_S = 0.02
 
 
 class GrpcShardLink:
@@ -173,7 +181,15 @@ class GrpcShardLink:
                 call.fresh.after.add(partition=token.partition, position=token.position)
             if most_s is not None:
                 call.fresh.max_staleness_us = int(most_s * 1e6)
-        return await self.connection.call(call, self.generation, remaining_s)
+        if call.key or call.HasField("fields"):
+            return await self.connection.call(call, self.generation, remaining_s)
+        # Whoever has candidates open releases them; what else nobody waits for is given up here.
+        call.key = f"{_PROCESS}/call/{next(_CALLS)}"
+        try:
+            return await self.connection.call(call, self.generation, remaining_s)
+        except asyncio.CancelledError:
+            self.release(call.key)
+            raise
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
@@ -194,6 +210,7 @@ class Connections:
         self._ping = ping
         self._held: dict[tuple[int, int, str, int], tuple[ShardConnection, int]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._lingers = True
 
     def acquire(self, entry: ShardEntry) -> ShardConnection:
         """Return the connection to an incarnation; give it back by ``release``."""
@@ -205,14 +222,19 @@ class Connections:
         self._held[key] = (connection, users + 1)
         return connection
 
-    def release(self, connection: ShardConnection) -> None:
-        """Disconnect, unless somebody else needs the connection."""
+    def release(self, connection: ShardConnection, linger_s: float = 0.0) -> None:
+        """Disconnect, unless somebody else needs the connection.
+
+        Args:
+            connection: one that was acquired.
+            linger_s: longest wait for the replies of calls that are on their way.
+        """
         key = _incarnation(connection.entry)
         _, users = self._held.pop(key)
         if users > 1:
             self._held[key] = (connection, users - 1)
             return
-        task = asyncio.create_task(connection.aclose())
+        task = asyncio.create_task(self._close(connection, linger_s))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -220,22 +242,48 @@ class Connections:
         """Disconnect from everything."""
         held = [connection for connection, _ in self._held.values()]
         self._held.clear()
+        self._lingers = False
         await asyncio.gather(*(one.aclose() for one in held), *self._closing)
+
+    async def _close(self, connection: ShardConnection, linger_s: float) -> None:
+        until_s = asyncio.get_running_loop().time() + linger_s
+        while self._lingers and not connection.is_idle:
+            if asyncio.get_running_loop().time() >= until_s:
+                break
+            await asyncio.sleep(_LOOK_S)
+        await connection.aclose()
 
 
 class Links:
     """The links of one generation to the processes of the newest shard map."""
 
-    def __init__(self, connections: Connections, generation: int) -> None:
+    def __init__(self, connections: Connections, generation: int, *, linger_s: float = 0.0) -> None:
+        """Make no link yet.
+
+        Args:
+            connections: shared by all generations.
+            generation: that is asked for.
+            linger_s: longest life of a call.
+        """
         self._connections = connections
         self._generation = generation
+        self._linger_s = linger_s
         self._links: dict[tuple[int, int, str, int], GrpcShardLink] = {}
 
     def update(self, shard_map: ShardMap) -> None:
-        """Connect to what is new in the map and let go of what is no longer in it."""
+        """Connect to what is new in the map and let go of what is no longer in it.
+
+        Whoever was drained may still answer what it was asked; whose place a newer incarnation has
+        taken may not.
+        """
         wanted = {_incarnation(entry): entry for entry in shard_map.entries}
+        epochs = {(entry.shard, entry.replica): entry.epoch for entry in shard_map.entries}
         for key in self._links.keys() - wanted.keys():
-            self._connections.release(self._links.pop(key).connection)
+            connection = self._links.pop(key).connection
+            place = connection.entry.shard, connection.entry.replica
+            if epochs.get(place, 0) > connection.entry.epoch:
+                connection.fence()
+            self._connections.release(connection, self._linger_s)
         for key in wanted.keys() - self._links.keys():
             connection = self._connections.acquire(wanted[key])
             self._links[key] = GrpcShardLink(connection, self._generation)

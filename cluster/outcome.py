@@ -36,6 +36,9 @@ class ShardOutcome:
     """Items that this shard serves and that the answer therefore lacks."""
     latency_us: int
     attempts: int
+    """Replicas that were asked, one after the other or side by side."""
+    hedged: bool = False
+    """Whether one of them was asked because another was slow."""
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ class Coverage(_message.Message):
     def __init__(self, documents: _Optional[float] = ..., degraded: _Optional[bool] = ..., shards_total: _Optional[int] = ..., shards_full: _Optional[int] = ..., shards_degraded: _Optional[int] = ..., shards_failed: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., shards: _Optional[_Iterable[_Union[ShardOutcome, _Mapping]]] = ...) -> None: ...
 
 class ShardOutcome(_message.Message):
-    __slots__ = ("shard", "replica", "grpc_code", "reasons", "documents", "latency_us", "attempts")
+    __slots__ = ("shard", "replica", "grpc_code", "reasons", "documents", "latency_us", "attempts", "hedged")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     GRPC_CODE_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +228,7 @@ class ShardOutcome(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     LATENCY_US_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    HEDGED_FIELD_NUMBER: _ClassVar[int]
     shard: int
     replica: str
     grpc_code: int
@@ -235,7 +236,8 @@ class ShardOutcome(_message.Message):
     documents: int
     latency_us: int
     attempts: int
-    def __init__(self, shard: _Optional[int] = ..., replica: _Optional[str] = ..., grpc_code: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., documents: _Optional[int] = ..., latency_us: _Optional[int] = ..., attempts: _Optional[int] = ...) -> None: ...
+    hedged: bool
+    def __init__(self, shard: _Optional[int] = ..., replica: _Optional[str] = ..., grpc_code: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., documents: _Optional[int] = ..., latency_us: _Optional[int] = ..., attempts: _Optional[int] = ..., hedged: _Optional[bool] = ...) -> None: ...
 
 class StageCounts(_message.Message):
     __slots__ = ("addressed", "probed", "eligible", "ann_kept", "reranked", "semantic_kept")

@@ -1,8 +1,9 @@
 """The two rounds of a batch over the shards, repeated without a shard that is lost on the way.
 
 Whatever an answer holds of a shard was found by one replica as it was at one moment: where another
-one takes over, or the same one has lost what was open, it runs round one anew, and the cuts over
-all shards are made again.
+one takes over, or the same one has lost what was open, it runs round one anew, and round two at
+once with the cutoffs that are known. The cuts over all shards are made again then; as long as they
+come out the same, what was found by them stays.
 
 Shapes: B requests, H heads, R candidates per head, K results, T tasks, P partitions.
 """
@@ -11,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +22,14 @@ from silvershard.cluster.fanout import Fanout, Reply, Wait
 from silvershard.cluster.freshness import Seen
 from silvershard.cluster.freshness import slowest as slowest_seen
 from silvershard.cluster.outcome import Coverage, CoverageLost, CoverageTimedOut, DegradeReason
+from silvershard.cluster.replica_choice import kind_of
 from silvershard.cluster.shard_link import ShardLink
 from silvershard.model.answer import Answer, split_answers
 from silvershard.model.compiled_request import CompiledRequest
 from silvershard.model.merge import Merge, slowest
 from silvershard.model.plan import Plan
 from silvershard.model.spec import ServingSpec
-from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.errors import CandidatesExpired
 from silvershard.shard.fields import FieldValue
 from silvershard.shard.partition import partition_of, shard_partitions
@@ -73,6 +75,16 @@ class Served:
 
 
 Fate = Served | Exception
+
+
+class _Opened(NamedTuple):
+    """What a replica found that opened its candidates."""
+
+    first: RoundOne
+    seen: Seen
+    """What it had applied then."""
+    second: RoundTwo | None
+    """Where the cutoffs were known already."""
 
 
 def shortfall(fanout: Fanout, coverage: Coverage, minimum: float) -> Exception | None:
@@ -121,7 +133,6 @@ class Rounds:
         self._num_opened: dict[int, int] = {}
         self._network_us = 0
         self._merge_us = 0
-        self._slowest_us = 0
 
     async def run(self) -> list[Fate]:
         """Return the fate of every request: an answer, or the error that it gets instead."""
@@ -132,8 +143,18 @@ class Rounds:
                 link.release(self._batch.key)
 
     async def _run(self) -> list[Fate]:
-        alive, work = self._fanout.alive, self._batch.work
-        self._opened = await self._timed(self._fanout.ask(alive, self._open, ROUND_WAIT))
+        work = self._batch.work
+        opened = await self._timed(
+            self._fanout.ask(
+                self._fanout.alive,
+                self._open,
+                ROUND_WAIT,
+                kind=self._kind("open"),
+                let_go=self._let_go,
+            )
+        )
+        for shard, reply in opened.items():
+            self._adopt(shard, reply)
         cutoffs: Cutoffs | None = None
         while self._someone_waits():
             rounds = [self._opened[shard].value for shard in self._fanout.alive]
@@ -148,7 +169,7 @@ class Rounds:
                 continue
             seconds = [self._closed[shard] for shard in self._fanout.alive]
             answers = await self._answers(rounds, seconds)
-            columns = await self._fields(answers)
+            columns = await self._fields(answers, cutoffs)
             if columns is None:
                 continue
             return self._fates(answers, columns)
@@ -160,7 +181,10 @@ class Rounds:
             shortfall(self._fanout, coverage, minimum) is None for minimum in self._batch.minimums
         )
 
-    async def _open(self, link: ShardLink, remaining_s: float) -> RoundOne:
+    async def _open(
+        self, link: ShardLink, remaining_s: float, cutoffs: Cutoffs | None = None
+    ) -> _Opened:
+        """Run round one on a replica, and round two at once where the cutoffs are known."""
         shard, key = link.shard, self._batch.key
         if self._num_opened.get(shard, 0) > len(self._fanout.replicas(shard)):
             # Each replica may lose what is open once; one that always does would never end.
@@ -169,13 +193,38 @@ class Rounds:
         demand = self._fanout.demand(link, remaining_s)
         first, seen = await link.open(key, self._batch.work, remaining_s, demand)
         self._num_opened[shard] = self._num_opened.get(shard, 0) + 1
-        self._seen[shard] = seen
-        self._fanout.documents[shard] = seen.documents
-        self._spent(first.times)
-        return first
+        if cutoffs is None:
+            return _Opened(first, seen, None)
+        second = await link.close(key, cutoffs, max(self._fanout.remaining_s, 0.0))
+        return _Opened(first, seen, second)
+
+    def _adopt(self, shard: int, reply: Reply[_Opened]) -> None:
+        """Let a replica answer for a shard from now on."""
+        found = reply.value
+        self._opened[shard] = Reply(reply.link, found.first)
+        self._seen[shard] = found.seen
+        self._fanout.documents[shard] = found.seen.documents
+        if found.second is None:
+            self._closed.pop(shard, None)
+        else:
+            self._closed[shard] = found.second
+
+    def _kind(self, op: str) -> str:
+        plans = self._batch.plans
+        return kind_of(op, sum(one.probes for one in plans), sum(one.ann_k for one in plans))
+
+    def _let_go(self, link: ShardLink) -> None:
+        """Release what a replica has open that another one was faster than."""
+        link.release(self._batch.key)
+        self._touched.discard(link)
 
     async def _ask_holders(
-        self, shards: Sequence[int], ask_one: Callable[[ShardLink, float], Awaitable[T]]
+        self,
+        shards: Sequence[int],
+        ask_one: Callable[[ShardLink, float], Awaitable[T]],
+        cutoffs: Cutoffs,
+        *,
+        op: str,
     ) -> dict[int, T]:
         """Return what the replicas say that have the candidates of ``shards`` open.
 
@@ -183,21 +232,29 @@ class Rounds:
         its round one, and what follows from it, is another one now.
         """
 
-        async def ask_or_open(link: ShardLink, remaining_s: float) -> T | RoundOne:
+        async def ask_or_open(link: ShardLink, remaining_s: float) -> T | _Opened:
             if self._opened[link.shard].link is link:
                 try:
                     return await ask_one(link, remaining_s)
                 except CandidatesExpired:
-                    pass
-            return await self._open(link, remaining_s)
+                    remaining_s = max(self._fanout.remaining_s, 0.0)
+            return await self._open(link, remaining_s, cutoffs)
 
         holders = {shard: self._opened[shard].link for shard in shards}
-        replies = await self._timed(self._fanout.ask(shards, ask_or_open, ROUND_WAIT, holders))
+        replies = await self._timed(
+            self._fanout.ask(
+                shards,
+                ask_or_open,
+                ROUND_WAIT,
+                kind=self._kind(op),
+                first=holders,
+                let_go=self._let_go,
+            )
+        )
         found: dict[int, T] = {}
         for shard, (link, value) in replies.items():
-            if isinstance(value, RoundOne):
-                self._opened[shard] = Reply(link, value)
-                self._closed.pop(shard, None)
+            if isinstance(value, _Opened):
+                self._adopt(shard, Reply(link, value))
             else:
                 found[shard] = value
         return found
@@ -209,12 +266,10 @@ class Rounds:
         """
 
         async def close(link: ShardLink, remaining_s: float) -> RoundTwo:
-            second = await link.close(self._batch.key, cutoffs, remaining_s)
-            self._spent(second.times)
-            return second
+            return await link.close(self._batch.key, cutoffs, remaining_s)
 
         missing = [shard for shard in self._fanout.alive if shard not in self._closed]
-        found = await self._ask_holders(missing, close)
+        found = await self._ask_holders(missing, close, cutoffs, op="close")
         self._closed |= found
         return len(found) == len(missing)
 
@@ -253,7 +308,9 @@ class Rounds:
             documents=sum(self._fanout.documents),
         )
 
-    async def _fields(self, answers: Sequence[Answer]) -> list[dict[str, list[FieldValue]]] | None:
+    async def _fields(
+        self, answers: Sequence[Answer], cutoffs: Cutoffs
+    ) -> list[dict[str, list[FieldValue]]] | None:
         """Return the columns that each request wants; None if its answers are to be made again."""
         columns: list[dict[str, list[FieldValue]]] = []
         asking = [one.return_fields for one in self._batch.compiled]
@@ -275,7 +332,7 @@ class Rounds:
                 ids = by_shard[link.shard]
                 return await link.fields(self._batch.key, ids, names, remaining_s)
 
-            replies = await self._ask_holders(sorted(by_shard), look_up)
+            replies = await self._ask_holders(sorted(by_shard), look_up, cutoffs, op="fields")
             if len(replies) < len(by_shard):
                 return None
             for shard, values in replies.items():
@@ -315,22 +372,26 @@ class Rounds:
             )
         return fates
 
-    async def _timed(self, asking: Awaitable[T]) -> T:
+    async def _timed(self, asking: Awaitable[dict[int, Reply[T]]]) -> dict[int, Reply[T]]:
         started_s = self._fanout.clock()
-        self._slowest_us = 0
         found = await asking
         spent_us = int((self._fanout.clock() - started_s) * 1e6)
-        self._network_us += spent_us - self._slowest_us
+        slowest_us = max((_work_us(reply.value) for reply in found.values()), default=0)
+        self._network_us += spent_us - slowest_us
         return found
-
-    def _spent(self, times: StageTimes) -> None:
-        self._slowest_us = max(self._slowest_us, sum(times.values()))
 
     async def _compute(self, compute: Callable[[], T], size: int) -> T:
         started_s = self._fanout.clock()
         found = compute() if size < _LARGE_MERGE else await asyncio.to_thread(compute)
         self._merge_us += int((self._fanout.clock() - started_s) * 1e6)
         return found
+
+
+def _work_us(found: object) -> int:
+    """Return how long a replica worked on what it found."""
+    if isinstance(found, _Opened):
+        return _work_us(found.first) + _work_us(found.second)
+    return sum(found.times.values()) if isinstance(found, RoundOne | RoundTwo) else 0
 
 
 def _same(one: Cutoffs, other: Cutoffs) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from grpc_reflection.v1alpha import reflection
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
+from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.links import Connections, Links
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.update_service import SERVICE as UPDATES
@@ -76,6 +79,7 @@ class Router:
         self._offer: Offer | None = None
         self._ready = False
         self._connections = Connections(config.ping)
+        self._extra = ExtraCalls(config.hedging, config.retries)
         self._retired: set[asyncio.Task[None]] = set()
         query = config.query
         self._batcher = Batcher(
@@ -244,7 +248,10 @@ class Router:
             raise ValueError(
                 f"shard map names generation {number}, its snapshot holds {spec.generation}"
             )
-        links = Links(self._connections, number)
+        links = Links(self._connections, number, linger_s=query.deadline_max_ms / 1e3)
+        # Every batch that runs may count and encode at the same time, and a host that is lost may
+        # hold a replica of every shard.
+        self._extra.allow_burst(2 * query.max_running * num_shards)
         coordinator = Coordinator(
             spec,
             num_shards,
@@ -252,6 +259,7 @@ class Router:
             merge_headroom_s=query.merge_headroom_ms / 1e3,
             max_batch=query.max_batch,
             lagging_s=query.lagging_ms / 1e3,
+            choice=ReplicaChoice(self._config.health, self._extra, self._clock, random.Random()),
             clock=self._clock,
         )
         return _Held(coordinator, links, manifest.content_hash, snapshot, num_shards)

@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 _Reply = asyncio.Future[shard_pb2.ShardReply]
 
+# Far more than the calls that batches have on their way to one process: it has stopped reading.
+_MAX_UNSENT = 1024
+
 
 class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
@@ -45,15 +48,31 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         self.entry = entry
         self.served: dict[int, Seen] | None = None
         """The generations that it serves, by its last word; None: it has not said yet."""
+        self._fenced = False
 
     @property
     def state(self) -> LinkState:
         """Return what is believed of the replica; one that was not tried yet counts as up."""
-        if self._connected is False:
+        if self._connected is False or self._fenced:
             return LinkState.DOWN
         if self.hung:
             return LinkState.EJECTED
         return LinkState.SUSPECT if self._misses >= self._ping.suspect_after else LinkState.UP
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether nobody waits for a reply."""
+        return self._connection is None or not self._connection.pending
+
+    def fence(self) -> None:
+        """Refuse every answer from now on: another incarnation has taken the place of this one.
+
+        It may live on, cut off from those who replaced it, and its answers are of the past.
+        """
+        self._fenced = True
+        if self._connection is not None:
+            for waiting in self._connection.pending.values():
+                self._fail(waiting, f"epoch {self.entry.epoch} is fenced by a newer one")
 
     def send(self, call: shard_pb2.ShardCall, generation: int) -> None:
         """Send a call that has no reply; never waits, never fails."""
@@ -78,6 +97,10 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         shard, connection = self.entry.shard, self._connection
         if connection is None:
             raise ShardUnavailable(shard, f"no connection to {self.entry.address}")
+        if self._fenced:
+            raise ShardUnavailable(shard, f"epoch {self.entry.epoch} is fenced by a newer one")
+        if connection.outgoing.qsize() >= _MAX_UNSENT:
+            raise ShardUnavailable(shard, f"it has stopped reading at {self.entry.address}")
         call_id = self._addressed(call, generation, remaining_s).call_id
         future: _Reply = asyncio.get_running_loop().create_future()
         self._post(connection, call, future)

@@ -16,7 +16,14 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection
+from silvershard.cluster.config import (
+    HealthSection,
+    HedgingSection,
+    ListenSection,
+    PingSection,
+    QuerySection,
+    RetriesSection,
+)
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
     AdminSection,
@@ -53,6 +60,15 @@ class Config(BaseModel):
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
+    health: HealthSection = Field(
+        default=HealthSection(), description="ejection of replicas that answer badly"
+    )
+    hedging: HedgingSection = Field(
+        default=HedgingSection(), description="second calls where the first is slow"
+    )
+    retries: RetriesSection = Field(
+        default=RetriesSection(), description="second calls where the first failed"
+    )
     tables: TablesSection = Field(default=TablesSection(), description="where embedding tables lie")
     updates: UpdatesSection = Field(
         default=UpdatesSection(), description="how items change while they are served"

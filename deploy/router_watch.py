@@ -62,6 +62,9 @@ class RouterWatch:
             listen=listen,
             query=self._config.query,
             ping=self._config.ping,
+            health=self._config.health,
+            hedging=self._config.hedging,
+            retries=self._config.retries,
         )
         self._state.router_file.write_text(settings.model_dump_json(indent=1))
         with self._state.router_log.open("ab") as log:

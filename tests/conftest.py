@@ -1,6 +1,8 @@
+import asyncio
 import contextlib
 import json
 import os
+import selectors
 import shutil
 import socket
 import struct
@@ -61,6 +63,45 @@ def _poison_uninitialized_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Instead of waiting for a timer, moves the clock of its loop to it."""
+
+    loop: "VirtualLoop"
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        events = super().select(0)
+        if not events and timeout is None:
+            # A computation on another thread is the one thing that takes real time.
+            events = super().select(10)
+            assert events, "every task waits for ever"
+        elif not events:
+            self.loop.now_s += timeout
+        return events
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only while everybody waits."""
+
+    def __init__(self) -> None:
+        selector = _JumpingSelector()
+        selector.loop = self
+        self.now_s = 1000.0
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def virtual() -> Iterator[VirtualLoop]:
+    """A loop whose clock jumps over waits; ``virtual.run_until_complete(...)`` takes no time."""
+    loop = VirtualLoop()
+    yield loop
+    with contextlib.suppress(RuntimeError):
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
 
 
 class RedisServer:

@@ -1,8 +1,7 @@
 import asyncio
-import contextlib
 import itertools
+import random
 import secrets
-import selectors
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -15,10 +14,20 @@ import torch
 
 from silvershard.cluster import coordinator
 from silvershard.cluster.client import Client, Query
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+from silvershard.cluster.config import (
+    HealthSection,
+    HedgingSection,
+    ListenSection,
+    PingSection,
+    QuerySection,
+    RetriesSection,
+    RouterConfig,
+)
 from silvershard.cluster.consistency import ANY, Consistency
 from silvershard.cluster.coordinator import Coordinator
+from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.freshness import ANYTHING, Demand, Seen
+from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.rounds import Served
 from silvershard.cluster.router import Router
 from silvershard.cluster.shard_link import LinkState
@@ -41,33 +50,30 @@ Work = Coroutine[Any, Any, T]
 HANG = "hang"
 
 
-class _JumpingSelector(selectors.DefaultSelector):
-    """Instead of waiting for a timer, moves the clock of its loop to it."""
+class InOrder(random.Random):
+    """Chance that always takes what comes first."""
 
-    loop: "VirtualLoop"
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        events = super().select(0)
-        if not events and timeout is None:
-            # A computation on another thread is the one thing that takes real time.
-            events = super().select(10)
-            assert events, "every task waits for ever"
-        elif not events:
-            self.loop.now_s += timeout
-        return events
+    def sample(self, population: Any, k: int, **_: Any) -> Any:
+        return list(population)[:k]
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only while everybody waits."""
-
-    def __init__(self) -> None:
-        selector = _JumpingSelector()
-        selector.loop = self
-        self.now_s = 1000.0
-        super().__init__(selector)
-
-    def time(self) -> float:
-        return self.now_s
+def choice_of(
+    clock: Callable[[], float],
+    *,
+    rng: random.Random | None = None,
+    health: HealthSection | None = None,
+    hedging: HedgingSection | None = None,
+    retries: RetriesSection | None = None,
+    retry_burst: int = 64,
+    **options: Any,
+) -> ReplicaChoice:
+    extra = ExtraCalls(
+        hedging or HedgingSection(),
+        retries or RetriesSection(),
+        retry_burst=retry_burst,
+        **options,
+    )
+    return ReplicaChoice(health or HealthSection(), extra, clock, rng or InOrder())
 
 
 class FakeLink:
@@ -93,6 +99,10 @@ class FakeLink:
     @property
     def _saw(self) -> Seen:
         return self.seen or Seen(0, (), 0.0, self.executor.documents)
+
+    def _own(self, key: str) -> str:
+        """Return the name of a key on an executor that replicas share."""
+        return f"{key}@{self.replica}"
 
     async def _call(self, op: str, remaining_s: float, work: Callable[[], T]) -> T:
         self.calls.append(op)
@@ -124,6 +134,7 @@ class FakeLink:
         return await self._call("count", remaining_s, lambda: self.executor.count(scan))
 
     async def open(self, key: str, work: Any, remaining_s: float, demand: Demand = ANYTHING) -> Any:
+        key = self._own(key)
         self.sizes.append(len(work.k))
         self.opened.append(key)
         self.demands.append(demand)
@@ -135,9 +146,13 @@ class FakeLink:
         )
 
     async def close(self, key: str, cutoffs: Any, remaining_s: float) -> Any:
-        return await self._call("close", remaining_s, lambda: self.executor.close(key, cutoffs))
+        return await self._call(
+            "close", remaining_s, lambda: self.executor.close(self._own(key), cutoffs)
+        )
 
     async def fields(self, key: str, item_ids: Any, names: Any, remaining_s: float) -> Any:
+        key = self._own(key)
+
         def look_up() -> Any:
             if not self.executor.is_open(key):
                 raise CandidatesExpired(key)
@@ -146,8 +161,8 @@ class FakeLink:
         return await self._call("fields", remaining_s, look_up)
 
     def release(self, key: str) -> None:
-        self.released.append(key)
-        self.executor.release(key)
+        self.released.append(self._own(key))
+        self.executor.release(self._own(key))
 
 
 class Bench:
@@ -167,7 +182,7 @@ class Bench:
             len(executors),
             lambda shard: self.links[shard],
             clock=loop.time,
-            **options,
+            **{"choice": choice_of(loop.time), **options},
         )
 
     @property
@@ -371,13 +386,9 @@ def make_executors(_parts: Any) -> Callable[..., list[ShardExecutor]]:
 
 
 @pytest.fixture
-def virtual() -> Iterator[VirtualLoop]:
-    """A loop whose clock jumps over waits; ``virtual.run_until_complete(...)`` takes no time."""
-    loop = VirtualLoop()
-    yield loop
-    with contextlib.suppress(RuntimeError):
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.close()
+def make_choice(virtual: Any) -> Callable[..., ReplicaChoice]:
+    """``make_choice(**sections)`` gives a choice that leaves nothing to chance."""
+    return lambda **options: choice_of(virtual.time, **options)
 
 
 @pytest.fixture
@@ -424,7 +435,7 @@ def fake_link() -> type[FakeLink]:
 
 
 @pytest.fixture
-def make_bench(virtual: VirtualLoop, generation: Any, make_executors: Any) -> Callable[..., Bench]:
+def make_bench(virtual: Any, generation: Any, make_executors: Any) -> Callable[..., Bench]:
     """``make_bench(num_shards, replicas=1, **options)`` gives a coordinator on a virtual clock."""
 
     def make(num_shards: int, replicas: int = 1, **options: Any) -> Bench:

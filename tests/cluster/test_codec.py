@@ -49,7 +49,7 @@ PARTIAL = Coverage(
     reasons=("SHARD_TIMEOUT", "VERSION_MISMATCH_DROPPED"),
     shards=(
         ShardOutcome(1, "0", "DEADLINE_EXCEEDED", ("SHARD_TIMEOUT",), 75, 1000, 1),
-        ShardOutcome(2, "", "FAILED_PRECONDITION", ("VERSION_MISMATCH_DROPPED",), 80, 5, 2),
+        ShardOutcome(2, "", "FAILED_PRECONDITION", ("VERSION_MISMATCH_DROPPED",), 80, 5, 2, True),
     ),
 )
 

@@ -1,9 +1,25 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+from silvershard.cluster.config import (
+    HealthSection,
+    HedgingSection,
+    ListenSection,
+    PingSection,
+    QuerySection,
+    RetriesSection,
+    RouterConfig,
+)
 
-SECTIONS = (ListenSection, PingSection, QuerySection, RouterConfig)
+SECTIONS = (
+    ListenSection,
+    PingSection,
+    HealthSection,
+    HedgingSection,
+    RetriesSection,
+    QuerySection,
+    RouterConfig,
+)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -28,6 +44,11 @@ def test_unknown_settings_are_refused(section: type[BaseModel]) -> None:
         (ListenSection, {"host": ""}),
         (PingSection, {"every_ms": 0}),
         (PingSection, {"suspect_after": 6, "eject_after": 5}),
+        (HealthSection, {"max_ejected": 1.1}),
+        (HedgingSection, {"after": "p50"}),
+        (HedgingSection, {"budget": -0.1}),
+        (RetriesSection, {"budget": 1.1}),
+        (RetriesSection, {"max_attempts": 0}),
         (QuerySection, {"default_deadline_ms": 11_000}),
         (RouterConfig, {"map_path": ""}),
     ],
@@ -48,3 +69,7 @@ def test_the_default_query_settings_are_those_of_the_contract() -> None:
     query = QuerySection()
     assert (query.max_batch, query.max_delay_us, query.queue) == (64, 500, 256)
     assert query.min_coverage == 0.9
+    hedging, retries = HedgingSection(), RetriesSection()
+    assert (hedging.enabled, hedging.after, hedging.budget) == (True, "p95", 0.05)
+    assert (retries.max_attempts, retries.budget) == (2, 0.1)
+    assert HealthSection().max_ejected == 0.34

@@ -66,6 +66,48 @@ def test_another_shard_encodes_when_one_cannot(make_bench: Any, ask_whole: Any, 
         bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
 
 
+def test_an_encoder_that_hangs_is_hedged_by_another_shard(
+    make_bench: Any, ask_whole: Any, virtual: Any
+) -> None:
+    bench = make_bench(2, replicas=2)
+    bench.links[0][0].faults["encode"] = [HANG]
+    wanted = bench.request()
+    answer = ask_whole(wanted)
+    before_s = virtual.time()
+    fate = bench.ask(wanted, min_coverage=1.0)
+    bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
+    assert virtual.time() - before_s == pytest.approx(0.1)
+    assert fate.answer.times["tower"] == pytest.approx(100_000, abs=2)
+    assert bench.links[1][0].calls[0] == "encode"
+    assert asyncio.all_tasks(virtual) == set()
+
+
+def test_a_count_that_was_hedged_is_complete_and_remembered(make_bench: Any) -> None:
+    bench = make_bench(2, replicas=2)
+    for link in bench.links[0]:
+        link.faults["count"] = [HANG] if link.replica else []
+    wanted = bench.request(filter="year > 1960")
+    first = bench.ask(wanted)
+    again = bench.ask(wanted)
+    assert first.answer.counts.eligible == again.answer.counts.eligible
+    assert [link.calls.count("count") for link in bench.all_links] == [1, 1, 1, 0]
+    # The one that encoded was busy when the count was sent.
+    assert bench.links[0][1].faults["count"] == []
+
+
+def test_without_a_choice_a_coordinator_makes_its_own(
+    make_executors: Any, fake_link: Any, virtual: Any
+) -> None:
+    executors = make_executors(1, clock=virtual.time)
+    links = [fake_link(executors[0], copy) for copy in range(2)]
+    links[0].faults["open"] = links[1].faults["open"] = [ShardUnavailable(0, "gone")] * 2
+    coordinator = Coordinator(executors[0].spec, 1, lambda shard: links, clock=virtual.time)
+    for expected in (CoverageLost, Served):
+        query = Query(Request(k=3), 0.0, virtual.time() + 1, virtual.time())
+        (fate,) = virtual.run_until_complete(coordinator.answer([query]))
+        assert isinstance(fate, expected)
+
+
 def test_a_request_whose_embedding_fell_back_says_so_and_its_neighbours_do_not(
     make_bench: Any,
 ) -> None:
@@ -310,6 +352,7 @@ def test_who_encoded_the_users_counts_among_those_that_answered(make_bench: Any)
     behind.seen = Seen(9, (4,), 1.5, behind.executor.documents)
     ahead.seen = Seen(9, (6,), 0.0, ahead.executor.documents)
     # It may have made the embeddings from rows of tables that have changed since.
+    ahead.state = LinkState.SUSPECT
     behind.faults["open"] = [ShardUnavailable(0, "gone")]
     fate = bench.ask(bench.request())
     assert behind.calls[0] == "encode"

@@ -560,3 +560,107 @@ def test_generations_share_the_connection_to_a_process(run: Any) -> None:
             await connections.aclose()
 
     run(scene())
+
+
+def map_of(*entries: ShardEntry) -> ShardMap:
+    return ShardMap(version=1, generation=1, snapshot="s", num_shards=2, entries=entries)
+
+
+def test_whoever_is_drained_still_answers_what_it_was_asked(run: Any) -> None:
+    async def scene() -> None:
+        shard = Scripted()
+        async with shard.serving():
+            connections = Connections(PATIENT)
+            links = Links(connections, 1, linger_s=30)
+            links.update(map_of(entry(shard.address)))
+            (link,) = links.replicas(0)
+            task = asyncio.ensure_future(link.count(SCAN, 8))
+            await until(lambda: bool(shard.calls))
+            links.update(map_of())
+            assert links.replicas(0) == []
+            await asyncio.sleep(0.005)
+            (call,) = shard.calls
+            answer = Reply(call_id=call.call_id, generation=1, epoch=7, tensors=counts(1, 2))
+            await shard.streams[0].write(answer)
+            assert (await task).tolist() == [1, 2]
+            await until(lambda: link.state is LinkState.DOWN)
+            await connections.aclose()
+
+    run(scene())
+
+
+def test_a_drained_process_is_waited_for_no_longer_than_a_call_lives(run: Any) -> None:
+    async def scene() -> None:
+        shard = Scripted()
+        async with shard.serving():
+            for linger_s, ends in ((0.05, True), (30, False)):
+                connections = Connections(PATIENT)
+                links = Links(connections, 1, linger_s=linger_s)
+                links.update(map_of(entry(shard.address)))
+                (link,) = links.replicas(0)
+                num_calls = len(shard.calls)
+                task = asyncio.ensure_future(link.count(SCAN, 8))
+                await until(lambda: len(shard.calls) > num_calls)  # noqa: B023
+                links.update(map_of())
+                if ends:
+                    with pytest.raises(ShardUnavailable, match="the link was closed"):
+                        await task
+                # Nor for longer than the router itself.
+                await connections.aclose()
+                with pytest.raises(ShardUnavailable, match="the link was closed"):
+                    await task
+
+    run(scene())
+
+
+def test_answers_of_an_epoch_that_a_newer_map_fences_are_refused(run: Any) -> None:
+    async def scene() -> None:
+        shard, successor = Scripted(), Scripted()
+        successor.reply = answering(tensors=counts(3, 4), epoch=9)
+        async with shard.serving(), successor.serving():
+            connections = Connections(PATIENT)
+            links, retired = (Links(connections, 1, linger_s=30) for _ in range(2))
+            for one in (links, retired):
+                one.update(map_of(entry(shard.address)))
+            (link,) = links.replicas(0)
+            (held,) = retired.replicas(0)
+            task = asyncio.ensure_future(held.count(SCAN, 8))
+            await until(lambda: bool(shard.calls))
+            # Links of a generation that is going out of service follow no map any more.
+            links.update(map_of(entry(successor.address, epoch=9)))
+            with pytest.raises(ShardUnavailable, match="epoch 7 is fenced by a newer one"):
+                await task
+            assert held.state is LinkState.DOWN
+            assert retired.replicas(0) == [held]
+            (call,) = shard.calls
+            late = Reply(call_id=call.call_id, generation=1, epoch=7, tensors=counts(1, 2))
+            await shard.streams[0].write(late)
+            with pytest.raises(ShardUnavailable, match="epoch 7 is fenced by a newer one"):
+                await held.count(SCAN, 8)
+            assert len(shard.calls) == 1
+            assert link.connection is held.connection
+            assert (await links.replicas(0)[0].count(SCAN, 8)).tolist() == [3, 4]
+            for one in (links, retired):
+                one.close()
+            await connections.aclose()
+
+    run(scene())
+
+
+def test_a_call_that_nobody_waits_for_is_given_up(run: Any) -> None:
+    shard = Scripted()
+
+    async def scene() -> None:
+        async with shard.serving(), linked(entry(shard.address), ping=PATIENT) as link:
+            for ask in (link.count(SCAN, 8), link.encode([{}], 8)):
+                shard.calls.clear()
+                task = asyncio.ensure_future(ask)
+                await until(lambda: bool(shard.calls))
+                task.cancel()
+                await until(lambda: len(shard.calls) == 2)
+                asked, released = shard.calls
+                assert released.WhichOneof("op") == "release"
+                assert released.key == asked.key != ""
+                assert task.cancelled()
+
+    run(scene())

@@ -638,3 +638,40 @@ def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
         assert result.coverage.documents == executors[1].documents / 600
     victim.signal(signal.SIGCONT)
     until(lambda: client.retrieve(k=3, min_coverage=0.0).coverage.documents == 1.0, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_replica_of_two_that_is_stopped_or_killed_fails_no_request(
+    make_router: Any,
+    make_server: Any,
+    make_executors: Any,
+    write_map: Any,
+    make_shard_process: Any,
+    client_of: Any,
+    ask_whole: Any,
+    signum: int,
+) -> None:
+    executors = make_executors(2)
+    victim = make_shard_process(0)
+    spare = make_server(executors[0], replica=1)
+    write_map(victim.entry, spare, make_server(executors[1]))
+    router = make_router(ping=PingSection())
+    client = client_of(router.address)
+    client.wait_until_ready(10)
+    replicas = router._held[1].links.replicas
+    until(lambda: all(link.reached for link in replicas(0)))
+    expected = ask_whole(Request(k=5)).item_ids.tolist()
+    # Until it is known how long answers take.
+    for _ in range(40):
+        client.retrieve(k=5, min_coverage=1.0)
+    asked = [Asking(client, k=5, min_coverage=1.0, timeout_s=5.0) for _ in range(8)]
+    victim.signal(signum)
+    asked += [Asking(client, k=5, min_coverage=1.0, timeout_s=5.0) for _ in range(8)]
+    gone = ("ejected", "down")
+    while replicas(0)[0].state.value not in gone or len(asked) < 60:
+        asked.append(Asking(client, k=5, min_coverage=1.0, timeout_s=5.0))
+        asked[-8].result()
+    for one in asked:
+        assert one.result().item_ids.tolist() == expected
+        assert one.result().coverage.documents == 1.0

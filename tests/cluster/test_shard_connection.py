@@ -162,3 +162,36 @@ def test_beats_tell_what_is_served_and_how_fresh_it_is(run: Any) -> None:
             assert connection.served == {3: Seen(9, (6,), 0.0, 11)}
 
     run(scene())
+
+
+def test_a_shard_that_stops_reading_is_sent_no_more(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("silvershard.cluster.shard_connection._MAX_UNSENT", 3)
+
+    class Deaf(Echo):
+        async def Execute(self, _: object, context: Any) -> None:
+            await context.send_initial_metadata(())
+            await asyncio.Event().wait()
+
+    async def scene() -> None:
+        async with connected(Deaf()) as connection:
+            await until(lambda: connection.reached)
+            # More than fits into the buffers on the way.
+            large = shard_pb2.ShardCall(key="x" * 100_000)
+            tasks = []
+            async with asyncio.timeout(8):
+                while not any(task.done() for task in tasks):
+                    call = shard_pb2.ShardCall()
+                    call.CopyFrom(large)
+                    tasks.append(asyncio.ensure_future(connection.call(call, 3, 30)))
+                    await asyncio.sleep(0.002)
+            assert not connection.is_idle
+            with pytest.raises(ShardUnavailable, match="has stopped reading"):
+                await tasks[-1]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert connection.is_idle
+
+    run(scene())
