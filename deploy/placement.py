@@ -14,6 +14,7 @@ What holds for every assignment:
 Shapes: S shards, n copies, m hosts.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -331,20 +332,20 @@ def _why(
 
 
 def _shared(at: Mapping[Copy, str], hosts: Sequence[Host], spread: Spread) -> tuple[str, ...]:
-    zone_of = {host.name: _zone(host) for host in hosts}
-    lines = []
-    for kind, place_of in (("host", dict.fromkeys(zone_of)), ("zone", zone_of)):
-        if kind == "zone" and spread != "zone":
-            continue
-        held: dict[tuple[int, str], list[Copy]] = {}
-        for copy, name in at.items():
-            held.setdefault((copy.shard, place_of[name] or name), []).append(copy)
-        lines += [
-            f"{len(copies)} copies of shard {shard} share {kind} {where}"
-            for (shard, where), copies in held.items()
-            if len(copies) > 1
-        ]
-    return tuple(lines)
+    """Return in words which copies of a shard share a host, or a zone where that counts."""
+    places = {"host": {host.name: host.name for host in hosts}}
+    if spread == "zone":
+        places["zone"] = {host.name: _zone(host) for host in hosts}
+    counts = Counter(
+        (kind, copy.shard, place_of[name])
+        for kind, place_of in places.items()
+        for copy, name in at.items()
+    )
+    return tuple(
+        f"{count} copies of shard {shard} share {kind} {where}"
+        for (kind, shard, where), count in counts.items()
+        if count > 1
+    )
 
 
 def size(num_bytes: int) -> str:

@@ -31,8 +31,8 @@ STAYS = 1 << 50
 """Cost of a copy on a host that it shall leave."""
 _NEVER = 1 << 60
 _NO_COPIES: _Ints = np.zeros(0, dtype=np.int64)
-_STEPS = 15_000
-"""Branches that are tried where needs differ: half a second."""
+_STEPS = 6_000
+"""Branches that are tried where needs differ: a third of a second at 256 copies on 64 hosts."""
 
 
 class Problem(NamedTuple):
@@ -74,7 +74,7 @@ def search(problem: Problem) -> Found:
 
     The result depends on the order of copies and hosts alone.
     """
-    uniform = bool((problem.needs == problem.needs[:1]).all())
+    problem, uniform = _counted(problem)
     best = _improved(_State(problem, problem.at))
     if not uniform and not best.is_complete:
         fresh = _improved(_State(problem, np.full_like(problem.at, NOWHERE)))
@@ -89,6 +89,26 @@ def search(problem: Problem) -> Found:
     if found is not None:
         best = _improved(_State(problem, found))
     return Found(best.at, is_proven=branches.has_ended)
+
+
+def _counted(problem: Problem) -> tuple[Problem, bool]:
+    """Return the problem in numbers of copies where these alone decide, and whether they do.
+
+    They do where each host has room for as many of the largest copies as of the smallest ones.
+    """
+    copies = len(problem.needs)
+    units = problem.needs.max(0, initial=0) > 0
+    largest, smallest = problem.needs[:, units].max(0), problem.needs[:, units].min(0)
+    rooms = problem.rooms[:, units]
+    if not units.any() or not smallest.all():
+        return problem, not units.any()
+    most, least = (
+        np.minimum((rooms // one).min(1, initial=copies), copies) for one in (smallest, largest)
+    )
+    if (most != least).any():
+        return problem, False
+    ones = np.ones((copies, 1), dtype=np.int64)
+    return problem._replace(needs=ones, rooms=least[:, None]), True
 
 
 def spread_load(problem: Problem, at: _Ints, sources: _Mask, targets: _Mask) -> _Ints:

@@ -205,7 +205,7 @@ def expected(
             for copy in serving
         }
         slowest = max(serving, key=lambda copy: (of_copy[copy], copy))
-        limits = [(1 / of_copy[slowest], f"the one thread of rounds of {slowest}")]
+        limits = [(1 / of_copy[slowest], f"{slowest}, which runs one batch at a time")]
         for name in sorted(set(at.values())):
             busy_s = sum(of_copy[copy] for copy in serving if at[copy] == name) * speed.threads
             if busy_s:

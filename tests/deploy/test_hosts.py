@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from silvershard.deploy.config import load
+from silvershard.deploy.config import load, load_with_sources, settings, to_yaml
 from silvershard.deploy.hosts import (
     HostEntry,
     HostsSection,
@@ -155,3 +155,18 @@ def test_this_machine_has_cpus_and_the_memory_it_is_given() -> None:
     assert host.name
     assert host.cpus >= 1
     assert (host.memory_bytes, host.state) == (5 << 30, "up")
+
+
+def test_settings_with_hosts_are_shown_so_that_they_load_to_themselves(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "hosts:\n  members:\n  - {name: a, cpus: 2, memory: 1GiB, labels: {rack: '7'}}\n"
+        "replicas: {standby: {count: 1}, placement: {spread: zone, labels: {rack: '7'}}}\n"
+    )
+    loaded = load_with_sources(config, environ={})
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(to_yaml(loaded))
+    assert load(shown, environ={}) == loaded.config
+    types = {setting.key: setting.type for setting in settings()}
+    assert types["hosts.members"] == "list of section"
+    assert types["replicas.placement"] == "section"

@@ -82,6 +82,25 @@ def test_a_search_that_was_cut_off_does_not_claim_a_proof(monkeypatch: pytest.Mo
     assert not found.is_proven
 
 
+def test_copies_that_differ_less_than_the_room_of_any_host_are_counted() -> None:
+    counted, uniform = placement_search._counted(problem_of([10, 11, 10, 11], [35, 20, 9, 99]))
+    assert not uniform
+    assert counted.needs.flatten().tolist() == [10, 11, 10, 11]
+    counted, uniform = placement_search._counted(problem_of([10, 11, 10, 11], [35, 22, 9, 99]))
+    assert uniform
+    assert counted.needs.flatten().tolist() == [1, 1, 1, 1]
+    assert counted.rooms.flatten().tolist() == [3, 2, 0, 4]
+    with_devices = problem_of([10, 11], [30, 30])
+    rooms = np.column_stack([with_devices.rooms, ints(1, 0)])
+    needs = np.column_stack([with_devices.needs, ints(1, 1)])
+    counted, uniform = placement_search._counted(with_devices._replace(rooms=rooms, needs=needs))
+    assert uniform
+    assert counted.rooms.flatten().tolist() == [1, 0]
+    assert not placement_search._counted(
+        with_devices._replace(rooms=rooms, needs=needs * [1, 0] + [[0, 0], [0, 1]])
+    )[1]
+
+
 def test_a_copy_leaves_the_host_that_it_shall_leave_before_it_avoids_to_share() -> None:
     problem = problem_of([1, 1], [2, 2], [0, 1])
     costs = problem.costs.copy()

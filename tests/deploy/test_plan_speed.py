@@ -100,7 +100,7 @@ def hosts_of(*cpus: float) -> list[Host]:
 def test_one_process_bounds_a_host_with_cores_to_spare() -> None:
     (found,) = expected(speed_of(0.01, 0.0), hosts_of(8), {Copy(0, 0): "h0"}, [1000])
     assert found.qps == pytest.approx(100)
-    assert found.bound == "the one thread of rounds of shard 0 replica 0"
+    assert found.bound == "shard 0 replica 0, which runs one batch at a time"
 
 
 def test_cores_bound_a_host_with_many_processes() -> None:
