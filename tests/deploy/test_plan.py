@@ -133,7 +133,7 @@ def test_a_plan_is_a_document_with_bytes_shards_and_hosts(state: StateDir) -> No
 
 def test_an_impossible_plan_still_says_what_is_needed(state: StateDir) -> None:
     settings = config(sharding__shards=4, sharding__replicas=2)
-    document = plan(state, settings, 1, hosts=listed(2, "2GiB"))
+    document = plan(state, settings, 1, hosts=listed(2, "1700MiB"))
     assert not document["possible"]
     assert "are missing" in document["refused"]
     assert document["swap"] == "refused"
