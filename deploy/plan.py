@@ -14,7 +14,7 @@ from silvershard.deploy.footprint import Footprint, Swap, component_table, read_
 from silvershard.deploy.hosts import hosts_of, this_machine
 from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.memory_plan import free_memory, held_by, plan_memory
-from silvershard.deploy.placement import Host, Placement, Wanted, place, size
+from silvershard.deploy.placement import Copy, Host, Placement, Wanted, place, size
 from silvershard.deploy.plan_speed import Expected, Speed, SpeedTask, expected, measure
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import StateDir
@@ -46,7 +46,12 @@ class ClusterPlan(NamedTuple):
 
 
 def plan_cluster(
-    config: Config, footprint: Footprint, hosts: Sequence[Host], *, reserved: bool = True
+    config: Config,
+    footprint: Footprint,
+    hosts: Sequence[Host],
+    present: Mapping[Copy, str] | None = None,
+    *,
+    reserved: bool = True,
 ) -> ClusterPlan:
     """Return where every copy goes.
 
@@ -58,6 +63,7 @@ def plan_cluster(
         config: shards, replicas, standbys and how they are spread.
         footprint: what each copy takes.
         hosts: the machines.
+        present: where copies are, as for ``place``.
         reserved: keep back what Ray and the control plane take; the first host by name that is up
             has the control plane.
 
@@ -71,7 +77,7 @@ def plan_cluster(
     for swap in modes:
         wanted = _wanted(config, footprint, swap, devices)
         try:
-            return ClusterPlan(footprint, usable, wanted, swap, place(usable, wanted))
+            return ClusterPlan(footprint, usable, wanted, swap, place(usable, wanted, present))
         except Refused as error:
             refused = error
     assert refused is not None

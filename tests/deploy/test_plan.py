@@ -66,6 +66,8 @@ def test_copies_are_spread_and_the_control_plane_keeps_its_memory(
     ]
     assert made.placement.shared == ()
     assert len(made.placement.at) == 9
+    again = plan_cluster(settings, made.footprint, machines(4), made.placement.at)
+    assert {move.target for move in again.placement.moves} == {"h3"}
     zoned = config(sharding__replicas=2, replicas__placement={"spread": "zone"})
     spread = plan_cluster(zoned, footprint(zoned), machines(4, zones=2))
     for shard in range(2):

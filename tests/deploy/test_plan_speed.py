@@ -1,5 +1,6 @@
-import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -126,13 +127,13 @@ def test_documents_batches_and_the_user_tower_count() -> None:
     assert found.batch == 8
 
 
-def test_the_process_ends_with_whoever_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(plan_speed, "die_with_parent", asked.append)
-    monkeypatch.setattr(sys, "argv", ["plan_speed", "77"])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(sys, "stdin", (line for line in ()))
-    with pytest.raises(AttributeError):
-        plan_speed.main()
-    assert asked == [77]
-    assert json.loads('"ready"') == "ready"
+def test_a_process_whose_parent_is_gone_ends_at_once() -> None:
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "silvershard.deploy.plan_speed", "1"],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == -signal.SIGTERM
+    assert found.stdout == ""
