@@ -30,6 +30,8 @@ SHARED_ZONE = 1 << 20
 STAYS = 1 << 50
 """Cost of a copy on a host that it shall leave."""
 _NEVER = 1 << 60
+_ALWAYS_LESS = 1 << 59
+"""No path costs as much, even one that also has a step that is never taken costs more."""
 _NO_COPIES: _Ints = np.zeros(0, dtype=np.int64)
 _STEPS = 6_000
 """Branches that are tried where needs differ: a third of a second at 256 copies on 64 hosts."""
@@ -257,7 +259,7 @@ def _place(state: _State, copy: int) -> None:
             break
         total = dist + np.where(fits, steps, _NEVER).min(1, initial=_NEVER)
         total[state.at == NOWHERE] = _NEVER
-        if total.min() < cost:
+        if total.min() < min(cost, _ALWAYS_LESS):
             path = _path_to(int(total.argmin()), parent)
             last, _ = _cheapest_end(state, path[-1], steps, fits)
             if _follow(state, [copy, *path], last):
@@ -310,7 +312,7 @@ def _shortest(dist: _Ints, parent: _Ints, costs: _Ints) -> tuple[_Ints, _Ints, l
         through = dist[:, None] + costs
         best = through.argmin(0)
         value = through[best, everyone]
-        better = value < np.minimum(dist, _NEVER // 2)
+        better = value < np.minimum(dist, _ALWAYS_LESS)
         if not better.any():
             break
         dist = np.where(better, value, dist)

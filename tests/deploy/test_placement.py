@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from silvershard.deploy.errors import Refused
@@ -165,7 +165,20 @@ def test_of_unequal_copies_an_assignment_that_shares_least_is_found_whenever_the
         assert got[:3] == least[:3]
 
 
+# A copy in the way that would stop to share its host has yet no host to go to.
+NO_WAY_OUT = Case(
+    hosts=(
+        Host("h0", 1.0, 2, 1, device_bytes=1),
+        Host("h1", 1.0, 2, 1, device_bytes=2),
+        Host("h3", 1.0, 2, 1, device_bytes=2),
+    ),
+    wanted=Wanted((Need(90, 1, num_devices=1, device_bytes=2, standby_bytes=1),), replicas=3),
+    present={Copy(0, 0): "h3", Copy(0, 1): "h3"},
+)
+
+
 @PROPERTIES
+@example(case=NO_WAY_OUT)
 @given(case=cases(equal=False, devices=True))
 def test_devices_are_taken_whole_and_are_large_enough(case: Case) -> None:
     present = {
