@@ -240,7 +240,34 @@ def _improved(state: _State) -> _State:
         if state.at[copy] == NOWHERE:
             _place(state, copy)
     _cancel_all(state)
+    _relabel(state)
     return state
+
+
+def _relabel(state: _State) -> None:
+    """Let copies of a shard that need the same exchange places as long as that costs less.
+
+    In the cost of a step another copy of the shard counts that leaves at the same time; here none
+    does, as what the shard has on each host stays as it is.
+    """
+    problem, at = state.problem, state.at
+    alike = problem.shards[:, None] == problem.shards[None, :]
+    alike &= (problem.needs[:, None, :] == problem.needs[None, :, :]).all(2)
+    placed = at != NOWHERE
+    alike &= placed[:, None] & placed[None, :]
+    for _ in range(len(at)):
+        here = np.where(placed, state.at, 0)
+        there = problem.costs[:, here]  # (n, n)
+        allowed = problem.usable[:, here]
+        own = np.diagonal(there)
+        gain = own[:, None] + own[None, :] - there - there.T
+        gain[~(alike & allowed & allowed.T)] = 0
+        if not gain.size or gain.max() <= 0:
+            return
+        one, other = divmod(int(gain.argmax()), len(at))
+        host, other_host = int(state.at[one]), int(state.at[other])
+        state.move(one, other_host)
+        state.move(other, host)
 
 
 def _place(state: _State, copy: int) -> None:

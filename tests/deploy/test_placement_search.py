@@ -66,6 +66,17 @@ def test_a_cycle_of_copies_that_all_gain_is_followed() -> None:
     assert found.at.tolist() == [1, 2, 0]
 
 
+def test_copies_of_a_shard_exchange_places_in_one_zone_too() -> None:
+    problem = problem_of([1, 1], [1, 1], [1, 0])
+    problem = problem._replace(
+        shards=ints(0, 0),
+        zones=ints(0, 0),
+        zones_count=True,
+        costs=1 - np.eye(2, dtype=np.int64),
+    )
+    assert search(problem).at.tolist() == [0, 1]
+
+
 def test_unequal_needs_are_packed_even_where_every_single_step_is_blocked() -> None:
     # 7 = 4 + 3 on both hosts; the heuristic that puts 4 beside 2 leaves a 3 without room.
     found = search(problem_of([4, 3, 3, 2, 2], [7, 7]))
