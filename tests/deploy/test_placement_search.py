@@ -66,22 +66,23 @@ def test_a_cycle_of_copies_that_all_gain_is_followed() -> None:
     assert found.at.tolist() == [1, 2, 0]
 
 
-def test_copies_of_a_shard_exchange_places_in_one_zone_too() -> None:
+def test_copies_of_a_shard_exchange_places_across_zones_too() -> None:
     problem = problem_of([1, 1], [1, 1], [1, 0])
     problem = problem._replace(
         shards=ints(0, 0),
-        zones=ints(0, 0),
+        zones=ints(0, 1),
         zones_count=True,
         costs=1 - np.eye(2, dtype=np.int64),
     )
     assert search(problem).at.tolist() == [0, 1]
 
 
-def test_unequal_needs_are_packed_even_where_every_single_step_is_blocked() -> None:
-    # 7 = 4 + 3 on both hosts; the heuristic that puts 4 beside 2 leaves a 3 without room.
-    found = search(problem_of([4, 3, 3, 2, 2], [7, 7]))
-    assert NOWHERE not in found.at
+def test_unequal_needs_are_packed_even_where_the_largest_first_does_not_do() -> None:
+    # 9 = 4 + 3 + 2 and 7 = 5 + 2; with 5 + 4 on the first host a 2 has no room.
+    needs = [2, 4, 3, 2, 5]
+    found = search(problem_of(needs, [9, 7]))
     assert found.is_proven
+    assert np.bincount(found.at, weights=needs).tolist() == [9, 7]
 
 
 def test_a_search_that_was_cut_off_does_not_claim_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
