@@ -208,7 +208,8 @@ class _State:
 
     def fits(self) -> _Mask:
         """Return which copies fit onto which hosts as they are, ``(n, m)``."""
-        return (self.free[None, :, :] >= self.problem.needs[:, None, :]).all(2)
+        enough = self.free[None, :, :] >= self.problem.needs[:, None, :]  # (n, m, u)
+        return np.asarray(enough.all(2), dtype=np.bool_)
 
     def evening_move(self, sources: _Mask, targets: _Mask) -> tuple[int, int] | None:
         """Return the move of a copy that evens the load the most; None if there is none."""
