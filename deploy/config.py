@@ -31,11 +31,13 @@ from silvershard.deploy.config_sections import (
     IndexSection,
     ModelSection,
     PathsSection,
+    ReplicasSection,
     RuntimeSection,
     ShardingSection,
     SwapSection,
     UpdatesSection,
 )
+from silvershard.deploy.hosts import HostsSection
 from silvershard.model.limits import COLUMN_MULTIPLES
 from silvershard.model.training_config import TrainingConfig
 from silvershard.shard.errors import ConfigError
@@ -56,6 +58,10 @@ class Config(BaseModel):
     index: IndexSection = Field(default=IndexSection(), description="how items are indexed")
     sharding: ShardingSection = Field(
         default=ShardingSection(), description="how a generation is served"
+    )
+    hosts: HostsSection = Field(default=HostsSection(), description="machines to serve on")
+    replicas: ReplicasSection = Field(
+        default=ReplicasSection(), description="how copies are spread over the machines"
     )
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
@@ -272,6 +278,9 @@ def _reason(problem: Any) -> str:
 def _section_keys(key: Key) -> list[str]:
     section: Any = Config
     for part in key:
+        if isinstance(part, int):
+            # Of a list of sections; all of them have the same keys.
+            continue
         choices = _sections(section)
         if len(choices) > 1:
             # The part is the kind of one of several sections.
@@ -282,7 +291,9 @@ def _section_keys(key: Key) -> list[str]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that a type admits."""
+    """Return the sections that a type admits, itself or in a list."""
+    if get_origin(annotation) is tuple:
+        return _sections(get_args(annotation)[0])
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         parts = get_args(annotation)
         parts = parts[:1] if get_origin(annotation) is Annotated else parts
@@ -357,13 +368,13 @@ def _model_of(annotation: Any) -> type[BaseModel]:
 
 def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is tuple:
+        return f"list of {_type_name(get_args(annotation)[0])}"
     if sections := _sections(annotation):
         kinds = [one.model_fields["kind"].default for one in sections if "kind" in one.model_fields]
         of_kind = f" of kind {' or '.join(f'`{kind}`' for kind in kinds)}" if kinds else ""
         nothing = " or null" if type(None) in get_args(annotation) else ""
         return f"section{of_kind}{nothing}"
-    if origin is tuple:
-        return f"list of {_type_name(get_args(annotation)[0])}"
     if origin is dict:
         return f"{_type_name(get_args(annotation)[1])} by name"
     if origin is Literal:
@@ -375,10 +386,16 @@ def _type_name(annotation: Any) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    plain = list(plain) if isinstance(plain, tuple) else plain
+    if isinstance(value, tuple):
+        plain: object = [_plain(one) for one in value]
+    else:
+        plain = _plain(value)
     text: str = yaml.safe_dump(plain, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("...").strip()
+
+
+def _plain(value: object) -> object:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def to_yaml(loaded: Loaded) -> str:

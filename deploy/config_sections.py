@@ -122,6 +122,31 @@ class ShardingSection(BaseModel):
         return devices
 
 
+class PlacementSection(BaseModel):
+    """Where copies may lie."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spread: Literal["host", "zone"] = Field(
+        default="host", description="what no two copies of a shard share where that is possible"
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="labels that a host must have to get copies"
+    )
+
+
+class ReplicasSection(BaseModel):
+    """How the copies of a shard are spread over the machines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    placement: PlacementSection = Field(
+        default=PlacementSection(),
+        description="`spread`: host or zone, which no two copies of a shard share where that is "
+        "possible; `labels`: what a host must have to get copies",
+    )
+
+
 class AdminSection(BaseModel):
     """Where operators and their programs reach the admin plane."""
 

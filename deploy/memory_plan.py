@@ -95,7 +95,7 @@ def plan_memory(
         held_bytes=held_bytes,
         old_bytes=old_bytes,
         new_bytes=new_bytes,
-        check_bytes=_process_bytes(new, range(new.num_partitions), 0.0),
+        check_bytes=swap_bytes(new, range(new.num_partitions), 0.0),
         free_bytes=free_bytes,
         reason=reason,
     )
@@ -106,7 +106,7 @@ def loaded_bytes(config: Config, outline: Outline) -> int:
     shards = config.sharding.shards
     headroom = config.updates.headroom if config.updates.enabled else 0.0
     each = [
-        _process_bytes(outline, shard_partitions(at, shards, outline.num_partitions), headroom)
+        swap_bytes(outline, shard_partitions(at, shards, outline.num_partitions), headroom)
         for at in range(shards)
     ]
     return config.sharding.copies * sum(each)
@@ -121,7 +121,14 @@ def row_bytes(live: Outline, new: Outline) -> int:
     return 0 if held == wanted else sum(new.sizes[name] for name in wanted)
 
 
-def _process_bytes(outline: Outline, partitions: Iterable[int], headroom: float) -> int:
+def swap_bytes(outline: Outline, partitions: Iterable[int], headroom: float) -> int:
+    """Return what a process takes at most while it loads some partitions of a generation.
+
+    Args:
+        outline: the generation.
+        partitions: those that it serves.
+        headroom: free pages for updates, as a share of those in use.
+    """
     sizes = outline.sizes
     own = [sizes[name] for name in map(partition_path, partitions) if name in sizes]
     shared = [size for name, size in sizes.items() if not name.startswith(_ELSEWHERE)]

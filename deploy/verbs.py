@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from silvershard.deploy import bench, change, generation_verbs, ingest
+from silvershard.deploy import bench, change, generation_verbs, ingest, plan_verb
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
@@ -147,6 +147,7 @@ def _arguments() -> argparse.ArgumentParser:
         module.add_options(change_verb)
     generation_verbs.add_verbs(verb, shared)
     bench.add_verbs(verb, shared)
+    plan_verb.add_verb(verb, shared)
     text = "ask a running cluster the requests its generation was published with, and compare"
     golden = verb("golden", text, _golden, state, timeout)
     golden.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")

@@ -55,7 +55,7 @@ def build_index(
     sizes = torch.bincount(clusters, minlength=spec.num_clusters)  # (C,)
     pages = (sizes + slots_per_page - 1) // slots_per_page  # (C,)
     num_used = int(pages.sum())
-    spare = math.ceil(headroom * num_used) + spec.num_clusters if headroom else 0
+    spare = spare_pages(num_used, spec.num_clusters, headroom)
     num_pages = num_used + spare
     first_page = pages.cumsum(0) - pages
     by_hash = torch.argsort(hash_ids(item_ids, _SHUFFLE_SEED), stable=True)
@@ -103,6 +103,22 @@ def build_index(
     return ItemIndex(tensors)
 
 
+def spare_pages(used: int, num_clusters: int, headroom: float) -> int:
+    """Return the free pages beside those in use."""
+    return math.ceil(headroom * used) + num_clusters if headroom else 0
+
+
+def table_width(longest: int, *, grows: bool) -> int:
+    """Return the columns of a page table.
+
+    Args:
+        longest: pages of the cluster with the most.
+        grows: whether rows have room to grow.
+    """
+    width = max(longest, 1)
+    return -(-_GROWTH * width // TABLE_MULTIPLE) * TABLE_MULTIPLE if grows else width
+
+
 def _page_table(pages: Tensor, first_page: Tensor, *, grows: bool) -> Tensor:
     """Return the pages of every cluster, ``(C, X)`` int32 with X at least 1.
 
@@ -111,9 +127,7 @@ def _page_table(pages: Tensor, first_page: Tensor, *, grows: bool) -> Tensor:
         first_page: ``(C,)`` int64 the first of them.
         grows: whether rows have room to grow.
     """
-    width = max(int(pages.max()), 1)
-    if grows:
-        width = -(-_GROWTH * width // TABLE_MULTIPLE) * TABLE_MULTIPLE
+    width = table_width(int(pages.max()), grows=grows)
     column = torch.arange(width)
     table = first_page[:, None] + column
     return torch.where(column < pages[:, None], table, -1).to(torch.int32)

@@ -1,7 +1,13 @@
 import pydantic
 import pytest
 
-from silvershard.deploy.config_sections import AdminSection, ShardingSection, UpdatesSection
+from silvershard.deploy.config_sections import (
+    AdminSection,
+    PlacementSection,
+    ReplicasSection,
+    ShardingSection,
+    UpdatesSection,
+)
 
 
 def test_a_device_that_is_not_served_on_is_refused() -> None:
@@ -33,3 +39,13 @@ def test_the_admin_plane_is_reached_from_this_machine_only(host: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=f"must be a loopback address.*{host}"):
         AdminSection(host=host)
     assert AdminSection(host="::1", port=0).host == "::1"
+
+
+def test_copies_are_spread_over_hosts_or_zones_and_some_may_wait() -> None:
+    section = ReplicasSection(placement=PlacementSection(spread="zone"))
+    assert ReplicasSection.model_validate(section.model_dump()) == section
+    with pytest.raises(pydantic.ValidationError):
+        ReplicasSection.model_validate({"placement": {"spread": "rack"}})
+    assert (ShardingSection().standby, ShardingSection(replicas=2, standby=1).copies) == (0, 3)
+    with pytest.raises(pydantic.ValidationError):
+        ShardingSection(standby=5)
