@@ -16,7 +16,12 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection
+from silvershard.cluster.config import (
+    ListenSection,
+    ObservabilitySection,
+    PingSection,
+    QuerySection,
+)
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
     AdminSection,
@@ -61,6 +66,9 @@ class Config(BaseModel):
     )
     admin: AdminSection = Field(
         default=AdminSection(), description="where the admin plane is reached"
+    )
+    observability: ObservabilitySection = Field(
+        default=ObservabilitySection(), description="where a router answers probes"
     )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"
