@@ -1,9 +1,15 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
+from silvershard.cluster.config import (
+    ListenSection,
+    ObservabilitySection,
+    PingSection,
+    QuerySection,
+    RouterConfig,
+)
 
-SECTIONS = (ListenSection, PingSection, QuerySection, RouterConfig)
+SECTIONS = (ListenSection, ObservabilitySection, PingSection, QuerySection, RouterConfig)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -30,6 +36,8 @@ def test_unknown_settings_are_refused(section: type[BaseModel]) -> None:
         (PingSection, {"suspect_after": 6, "eject_after": 5}),
         (QuerySection, {"default_deadline_ms": 11_000}),
         (RouterConfig, {"map_path": ""}),
+        (ObservabilitySection, {"http": "8002"}),
+        (ObservabilitySection, {"http": "127.0.0.1:65536"}),
     ],
 )
 def test_values_out_of_range_are_refused(
@@ -48,3 +56,8 @@ def test_the_default_query_settings_are_those_of_the_contract() -> None:
     query = QuerySection()
     assert (query.max_batch, query.max_delay_us, query.queue) == (64, 500, 256)
     assert query.min_coverage == 0.9
+
+
+def test_a_router_of_no_cluster_answers_no_probes() -> None:
+    assert RouterConfig(map_path="m").observability.http == ""
+    assert ObservabilitySection().http == "127.0.0.1:8002"
