@@ -27,6 +27,8 @@ _READ_TIMEOUT_S = 5.0
 _MAX_HEAD_BYTES = 8192
 _MAX_CONNECTIONS = 256
 _BACKLOG = 64
+_TURNS = 8
+"""Turns of the event loop in which what it has just accepted becomes a connection."""
 
 
 class Page(NamedTuple):
@@ -91,6 +93,8 @@ class HttpServer:
         is_up.set()
         await ended.wait()
         server.close()
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -102,15 +106,13 @@ class HttpServer:
         try:
             async with asyncio.timeout(_READ_TIMEOUT_S):
                 if len(self._connections) > _MAX_CONNECTIONS:
-                    reply = _reply(_plain(HTTPStatus.SERVICE_UNAVAILABLE), "GET")
-                else:
-                    reply = await self._answer(reader)
-                writer.write(reply)
+                    raise ConnectionAbortedError
+                writer.write(await self._answer(reader))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.CancelledError):
-            # The client has left or is too slow, or the server ends: nothing more is sent.
+            # The client has left, is too slow or one too many, or the server ends.
             writer.transport.abort()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()

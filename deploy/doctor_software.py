@@ -168,14 +168,14 @@ def _gpus(software: Software) -> list[Check]:
 
 
 def _gpu(gpu: Gpu) -> Check:
-    name = f"gpu {gpu.index}"
+    name = f"gpu {gpu.number}"
     found = f"{gpu.name}, driver {gpu.driver}, {mib(gpu.free)} of {mib(gpu.total)} free"
     if gpu.mode == "Prohibited":
         return Check(
             name,
             "fail",
             f"{found}, compute mode Prohibited",
-            f"allow it: nvidia-smi -i {gpu.index} -c EXCLUSIVE_PROCESS",
+            f"allow it: nvidia-smi -i {gpu.number} -c EXCLUSIVE_PROCESS",
         )
     if gpu.free < _LEAST_FREE_GPU * gpu.total:
         return Check(
@@ -189,7 +189,7 @@ def _gpu(gpu: Gpu) -> Check:
             name,
             "ok",
             f"{found}, shared mode",
-            f"nvidia-smi -i {gpu.index} -c EXCLUSIVE_PROCESS keeps others away",
+            f"nvidia-smi -i {gpu.number} -c EXCLUSIVE_PROCESS keeps others away",
         )
     return Check(name, "ok", f"{found}, {gpu.mode}")
 

@@ -106,7 +106,7 @@ def read_cpu(root: Path = Path("/")) -> Cpu:
     first = blocks[0] if blocks else {}
     usable = len(os.sched_getaffinity(0))
     cores = {(one["physical id"], one["core id"]) for one in blocks if "core id" in one}
-    quota, period = (_words(root / _CPU_QUOTA) or ["max", ""])[:2]
+    quota, period = [*_words(root / _CPU_QUOTA), "", ""][:2]
     return Cpu(
         model=first.get("model name", platform.machine()),
         flags=frozenset(first.get("flags", first.get("Features", "")).split()),
@@ -226,14 +226,23 @@ def _owners(root: Path, inodes: Mapping[str, int]) -> Iterable[tuple[str, tuple[
         if not process.name.isdecimal():
             continue
         try:
-            links = [os.readlink(one) for one in (process / "fd").iterdir()]
+            descriptors = list((process / "fd").iterdir())
         except OSError:
             continue
+        links = map(_target, descriptors)
         for link in links:
             inode = link.removeprefix("socket:[").removesuffix("]")
             if inode in inodes:
                 name = "".join(_lines(process / "comm")[:1]) or "a process"
                 yield inode, (f"{name} (pid {process.name})", int(process.name))
+
+
+def _target(link: Path) -> str:
+    """Return what a link points to; empty if it is gone."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
 
 
 def _pairs(lines: Iterable[str]) -> Iterable[tuple[str, str]]:

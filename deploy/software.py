@@ -23,7 +23,7 @@ FBGEMM, FBGEMM_CPU, SHIM = "fbgemm-gpu", "fbgemm-gpu-cpu", "+cpushim"
 class Gpu(NamedTuple):
     """One GPU as its driver sees it."""
 
-    index: int
+    number: int
     name: str
     driver: str
     total: int
@@ -68,7 +68,7 @@ def read_software() -> Software:
     torch = _torch()
     return Software(
         python=platform.python_version(),
-        requires_python=importlib.metadata.metadata(name).get("Requires-Python", ""),
+        requires_python=importlib.metadata.metadata(name)["Requires-Python"],
         installed=_installed((*required, FBGEMM, FBGEMM_CPU)),
         required=required,
         torch=torch,

@@ -252,7 +252,7 @@ def test_ray_starts_with_options_that_it_has_and_with_its_token(path: Path) -> N
 @pytest.mark.parametrize("path", [KUBERAY, *RAY_UP], ids=lambda path: path.name)
 def test_shells_can_read_what_they_are_given(path: Path) -> None:
     for line in lines_of(documents(path)):
-        if re.search(r"\b(ray|silvershard|sh -c|mkdir|pip)\b", line):
+        if not line.startswith("-") and re.search(r"\b(ray|silvershard|mkdir|pip)\b", line):
             done = subprocess.run(["sh", "-n", "-c", line], capture_output=True, check=False)
             assert done.returncode == 0, line
 

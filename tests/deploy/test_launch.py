@@ -97,7 +97,7 @@ def test_a_port_of_http_is_looked_at_before_anything_is_started() -> None:
             launch.check_http(settings(http=address))
         assert raised.value.exit_code == ExitCode.FAILED
     launch.check_http(settings(http=address))
-    with pytest.raises(Refused, match="observability.insecure"):
+    with pytest.raises(Refused, match=r"observability\.insecure"):
         launch.check_http(settings(http="0.0.0.0:0"))
     launch.check_http(settings(http="0.0.0.0:0", insecure=True))
 
