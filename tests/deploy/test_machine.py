@@ -8,6 +8,7 @@ import pytest
 from silvershard.deploy import machine
 from silvershard.deploy.machine import (
     Kernel,
+    Timex,
     free_of,
     open_files,
     read_clock,
@@ -137,6 +138,26 @@ def test_a_directory_that_cannot_be_written_to_says_why(
 
 def test_a_file_system_that_is_not_there_has_no_free_bytes(tmp_path: Path) -> None:
     assert free_of(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        (0, 0x1, (True, 0.25)),
+        (5, 0x40, (False, 0.25)),
+        (5, 0x2041, (False, 0.25)),
+        (-1, 0, (None, 0.0)),
+    ],
+)
+def test_the_kernel_says_whether_the_time_of_day_is_synchronised(
+    code: int, status: int, expected: tuple[bool | None, float]
+) -> None:
+    def ask(timex: Timex) -> int:
+        assert timex.modes == 0, "it would be changed"
+        timex.status, timex.maxerror = status, 250_000
+        return code
+
+    assert read_clock(ask)[1:] == expected
 
 
 def test_this_machine_can_be_read() -> None:
