@@ -60,11 +60,18 @@ class Loaded(NamedTuple):
     """Makes what keeps it up to date; None: it never changes."""
 
 
-Load = Callable[[Path], Loaded]
-"""Loads this process' shard of the generation in a directory and warms it; may take long."""
+Load = Callable[[Path, Callable[[], None]], Loaded]
+"""Loads this process' shard of the generation in a directory and warms it; may take long.
+
+Between its parts it calls the function, whose exceptions call it off.
+"""
 
 RunOnModel = Callable[..., "Future[Any]"]
 """Runs a function on the thread of the model."""
+
+
+class _Retired(Exception):
+    """What is being loaded is not wanted any more."""
 
 
 @dataclass(eq=False)
@@ -172,6 +179,8 @@ class Hosting:
         """Set, and replaced, whenever somebody who waits for updates shall look again."""
         self._num_waiting = 0
         self._waiting_bytes = 0
+        self._loading = threading.Lock()
+        """Memory is planned for one generation more, not for what was called off beside it."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -346,8 +355,15 @@ class Hosting:
 
     def _bring_up(self, hosted: Hosted) -> None:
         assert self._load is not None
+
+        def check() -> None:
+            if hosted.retired:
+                raise _Retired
+
         try:
-            loaded = self._load(Path(hosted.snapshot))
+            with self._loading:
+                check()
+                loaded = self._load(Path(hosted.snapshot), check)
             found = loaded.executor.spec.generation
             if found != hosted.generation:
                 raise StateError(
@@ -359,6 +375,8 @@ class Hosting:
                 hosted.follower.catch_up()
             if not hosted.retired:
                 self._serve(hosted)
+        except _Retired:
+            _log.info("loading generation %d was called off", hosted.generation)
         except RetrievalError as error:
             _log.error("generation %d cannot be prepared: %s", hosted.generation, error)
             self._fail(hosted, str(error))

@@ -53,8 +53,12 @@ class ShardLoader:
                 f"got {self.headroom}"
             )
 
-    def __call__(self, path: Path) -> Loaded:
+    def __call__(self, path: Path, check: Callable[[], None] = lambda: None) -> Loaded:
         """Return the shard of the generation in a directory, warm.
+
+        Args:
+            path: directory of the generation.
+            check: is called between the parts of the work; its exceptions call that off.
 
         Raises:
             SnapshotError: if a file is missing or damaged.
@@ -62,6 +66,11 @@ class ShardLoader:
         """
         if self.log is not None:
             self._check_log(path, self.log)
+
+        def give_way() -> float:
+            check()
+            return self._gap()
+
         executor = load_executor(
             path,
             self.shard,
@@ -69,7 +78,7 @@ class ShardLoader:
             devices=self.devices,
             tables=self.tables,
             headroom=self.headroom if self.log is not None else 0.0,
-            give_way=self._gap,
+            give_way=give_way,
             clock=self.clock,
         )
         follow = None if self.log is None else partial(self._follow, executor, self.log)

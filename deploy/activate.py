@@ -174,6 +174,7 @@ def memory_plan(
         update={
             "shards": max(one.shard for one in record.shards) + 1,
             "replicas": max(one.replica for one in record.shards) + 1,
+            "standby": 0,
         }
     )
     # The cluster may have been started with options that this command was not given.

@@ -95,12 +95,23 @@ class ShardingSection(BaseModel):
 
     shards: int = Field(default=2, ge=1, description="parts that the catalogue is cut into")
     replicas: int = Field(default=1, ge=1, le=16, description="shard processes of each part")
+    standby: int = Field(
+        default=0,
+        ge=0,
+        le=4,
+        description="further processes of each part, kept warm to take the place of one that ends",
+    )
     devices: tuple[str, ...] = Field(
         default=("cpu",), min_length=1, description="local devices of each shard"
     )
     threads: int = Field(
         default=0, ge=0, description="threads of each shard process; 0: cores divided by processes"
     )
+
+    @property
+    def copies(self) -> int:
+        """Return the processes of each part, those that are asked and those kept warm."""
+        return self.replicas + self.standby
 
     @field_validator("devices")
     @classmethod
@@ -162,6 +173,11 @@ class RuntimeSection(BaseModel):
     )
     crash_window_s: float = Field(
         default=60.0, gt=0, description="a death sooner than this after the start is quick"
+    )
+    hang_s: float = Field(
+        default=10.0,
+        ge=1,
+        description="a process that has answered no health check for so long is killed",
     )
 
 

@@ -10,7 +10,7 @@ Shapes: R replicas.
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,10 @@ from silvershard.deploy.memory_plan import (
     loaded_bytes,
     plan_memory,
 )
-from silvershard.deploy.readiness import Key, Lacking, Readiness, is_prepared
+from silvershard.deploy.readiness import Lacking, Readiness
+from silvershard.deploy.roster import Key, Roster
 from silvershard.deploy.shard_host import Connect, Held, Host, ShardHost
+from silvershard.deploy.shard_hosts import ShardHosts
 from silvershard.deploy.shard_watch import ShardWatch
 from silvershard.deploy.state import GenerationRecord, StateDir
 from silvershard.shard.assignment import shard_partitions
@@ -79,11 +81,11 @@ class GenerationWatch:
         """
         self._state = state
         self._config = config
-        self._connect = connect
         self._free_bytes = free_bytes
         self._clock = clock
         self._store = ControlStore(state.control_file)
-        self._hosts: dict[Key, tuple[ShardEntry, Host]] = {}
+        self._hosts = ShardHosts(connect)
+        self._roster = Roster(config.sharding.replicas)
         self._starting = generation
         """What is live as soon as the cluster has started; 0 from then on."""
         self._swap: _Swap | None = None
@@ -141,22 +143,20 @@ class GenerationWatch:
         beside = {self._control.canary, self._control.previous, *self._leaving} - {0, self.live}
         if self._swap is not None and self._swap.commit_s is not None:
             beside.add(self._swap.operation.generation)
-        return {one: str(self.path(one)) for one in sorted(beside) if self._is_served(one)}
+        return {
+            one: str(self.path(one)) for one in sorted(beside) if self._covers(self._named_for(one))
+        }
 
     @property
     def wanted(self) -> set[int]:
         """Return the generations that some process shall hold."""
-        replicas = range(self._config.sharding.replicas)
-        return set().union(*(self._wanted(replica) for replica in replicas))
+        copies = range(self._config.sharding.copies)
+        return set().union(*(self._wanted(replica) for replica in copies))
 
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return every generation that a process holds, as status shows it."""
-        return readiness.records_of(self._reports, self._control)
-
-    @property
-    def _reports(self) -> dict[Key, Mapping[int, Held]]:
-        return {key: host.held or {} for key, (_, host) in self._hosts.items()}
+        return readiness.records_of(self._hosts.reports, self._control)
 
     def path(self, generation: int) -> Path:
         """Return the directory of a generation."""
@@ -164,9 +164,7 @@ class GenerationWatch:
 
     def poll(self, watches: Sequence[ShardWatch]) -> None:
         """Look at everything once and take the next step."""
-        self._follow(watches)
-        for _, host in self._hosts.values():
-            host.poll()
+        self._hosts.follow(watches)
         try:
             self._take(self._store.read())
             if self._swap is not None:
@@ -174,40 +172,27 @@ class GenerationWatch:
             self._settle()
         except RetrievalError as error:
             self._say(f"the control store cannot be used, all stays as it is: {error}")
-        for (_, replica), (_, host) in self._hosts.items():
+        for (_, replica), host in self._hosts.by_key.items():
             if host.held is not None:
                 self._reconcile(host, host.held, self._wanted(replica) - self._retried(host.held))
+        self._roster.fill(map(self._ready_for, sorted(self._offered)))
 
-    def in_service(self, watches: Sequence[ShardWatch]) -> tuple[ShardEntry, ...]:
+    @property
+    def in_service(self) -> tuple[ShardEntry, ...]:
         """Return the entries of the processes that answer for the live generation.
 
         Those that are about to answer for the next one instead are named a moment before, so that
         routers are connected to them by then.
         """
-        entries = []
-        for watch in watches:
-            known = self._hosts.get((watch.shard, watch.replica))
-            if known is None or watch.entry is None:
-                continue
-            if self._is_in_service(watch.replica, known[1]):
-                documents = {"documents": self.documents(watch.shard)}
-                entries.append(watch.entry.model_copy(update=documents))
-        return tuple(entries)
+        return tuple(
+            entry.model_copy(update={"documents": self.documents(entry.shard)})
+            for key, entry in sorted(self._hosts.entries.items())
+            if key in self._roster.named
+        )
 
     def close(self) -> None:
         """Leave the processes alone."""
-        for _, host in self._hosts.values():
-            host.close()
-        self._hosts = {}
-
-    def _follow(self, watches: Sequence[ShardWatch]) -> None:
-        """Keep one host for every process that has said where it is."""
-        entries = {(one.shard, one.replica): one.entry for one in watches if one.entry is not None}
-        for key in [key for key, (entry, _) in self._hosts.items() if entries.get(key) != entry]:
-            self._hosts.pop(key)[1].close()
-        for key, entry in entries.items():
-            if key not in self._hosts:
-                self._hosts[key] = entry, self._connect(entry.address)
+        self._hosts.close()
 
     def _take(self, control: Control) -> None:
         self._accept(control)
@@ -226,7 +211,7 @@ class GenerationWatch:
         self._control = control
         if control.live != before.live:
             is_wave = self._swap is not None and self._swap.mode == "wave"
-            late = range(len(self._first_wave), self._config.sharding.replicas)
+            late = range(len(self._first_wave), self._config.sharding.copies)
             self._parked = self._config.swap.keep_previous and not is_wave
             self._gave_way = ""
             if before.previous and now_s < self._drained_s:
@@ -262,7 +247,8 @@ class GenerationWatch:
         if plan.mode == "refused" or (plan.mode == "wave" and operation.alias != LIVE):
             self._end(operation, plan.reason)
             return
-        if plan.mode == "wave" and not self._is_served(self.live, apart_from=self._first_wave):
+        others = (key for key in self._ready_for(self.live) if key[1] not in self._first_wave)
+        if plan.mode == "wave" and not self._covers(others):
             self._leave_waiting(operation, "no part of the replicas can be spared")
             return
         now_s = self._clock()
@@ -282,7 +268,7 @@ class GenerationWatch:
     def _obstacle(self, operation: Operation) -> str:
         """Return in words what is in the way, empty if nothing is; it is on its way out then."""
         generation, control = operation.generation, self._control
-        held = self._reports.values()
+        held = self._hosts.reports.values()
         if any(generation in one and one[generation].state == "failed" for one in held):
             # The last try is let go of first, so that it is not taken for this one.
             return f"generation {generation} failed earlier and is still held"
@@ -300,8 +286,8 @@ class GenerationWatch:
     def _plan(self, generation: int) -> MemoryPlan:
         """Return how to bring a generation in; the processes that hold it need no room for it."""
         outline, num_hosts = self._outline(generation), len(self._hosts)
-        holding = sum(generation in one for one in self._reports.values())
-        held = held_by(entry.pid for entry, _ in self._hosts.values())
+        holding = sum(generation in one for one in self._hosts.reports.values())
+        held = held_by(entry.pid for entry in self._hosts.entries.values())
         room = min(loaded_bytes(self._config, outline) * holding // max(num_hosts, 1), held)
         return plan_memory(
             self._config,
@@ -315,7 +301,7 @@ class GenerationWatch:
         """Notice what is over: drains, the second half of a wave, what a failed swap displaced."""
         now_s = self._clock()
         self._leaving = {one: end_s for one, end_s in self._leaving.items() if now_s < end_s}
-        late = [held for key, held in self._reports.items() if key[1] in self._is_late]
+        late = [held for key, held in self._hosts.reports.items() if key[1] in self._is_late]
         states = {held[self.live].state if self.live in held else "" for held in late}
         if now_s >= self._drained_s and states <= {"prepared", "failed"}:
             self._is_late = range(0)
@@ -326,7 +312,7 @@ class GenerationWatch:
         """Load the previous generation again, if it made room for what was not done."""
         control = self._control
         previous, ended = control.previous, control.operation(self._gave_way)
-        held = set().union(*self._reports.values())
+        held = set().union(*self._hosts.reports.values())
         is_lost = ended is None or ended.state == "done" or not self.path(previous).is_dir()
         if not is_lost and held - {control.live, control.canary, control.warm, previous}:
             # What failed is let go of first.
@@ -343,8 +329,8 @@ class GenerationWatch:
             for one in watches
             if one.state != "failed" and (not is_wave or one.replica in self._first_wave)
         ]
-        hosts = [self._hosts.get((one.shard, one.replica)) for one in counted]
-        held = [(known[1].held or {}).get(generation) for known in hosts if known is not None]
+        reports = self._hosts.reports
+        held = [reports.get((one.shard, one.replica), {}).get(generation) for one in counted]
         broken = [one.reason for one in held if one is not None and one.state == "failed"]
         prepared = sum(one is not None and one.state == "prepared" for one in held)
         shards = {one.shard for one in counted}
@@ -378,10 +364,10 @@ class GenerationWatch:
         coming = operation.generation
         if operation.alias != LIVE or coming == self.live:
             return readiness.NOTHING, ""
-        behind = self._readiness.observe(self._reports, self.live, coming, self._clock())
+        behind = self._readiness.observe(self._hosts.reports, self.live, coming, self._clock())
         if operation.allow_refused or operation.kind == "rollback":
             return readiness.NOTHING, behind
-        lacking = readiness.refusals(self._reports, self.live, coming)
+        lacking = readiness.refusals(self._hosts.reports, self.live, coming)
         return lacking, behind or lacking.early
 
     def _report(self, swap: _Swap, progress: str) -> None:
@@ -426,7 +412,7 @@ class GenerationWatch:
     @property
     def _first_wave(self) -> range:
         """Return the replicas that change before the map does; the others change after it."""
-        return range(max(self._config.sharding.replicas // 2, 1))
+        return range(max(self._config.sharding.copies // 2, 1))
 
     def _wanted(self, replica: int) -> set[int]:
         """Return the generations that a process shall hold."""
@@ -466,21 +452,22 @@ class GenerationWatch:
             if generation not in held or (failed and generation == self.live):
                 host.prepare(generation, str(self.path(generation)))
 
-    def _is_in_service(self, replica: int, host: Host) -> bool:
-        """Return whether the map names a process."""
-        offered = any(is_prepared(host.held, one) for one in self._offered)
-        return offered and replica not in self._out_of_service()
+    def _ready_for(self, generation: int) -> list[Key]:
+        """Return the processes that the map may name for a generation."""
+        out = self._out_of_service()
+        return [key for key in self._hosts.prepared(generation) if key[1] not in out]
 
-    def _is_served(self, generation: int, apart_from: range = range(0)) -> bool:
-        """Return whether every shard has a process that serves a generation, without some."""
-        serving = {
-            shard
-            for (shard, replica), (_, host) in self._hosts.items()
-            if replica not in apart_from
-            and is_prepared(host.held, generation)
-            and self._is_in_service(replica, host)
-        }
-        return bool(generation) and len(serving) == self._config.sharding.shards
+    def is_standby(self, key: Key) -> bool:
+        """Return whether a process could be asked for the live generation and is not."""
+        return key not in self._roster.named and key in self._ready_for(self.live)
+
+    def _named_for(self, generation: int) -> Iterable[Key]:
+        """Return the processes that the map names and that could answer from a generation."""
+        return self._roster.named.intersection(self._hosts.prepared(generation))
+
+    def _covers(self, keys: Iterable[Key]) -> bool:
+        """Return whether every shard is among those of some processes."""
+        return len({shard for shard, _ in keys}) == self._config.sharding.shards
 
     def _outline(self, generation: int) -> Outline:
         if generation not in self._outlines:

@@ -128,10 +128,21 @@ class LocalCluster:
     def shards(self) -> list[ShardRecord]:
         """Return every shard as the launcher sees it now."""
         documents = self._generations.documents
+        is_standby = self._generations.is_standby
         return [
-            one.record.model_copy(update={"documents": documents(one.shard)})
+            one.record.model_copy(
+                update={
+                    "documents": documents(one.shard),
+                    "standby": is_standby((one.shard, one.replica)),
+                }
+            )
             for one in self._shards
         ]
+
+    @property
+    def _num_named(self) -> int:
+        """Return how many shard processes the map of a whole cluster names."""
+        return self._config.sharding.shards * self._config.sharding.replicas
 
     def start_router(self) -> None:
         """Start the router, which waits for its shards, so that both can start side by side."""
@@ -154,7 +165,7 @@ class LocalCluster:
         sharding, runtime = self._config.sharding, self._config.runtime
         self._shards = [
             ShardWatch(shard, self._start_shard(shard, replica), runtime, replica=replica)
-            for replica in range(sharding.replicas)
+            for replica in range(sharding.copies)
             for shard in range(sharding.shards)
         ]
 
@@ -231,7 +242,8 @@ class LocalCluster:
             served = [one.state == "serving" for one in self._tables.watches]
             is_sequenced = self._sequencer is None or self._sequencer.state == "serving"
             in_map = len(self._map.entries) if self._map else 0
-            is_whole = in_map == len(self._shards) and all(served) and is_sequenced
+            all_serve = serving == len(self._shards) and all(served) and is_sequenced
+            is_whole = all_serve and in_map == self._num_named
             if is_whole and self._router.phase == "serving":
                 self._report("first question")
                 self._canary(self._router.address)
@@ -266,10 +278,10 @@ class LocalCluster:
         self._write_record()
 
     def _write_map(self) -> None:
-        entries = self._generations.in_service(self._shards)
+        entries = self._generations.in_service
         if not self._shards:
             return
-        if self._map is None and len(entries) < len(self._shards):
+        if self._map is None and len(entries) < self._num_named:
             # The first map is whole, so that the router never believes in a smaller catalogue.
             return
         sequencer = self._sequencer.entry if self._sequencer else None

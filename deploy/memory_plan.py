@@ -79,7 +79,7 @@ def plan_memory(
             f"generation {new.generation} takes {mib(new_bytes)} beside the "
             f"{mib(held_bytes)} that are held, and {mib(free_bytes)} are free"
         )
-        if config.sharding.replicas == 1:
+        if config.sharding.copies == 1:
             mode = "refused"
             reason = (
                 f"{numbers}: free memory, raise swap.memory_mib, or serve with "
@@ -109,7 +109,7 @@ def loaded_bytes(config: Config, outline: Outline) -> int:
         _process_bytes(outline, shard_partitions(at, shards, outline.num_partitions), headroom)
         for at in range(shards)
     ]
-    return config.sharding.replicas * sum(each)
+    return config.sharding.copies * sum(each)
 
 
 def row_bytes(live: Outline, new: Outline) -> int:

@@ -297,7 +297,7 @@ def render_cluster(document: dict[str, Any]) -> str:
     rows = [
         (
             f"{shard['shard']}.{shard['replica']}",
-            shard["state"],
+            "standby" if shard["standby"] and shard["state"] == "serving" else shard["state"],
             str(shard["pid"] or "-"),
             shard["documents"],
             shard.get("behind"),

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from silvershard.deploy.control_store import Control
+from silvershard.deploy.roster import Key
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.state import GenerationRecord, GenerationRole
-
-Key = tuple[int, int]
-"""Shard and replica."""
 
 Reports = Mapping[Key, Mapping[int, Held]]
 """What every process said last that it holds, by generation."""

@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from silvershard.cluster.config import RouterConfig
 from silvershard.deploy.config import Config
 from silvershard.deploy.crash_loop import CrashLoop
+from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+
+_LOOK_S = 0.1
 
 _STEADY_S = 30.0
 """A router that lived this long was no part of a crash loop."""
@@ -48,8 +50,8 @@ class RouterWatch:
         self._began_s = 0.0
         self._next_start_s = 0.0
         """When to start it again; 0 while it runs or was never started."""
-        self._stub: health_pb2_grpc.HealthStub | None = None
-        self._channel: grpc.Channel | None = None
+        self._pulse: Pulse | None = None
+        self._hang_s = config.runtime.hang_s
 
     @property
     def record(self) -> RouterRecord:
@@ -111,36 +113,45 @@ class RouterWatch:
             return
         code = self._process.poll()
         if code is not None:
-            self.phase = "restarting"
-            self.reason = (
+            self._ended(
                 f"exit code {code}: {self.last_words()}"
                 if code >= 0
                 else f"ended by {signal.Signals(-code).name}"
             )
-            self._process = None
-            self._disconnect()
-            self._crashes.died(time.monotonic() - self._began_s)
-            self._next_start_s = time.monotonic() + self._crashes.backoff_s
-        elif self.phase != "serving" and self.is_ready():
+            return
+        silent_s = self._feel()
+        if silent_s >= self._hang_s:
+            self._process.kill()
+            self._process.wait()
+            self._ended(f"hung for {silent_s:g} s and was killed")
+        elif self.phase != "serving" and self._is_ready():
             self.phase, self.reason = "serving", ""
 
-    def is_ready(self) -> bool:
+    def _ended(self, reason: str) -> None:
+        self.phase, self.reason = "restarting", reason
+        self._process = None
+        self._disconnect()
+        self._crashes.died(time.monotonic() - self._began_s)
+        self._next_start_s = time.monotonic() + self._crashes.backoff_s
+
+    def _feel(self) -> float:
+        """Take the pulse; return for how long the router has been silent."""
+        if self._pulse is None:
+            if not self.address:
+                return 0.0
+            self._pulse = Pulse(self.address, every_s=_LOOK_S)
+        self._pulse.poll()
+        return self._pulse.silent_s
+
+    def _is_ready(self) -> bool:
         """Return whether the router says that it serves.
 
         The first time it must have reached every shard; after a restart it is enough that it
         answers, because a shard may be lost for longer.
         """
-        if not self.address:
-            return False
-        if self._stub is None:
-            self._channel = grpc.insecure_channel(self.address)
-            self._stub = health_pb2_grpc.HealthStub(self._channel)
-        try:
-            answer = self._stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=1.0)
-        except grpc.RpcError:
-            return False
-        reached_all = bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-        return reached_all or self.restarts > 0
+        status = self._pulse.status if self._pulse is not None else None
+        reached_all = bool(status == health_pb2.HealthCheckResponse.SERVING)
+        return reached_all or (status is not None and self.restarts > 0)
 
     def last_words(self) -> str:
         """Return what the router wrote last, or that it wrote nothing."""
@@ -178,6 +189,6 @@ class RouterWatch:
         self._process = None
 
     def _disconnect(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = self._stub = None
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None

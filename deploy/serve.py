@@ -143,7 +143,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
 
     tables = row_files(Path(launch.snapshot))
     sharding = config.sharding
-    actors = sharding.shards * sharding.replicas
+    actors = sharding.shards * sharding.copies
     actors += (config.tables.shards if tables else 0) + config.updates.enabled
     cluster = LocalCluster(
         state,

@@ -4,6 +4,7 @@ Ray starts the actor again when the process ends, and says how often, also while
 reads no clock but the one it is given, so that a test can be quicker than time.
 """
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -11,7 +12,8 @@ from typing import Generic, Protocol, TypeVar
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.crash_loop import CrashLoop
-from silvershard.deploy.processes import Process, identify, is_alive
+from silvershard.deploy.processes import Process, identify, is_alive, send_signal
+from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.state import ShardPhase, ShardRecord
 
 
@@ -25,6 +27,11 @@ class Entry(Protocol):
     @property
     def pid(self) -> int:
         """Return its process."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Return ``host:port`` of its gRPC server, or of one of them."""
         ...
 
 
@@ -67,8 +74,18 @@ class ActorWatch(Generic[E]):
         handle: Handle[E],
         runtime: RuntimeSection,
         *,
+        feel: Callable[[str], Pulse] = Pulse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Watch an actor.
+
+        Args:
+            shard: its number among those of its kind.
+            handle: the actor.
+            runtime: limits.
+            feel: takes the pulse of the process at an address.
+            clock: measures its lives.
+        """
         self.shard = shard
         self.state: ShardPhase = "starting"
         self.reason = ""
@@ -78,6 +95,9 @@ class ActorWatch(Generic[E]):
         self.last: E | None = None
         """Where it served last."""
         self._handle = handle
+        self._feel = feel
+        self._pulse: Pulse | None = None
+        self._hang_s = runtime.hang_s
         self._clock = clock
         self._process: Process | None = None
         self._crashes = CrashLoop(runtime.crash_limit, runtime.crash_window_s)
@@ -96,13 +116,29 @@ class ActorWatch(Generic[E]):
         if self.entry is not None and (self._process is None or not is_alive(self._process)):
             self._lost(f"process {self.entry.pid} ended")
         self._count_restarts()
+        self._kill_if_hung()
         if self.state in ("starting", "restarting"):
             self._look_for_entry()
 
     def _lost(self, reason: str) -> None:
         self.state, self.reason = "restarting", reason
-        self.entry = self._process = None
+        self._forget()
         self._handle.ask_again()
+
+    def _forget(self) -> None:
+        self.entry = self._process = None
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None
+
+    def _kill_if_hung(self) -> None:
+        """Kill a process that stands still, which Ray would never notice."""
+        if self._pulse is None or self._process is None:
+            return
+        self._pulse.poll()
+        silent_s = self._pulse.silent_s
+        if silent_s >= self._hang_s and send_signal(self._process, signal.SIGKILL):
+            self._lost(f"process {self._process.pid} hung for {silent_s:g} s and was killed")
 
     def _count_restarts(self) -> None:
         restarts = self._handle.restarts()
@@ -127,15 +163,16 @@ class ActorWatch(Generic[E]):
         if found is not None:
             self.entry, self._process = found, identify(found.pid)
             self.last = found
+            self._pulse = self._feel(found.address)
             self.state, self.reason = "serving", ""
 
     def _give_up(self, reason: str) -> None:
         self.end()
         self.state, self.reason = "failed", reason
-        self.entry = self._process = None
 
     def end(self) -> None:
         """End the actor for good."""
+        self._forget()
         self._handle.end()
 
 
@@ -151,9 +188,11 @@ class ShardWatch(ActorWatch[ShardEntry]):
         runtime: RuntimeSection,
         *,
         replica: int = 0,
+        feel: Callable[[str], Pulse] = Pulse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(shard, handle, runtime, clock=clock)
+        """Watch a process of a shard; ``replica`` is the number of the copy."""
+        super().__init__(shard, handle, runtime, feel=feel, clock=clock)
         self.replica = replica
 
     @property

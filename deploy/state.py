@@ -61,6 +61,7 @@ class ShardRecord(BaseModel):
 
     shard: int = Field(ge=0, description="index of the shard")
     replica: int = Field(default=0, ge=0, description="index of the copy of the shard")
+    standby: bool = Field(default=False, description="kept warm, and asked nothing")
     state: ShardPhase = Field(description="where it is in its life")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     epoch: int = Field(default=0, ge=0, description="incarnation, larger after every restart")

@@ -36,7 +36,14 @@ class TableHost(BaseModel):
 
     shard: int = Field(ge=0, description="index of the part")
     pid: int = Field(ge=1, description="its process")
-    tables: dict[str, TableEntry] = Field(description="its entry in the map of each table")
+    tables: dict[str, TableEntry] = Field(
+        min_length=1, description="its entry in the map of each table"
+    )
+
+    @property
+    def address(self) -> str:
+        """Return ``host:port`` of one of its servers, which share a thread."""
+        return next(iter(self.tables.values())).address
 
 
 StartTables = Callable[[int, Path], Handle[TableHost]]

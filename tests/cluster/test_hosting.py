@@ -112,14 +112,25 @@ class Bench:
         self.may_catch_up = threading.Event()
         self.may_catch_up.set()
         self.changes = 0
+        self.loads: list[int] = []
+        self.loading = self.most_loading = 0
+        self.checks = False
         self.now_s: Callable[[], float] = time.monotonic
         self.hosting = Hosting(0, self.model.submit, lambda: self.now_s(), self.load, self.changed)
 
     def changed(self) -> None:
         self.changes += 1
 
-    def load(self, path: Path) -> Loaded:
-        assert self.may_load.wait(10)
+    def load(self, path: Path, check: Callable[[], None] = lambda: None) -> Loaded:
+        self.loads.append(int(path.name))
+        self.loading += 1
+        self.most_loading = max(self.most_loading, self.loading)
+        try:
+            assert self.may_load.wait(10)
+            if self.checks:
+                check()
+        finally:
+            self.loading -= 1
         if str(path) in self.errors:
             raise self.errors[str(path)]
         generation = int(path.name)
@@ -261,6 +272,26 @@ def test_what_is_let_go_of_while_it_loads_never_serves(bench: Bench) -> None:
     until(lambda: 3 in bench.followers and bench.followers[3].stopped)
     assert bench.hosting.all == []
     assert not hosted.serves
+
+
+def test_loading_ends_where_it_is_not_wanted_any_more_and_the_next_waits_for_that(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.checks = True
+    bench.may_load.clear()
+    first = bench.hosting.prepare(3, "/s/3")
+    until(lambda: bench.loading == 1)
+    bench.hosting.retire(3)
+    again = bench.hosting.prepare(3, "/s/3")
+    until(lambda: sum(one.name == "prepare-3" for one in threading.enumerate()) == 2)
+    # Long enough for a second load to begin, if it did not wait.
+    time.sleep(0.05)
+    bench.may_load.set()
+    until(lambda: again.serves)
+    assert bench.loads == [3, 3]
+    assert bench.most_loading == 1
+    assert (first.executor, first.state) == (None, HostState.LOADING)
+    assert "cannot be prepared" not in caplog.text
 
 
 def test_a_hosting_without_a_loader_refuses_further_generations(bench: Bench) -> None:

@@ -101,6 +101,22 @@ def test_a_generation_that_holds_updates_of_another_log_is_refused(
             load(generation.path)
 
 
+def test_loading_ends_between_its_parts_where_it_is_called_off(generation: Any) -> None:
+    class CalledOff(Exception):
+        pass
+
+    checks: list[int] = []
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 3:
+            raise CalledOff
+
+    with pytest.raises(CalledOff):
+        ShardLoader(0, 1)(generation.path, check)
+    assert len(checks) == 3
+
+
 def test_a_process_that_starts_again_serves_what_the_map_says_by_now(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     assert wanted_generations("", "/s/1") == ("/s/1", {})

@@ -60,6 +60,8 @@ class Faults:
     draw: random.Random
     lost: int = 0
     """Changes that were not synced."""
+    is_mild: bool = True
+    """Whether some of what was not synced may reach the disk all the same."""
 
     def strike(self, role: str) -> None:
         """Kill a process while the log is written, and drop of that what was not synced."""
@@ -88,10 +90,11 @@ class Faults:
             time.sleep(self.draw.choice((0.0, self.draw.random() * BLOW_S)))
 
     def _lose(self, **process: int) -> None:
-        self.lost += self.unsynced.lose(
-            lambda count: self.draw.randrange(count + 1) if self.draw.random() < 0.5 else 0,
-            **process,
-        )
+        self.lost += self.unsynced.lose(self._kept, **process)
+
+    def _kept(self, count: int) -> int:
+        is_mild = self.is_mild and self.draw.random() < 0.5
+        return self.draw.randrange(count + 1) if is_mild else 0
 
     def mend(self, roles: tuple[str, ...]) -> None:
         """Start again what nobody else does."""
@@ -175,6 +178,8 @@ def _lie(crash: Any, harm: Faults, ledgers: list[Any]) -> None:
         crash.until(lambda: writer.ledger.acked >= 10, "no update is acked on a disk that lies")
         ledger = writer.end()
     crash.assert_kept(harm.cluster, ledger)
+    # By luck all of it could reach the disk.
+    harm.is_mild = False
     harm.strike("power")
     harm.unsynced.be_honest()
     harm.mend(("power",))

@@ -109,7 +109,7 @@ class Setup:
         self.store = ControlStore(state.control_file)
         self.handles = [
             FakeHandle(shard, replica)
-            for replica in range(self.config.sharding.replicas)
+            for replica in range(self.config.sharding.copies)
             for shard in range(2)
         ]
         self.watches = [
@@ -157,7 +157,7 @@ class Setup:
 
     @property
     def served(self) -> list[tuple[int, int]]:
-        return sorted((one.shard, one.replica) for one in self.watch.in_service(self.watches))
+        return sorted((one.shard, one.replica) for one in self.watch.in_service)
 
     def held(self) -> set[int]:
         return {number for one in self.hosts.values() for number in one.states}
@@ -190,7 +190,7 @@ def test_what_a_cluster_starts_with_is_live(setup: Setup) -> None:
     assert setup.watch.snapshots == {}
     (record,) = setup.watch.records
     assert (record.generation, record.role, record.prepared, record.processes) == (1, "live", 2, 2)
-    documents = [one.documents for one in setup.watch.in_service(setup.watches)]
+    documents = [one.documents for one in setup.watch.in_service]
     assert sum(documents) == 600
 
 
@@ -450,6 +450,7 @@ def test_a_process_whose_live_generation_fails_leaves_service_and_tries_again(
 
 def test_nothing_is_in_service_before_it_has_said_what_it_holds(setup: Setup) -> None:
     setup.host(0).answers = False
+    setup.poll()
     assert setup.served == [(1, 0)]
 
 
@@ -567,6 +568,65 @@ def test_without_room_for_both_two_replicas_change_one_after_the_other(state: St
         assert {shard for shard, _ in setup.served} == {0, 1}
     assert setup.operation(back).state == "done"
     assert setup.held() == {1}
+
+
+def test_a_standby_takes_the_place_of_a_process_that_ends(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.standby": 1})
+    setup.poll()
+    assert setup.served == [(0, 0), (1, 0)]
+    assert setup.watch.is_standby((0, 1))
+    assert not setup.watch.is_standby((0, 0))
+    ended = setup.handles[0]
+    assert (ended.shard, ended.replica) == (0, 0)
+    ended.serves, ended.count = False, 1
+    setup.poll()
+    assert setup.served == [(0, 1), (1, 0)]
+    ended.serves, ended.epoch = True, 2
+    setup.poll(2)
+    # Nothing changes twice.
+    assert setup.served == [(0, 1), (1, 0)]
+    assert setup.watch.is_standby((0, 0))
+
+
+def test_a_standby_that_is_not_prepared_takes_no_place(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.standby": 1})
+    setup.poll()
+    setup.host(0, 1).states[1] = "failed", "no space"
+    setup.handles[0].serves, setup.handles[0].count = False, 1
+    setup.poll()
+    assert setup.served == [(1, 0)]
+    assert not setup.watch.is_standby((0, 1))
+
+
+def test_a_standby_changes_with_the_others(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.standby": 1})
+    setup.poll()
+    asked = setup.ask(2)
+    setup.poll(4)
+    assert setup.operation(asked).state == "done"
+    assert setup.served == [(0, 0), (1, 0)]
+    assert 2 in setup.host(0, 1).states
+    setup.handles[0].serves, setup.handles[0].count = False, 1
+    setup.poll()
+    assert setup.served == [(0, 1), (1, 0)]
+
+
+def test_with_a_standby_one_replica_has_room_for_a_wave(state: StateDir) -> None:
+    setup = Setup(state, **{"sharding.standby": 1})
+    setup.free_bytes = 0
+    setup.poll()
+    asked = setup.ask(2)
+    seen = set()
+    for _ in range(40):
+        setup.poll(1, forward_s=0.2)
+        assert all(len(one.states) <= 1 for one in setup.hosts.values())
+        assert {shard for shard, _ in setup.served} == {0, 1}
+        seen.add((setup.watch.live, *setup.watch.snapshots, *setup.served))
+    assert setup.operation(asked).state == "done"
+    assert setup.held() == {2}
+    old, new = ((0, 1), (1, 1)), ((0, 0), (1, 0))
+    # Routers meet those that change first before they depend on them.
+    assert seen == {(1, *old), (1, 2, *sorted(old + new)), (2, *new)}
 
 
 def test_a_wave_that_fails_brings_the_replicas_back(state: StateDir) -> None:

@@ -351,8 +351,8 @@ def test_every_replica_of_every_shard_is_in_the_map(
     setup.copies[1].serve()
     setup.cluster.wait_until_ready(0.0)
     assert [(one.shard, one.replica) for one in setup.map.entries] == [
-        *((0, 0), (1, 0)),
-        *((0, 1), (1, 1)),
+        *((0, 0), (0, 1)),
+        *((1, 0), (1, 1)),
     ]
     record = setup.state.read_record()
     assert record is not None
@@ -439,3 +439,18 @@ def test_the_driver_of_a_cluster_needs_no_torch() -> None:
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+def test_the_first_map_names_no_standby_and_is_whole_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    setup = Setup(tmp_path, {"updates.enabled": False, "sharding.standby": 1})
+    setup.cluster.start_shards()
+    for one in (*setup.shards, *setup.copies):
+        one.serve()
+    setup.cluster.poll()
+    assert sorted((one.shard, one.replica) for one in setup.map.entries) == [(0, 0), (1, 0)]
+    standby = [(one.shard, one.replica) for one in setup.cluster.shards if one.standby]
+    assert standby == [(0, 1), (1, 1)]
+    setup.cluster.stop()

@@ -284,6 +284,11 @@ def test_replicas_sequencer_and_generations_are_shown(
     shown = operate.render_cluster(document)
     for text in ("1.1", "pid 77, serving", "previous", "3 of 4", " 17 "):
         assert text in shown
+    assert "standby" not in shown
+    copies[2] = copies[2].model_copy(update={"standby": True})
+    state.write_record(record(shards=tuple(copies), sequencer=sequencer))
+    document, _ = operate.status(state)
+    assert " standby " in operate.render_cluster(document)
 
 
 def test_a_sequencer_that_is_away_is_degraded(

@@ -41,7 +41,7 @@ def ask_http(address: str) -> int:
     return status
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(true: Callable[[], object]) -> None:
     give_up_s = time.monotonic() + 60
     while not true():
         assert time.monotonic() < give_up_s
@@ -97,6 +97,22 @@ def test_where_no_port_is_fixed_http_has_none_either(
     options: dict[str, object], expected: str
 ) -> None:
     assert http_wanted(load(None, environ={}, options=options)) == expected
+
+
+def test_a_router_that_hangs_is_killed_and_comes_back(state: StateDir) -> None:
+    watch = RouterWatch(state, load(None, environ={}, options={"runtime.hang_s": 1}))
+    try:
+        watch.start()
+        until(lambda: watch.poll() or (watch._pulse is not None and watch._pulse.status))
+        first = watch.record.pid
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: watch.poll() or watch.record.state == "restarting")
+        assert watch.record.reason.startswith("hung for ")
+        assert watch.record.reason.endswith(" s and was killed")
+        until(lambda: watch.poll() or watch.record.state == "serving")
+        assert watch.record.pid not in (0, first)
+    finally:
+        watch.stop()
 
 
 def test_the_reason_of_a_router_that_cannot_start_is_known(state: StateDir) -> None:

@@ -1,7 +1,9 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,21 @@ class FakeShard:
         self.ended = True
 
 
+class FakePulse:
+    """The pulse of a process that is silent as long as the test says."""
+
+    def __init__(self, address: str = "") -> None:
+        self.address = address
+        self.silent_s = 0.0
+        self.closed = False
+
+    def poll(self) -> None:
+        assert not self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class Clock:
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -54,8 +71,18 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def watch(shard: FakeShard, clock: Clock) -> ShardWatch:
-    return ShardWatch(1, shard, RuntimeSection(crash_limit=3, crash_window_s=60), clock=clock)
+def pulses() -> list[FakePulse]:
+    return []
+
+
+@pytest.fixture
+def watch(shard: FakeShard, clock: Clock, pulses: list[FakePulse]) -> ShardWatch:
+    def feel(address: str) -> Any:
+        pulses.append(FakePulse(address))
+        return pulses[-1]
+
+    runtime = RuntimeSection(crash_limit=3, crash_window_s=60, hang_s=7)
+    return ShardWatch(1, shard, runtime, feel=feel, clock=clock)
 
 
 @pytest.fixture
@@ -164,3 +191,41 @@ def test_a_copy_of_a_shard_has_a_name_and_a_record_of_its_own() -> None:
     watches = [ShardWatch(1, FakeShard(), RuntimeSection(), replica=replica) for replica in (0, 1)]
     assert [one.name for one in watches] == ["shard 1", "shard 1 replica 1"]
     assert [one.record.replica for one in watches] == [0, 1]
+
+
+def test_a_process_that_hangs_is_killed(
+    watch: ShardWatch,
+    shard: FakeShard,
+    process: "subprocess.Popen[bytes]",
+    pulses: list[FakePulse],
+) -> None:
+    shard.said = entry(process.pid)
+    watch.poll()
+    assert [one.address for one in pulses] == ["127.0.0.1:1"]
+    os.kill(process.pid, signal.SIGSTOP)
+    pulses[0].silent_s = 6.9
+    watch.poll()
+    assert watch.record.state == "serving"
+    assert process.poll() is None
+    pulses[0].silent_s = 7.0
+    watch.poll()
+    assert process.wait(10) == -signal.SIGKILL
+    record = watch.record
+    assert record.state == "restarting"
+    assert record.reason == f"process {process.pid} hung for 7 s and was killed"
+    assert pulses[0].closed
+    assert shard.asked == 1
+    shard.said = entry(os.getpid(), epoch=2)
+    shard.count = 1
+    watch.poll()
+    assert (watch.record.state, watch.record.restarts, len(pulses)) == ("serving", 1, 2)
+
+
+def test_nobody_feels_the_pulse_of_what_has_ended(
+    watch: ShardWatch, shard: FakeShard, pulses: list[FakePulse]
+) -> None:
+    shard.said = entry(os.getpid())
+    watch.poll()
+    watch.end()
+    assert shard.ended
+    assert [one.closed for one in pulses] == [True]
