@@ -149,8 +149,9 @@ def needed_memory(config: Config, stock: Stock, *, joins: bool) -> int:
         stock: holds the size of the generation.
         joins: Ray's head is elsewhere.
     """
-    sharding = config.sharding
-    processes = sharding.shards * sharding.replicas + 1 + config.updates.enabled
+    sharding, tables = config.sharding, config.tables
+    processes = sharding.shards * sharding.copies + 1 + config.updates.enabled
+    processes += tables.shards if tables.remote else 0
     ray = RAY_NODE_BYTES if joins else RAY_HEAD_BYTES
     store = config.runtime.object_store_bytes
     return ray + store + processes * TORCH_PROCESS_BYTES + stock.loaded_bytes

@@ -206,9 +206,12 @@ def test_the_memory_that_is_needed_counts_every_process_and_the_generation() -> 
     assert alone == RAY_HEAD_BYTES + store + 2 * TORCH_PROCESS_BYTES
     assert needed_memory(small, Stock(loaded_bytes=GIB), joins=False) == alone + GIB
     assert alone - needed_memory(small, Stock(), joins=True) == RAY_HEAD_BYTES - RAY_NODE_BYTES
-    large = config(sharding__shards=4, sharding__replicas=2)
-    # Eight shards and a sequencer.
-    assert needed_memory(large, Stock(), joins=False) == alone + 8 * TORCH_PROCESS_BYTES
+    large = config(sharding__shards=4, sharding__replicas=2, sharding__standby=1)
+    # Twelve shards and a sequencer.
+    assert needed_memory(large, Stock(), joins=False) == alone + 12 * TORCH_PROCESS_BYTES
+    remote = config(sharding__shards=1, updates__enabled=False, tables__remote=["history"])
+    # Two processes of tables.
+    assert needed_memory(remote, Stock(), joins=False) == alone + 2 * TORCH_PROCESS_BYTES
 
 
 def test_a_machine_whose_cluster_runs_already_has_room_for_it() -> None:
