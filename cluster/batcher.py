@@ -70,6 +70,11 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._batch_s = _SHORTEST_DELAY_S
 
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests wait for a batch; any thread may ask."""
+        return len(self._waiting)
+
     async def submit(self, queries: Sequence[Query], run: Run) -> list[Fate]:
         """Return the fates of requests that came in together, in order.
 

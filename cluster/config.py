@@ -2,7 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from silvershard.cluster.http_address import split_address
 
 MEBIBYTE = 1 << 20
 
@@ -20,6 +22,29 @@ class ListenSection(BaseModel):
         default=False,
         description="allow an address other than loopback although nothing is encrypted",
     )
+
+
+class ObservabilitySection(BaseModel):
+    """Where a router answers probes and shows its metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    http: str = Field(
+        default="127.0.0.1:8002",
+        description="host:port of /livez, /readyz, /healthz, /version and /metrics; empty: no "
+        "HTTP; where listen.port is 0 this port is any free one too, which `status` shows",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="allow an address other than loopback although it asks nobody who they are",
+    )
+
+    @field_validator("http")
+    @classmethod
+    def _check_http(cls, http: str) -> str:
+        if http:
+            split_address(http)
+        return http
 
 
 class PingSection(BaseModel):
@@ -168,4 +193,7 @@ class RouterConfig(BaseModel):
     )
     retries: RetriesSection = Field(
         default=RetriesSection(), description="second calls where the first failed"
+    )
+    observability: ObservabilitySection = Field(
+        default=ObservabilitySection(http=""), description="probes and metrics; by default none"
     )

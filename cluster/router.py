@@ -17,9 +17,13 @@ from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
 from silvershard.cluster.extra_calls import ExtraCalls
+from silvershard.cluster.http_server import HttpServer
 from silvershard.cluster.links import Connections, Links
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.metrics import Gauge, Metrics
 from silvershard.cluster.replica_choice import ReplicaChoice
+from silvershard.cluster.request_meter import RequestMeter
+from silvershard.cluster.router_pages import RouterFacts, router_pages
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.update_service import SERVICE as UPDATES
@@ -89,20 +93,41 @@ class Router:
             queue=query.queue,
             clock=clock,
         )
+        self._facts = RouterFacts()
+        self._metrics = Metrics()
+        self._meter = RequestMeter(SERVICE, self._metrics)
+        self._metrics.add(
+            "silvershard_queue_depth",
+            "Requests that wait for a batch.",
+            Gauge(lambda: self._batcher.num_waiting),
+        )
+        self._http = HttpServer(router_pages(lambda: self._facts, self._metrics))
         self._updates = UpdateService(lambda: self._map.sequencer if self._map else None)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
 
+    @property
+    def http_address(self) -> str:
+        """Return ``host:port`` of probes and metrics; empty before the start, or without them."""
+        return self._http.address
+
     async def start(self) -> None:
-        """Bind the port and serve; ``address`` is set from then on.
+        """Bind the ports and serve; ``address`` is set from then on.
 
         Raises:
-            ConfigError: if the host is refused.
-            StateError: if the port is in use.
+            ConfigError: if a host is refused.
+            StateError: if a port is in use.
         """
         listen = self._config.listen
-        server = grpc.aio.server(options=server_options(self._config.query.max_request_bytes))
+        observability = self._config.observability
+        if observability.http:
+            # First of all: whoever probes is told that this router starts.
+            self._http.start(observability.http, insecure=observability.insecure)
+        server = grpc.aio.server(
+            interceptors=(self._meter,),
+            options=server_options(self._config.query.max_request_bytes),
+        )
         service = RetrievalService(
             lambda: self._offer, self._batcher, self._config.query, self._clock
         )
@@ -126,6 +151,7 @@ class Router:
 
     async def stop(self) -> None:
         """Refuse new requests, answer those in flight for at most ``drain_s``, and disconnect."""
+        self._facts = self._facts._replace(draining=True)
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
@@ -137,6 +163,7 @@ class Router:
         await asyncio.gather(*self._retired, return_exceptions=True)
         await self._updates.aclose()
         await self._connections.aclose()
+        self._http.stop()
 
     async def follow(self) -> None:
         """Take over the shard map if it changed, and publish what is healthy."""
@@ -161,6 +188,15 @@ class Router:
         coverage = answering / addressed if addressed else float(bool(reached))
         covered = bool(reached) and coverage >= self._config.query.min_coverage
         await self._set_health(f"model/{coordinator.spec.model}", ready=covered)
+        self._facts = self._facts._replace(
+            ready=self._ready,
+            covered=covered,
+            coverage=coverage,
+            model=coordinator.spec.model,
+            generation=shard_map.generation,
+            content_hash=self._held[shard_map.generation].content_hash,
+            map_version=shard_map.version,
+        )
 
     async def _follow_forever(self) -> None:
         while True:

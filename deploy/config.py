@@ -20,6 +20,7 @@ from silvershard.cluster.config import (
     HealthSection,
     HedgingSection,
     ListenSection,
+    ObservabilitySection,
     PingSection,
     QuerySection,
     RetriesSection,
@@ -87,6 +88,9 @@ class Config(BaseModel):
     )
     control: ControlSection = Field(
         default=ControlSection(), description="where it is written what shall be served"
+    )
+    observability: ObservabilitySection = Field(
+        default=ObservabilitySection(), description="where a router answers probes"
     )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from silvershard.cluster.config import ListenSection
+from silvershard.cluster.http_server import bind_http
 from silvershard.cluster.listen import is_loopback
 from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, NotPublished, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
+from silvershard.deploy.router_watch import http_wanted
 from silvershard.deploy.serve import Launch, Progress
 from silvershard.deploy.state import RAY_DIR_PREFIX, ClusterRecord, StateDir, remove_ray_dir
+from silvershard.shard.errors import ConfigError, StateError
 from silvershard.shard.generations import generation_dir, list_generations
 
 _SHORT_TMP = "/tmp"
@@ -70,6 +73,24 @@ def check_listen(listen: ListenSection) -> None:
         ) from None
 
 
+def check_http(config: Config) -> None:
+    """Check that a router may and can answer probes where it shall.
+
+    Raises:
+        Refused: if other machines could reach it and ``observability.insecure`` is not set.
+        CommandError: if the port is in use or the address is not of this machine.
+    """
+    http = http_wanted(config)
+    if not http:
+        return
+    try:
+        bind_http(http, insecure=config.observability.insecure).close()
+    except ConfigError as error:
+        raise Refused(str(error)) from None
+    except StateError as error:
+        raise CommandError(str(error)) from None
+
+
 def choose_generation(state: StateDir, wanted: int | None) -> tuple[int, Path]:
     """Return the number and directory of a published generation.
 
@@ -108,6 +129,7 @@ def start(
     admit: Callable[[Path], None] = lambda _: None,
     verify: Callable[[Path], None] | None = None,
     report: Callable[[str], None] = lambda _: None,
+    ended: Callable[[int], None] = lambda _: None,
 ) -> ClusterRecord:
     """Start a cluster and wait until it serves every document.
 
@@ -120,6 +142,8 @@ def start(
         admit: checks the snapshot before anything is started, and raises what is against it.
         verify: checks the snapshot while the processes start, and raises what is wrong with it.
         report: hears what is being waited for.
+        ended: hears on a thread of its own that a cluster that had started is over, and its exit
+            code: 0 if it was told to stop.
 
     Raises:
         Refused: if a cluster runs there already, or the address is not allowed.
@@ -127,6 +151,7 @@ def start(
         TimedOut: if it does not start in time; nothing is left running.
     """
     check_listen(config.listen)
+    check_http(config)
     # Nothing is made where there is nothing to serve.
     choose_generation(state, generation)
     state.create()
@@ -158,7 +183,7 @@ def start(
         remove_ray_dir(ray_dir)
         raise
     # Somebody must wait for the guard, lest it stay as a zombie while this process lives.
-    threading.Thread(target=guard.wait, daemon=True, name="guard").start()
+    threading.Thread(target=lambda: ended(guard.wait()), daemon=True, name="guard").start()
     return record
 
 

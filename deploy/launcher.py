@@ -324,6 +324,7 @@ class LocalCluster:
             sequencer=self._sequencer.record if self._sequencer else None,
             generations=self._generations.records,
             admin=self.admin,
+            http=self._router.http,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,12 @@ def verify_log(state: StateDir, config: Config, path: Path) -> None:
 
 
 def start(
-    state: StateDir, config: Config, *, generation: int | None, detached: bool
+    state: StateDir,
+    config: Config,
+    *,
+    generation: int | None,
+    detached: bool,
+    ended: Callable[[int], None] = lambda _: None,
 ) -> tuple[ClusterRecord, float]:
     """Start a cluster behind a progress bar; return its record and the seconds it took."""
     began_s = time.perf_counter()
@@ -103,6 +108,7 @@ def start(
             config,
             generation=generation,
             detached=detached,
+            ended=ended,
             admit=admit,
             verify=verify,
             report=bar.phase,
@@ -115,7 +121,7 @@ def start(
 def up(state: StateDir, config: Config, *, generation: int | None) -> dict[str, Any]:
     """Start a cluster that outlives this command; return what runs."""
     record, seconds = start(state, config, generation=generation, detached=True)
-    return {**_described(record), "seconds": round(seconds, 1)}
+    return {**described(record), "seconds": round(seconds, 1)}
 
 
 def down(state: StateDir, *, timeout_s: float) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     if record is None:
         phase = "starting" if state.is_locked() else "down"
         return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
-    document = _described(record)
+    document = described(record)
     alive = is_alive(record.driver)
     document["daemon"]["state"] = "running" if alive else "gone"
     router_serves = _health(record.address, f"model/{record.model}")
@@ -244,7 +250,8 @@ def _lookups(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return {name: dict(counts) for name, counts in found.items()}
 
 
-def _described(record: ClusterRecord) -> dict[str, Any]:
+def described(record: ClusterRecord) -> dict[str, Any]:
+    """Return a running cluster as its launcher wrote it down."""
     return {
         "state": "up" if record.is_whole else "degraded",
         "address": record.address,
@@ -254,6 +261,7 @@ def _described(record: ClusterRecord) -> dict[str, Any]:
         "coverage": record.coverage,
         "map_version": record.map_version,
         "admin": record.admin,
+        "http": record.http,
         "uptime_s": round(time.time() - record.since_unix_s, 1),
         "daemon": {"pid": record.guard.pid, "state": "running"},
         "router": record.router.model_dump(),
@@ -275,6 +283,7 @@ def render_cluster(document: dict[str, Any]) -> str:
         ("cluster", document["state"]),
         ("address", document["address"]),
         ("admin", document["admin"] or "-"),
+        ("http", document["http"] or "-"),
         ("model", f"{document['model']}, generation {document['generation']}"),
         ("documents", f"{document['documents']:,}"),
         ("coverage", f"{document['coverage']:.4f}"),

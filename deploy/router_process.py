@@ -61,7 +61,12 @@ async def serve(config: RouterConfig) -> None:
     router = Router(config)
     try:
         await router.start()
-        line = {"event": "listening", "address": router.address, "pid": os.getpid()}
+        line = {
+            "event": "listening",
+            "address": router.address,
+            "http": router.http_address,
+            "pid": os.getpid(),
+        }
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
         await stopped.wait()

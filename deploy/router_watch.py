@@ -22,17 +22,28 @@ _STEADY_S = 30.0
 """A router that lived this long was no part of a crash loop."""
 
 
+def http_wanted(config: Config) -> str:
+    """Return where a router shall answer over HTTP: as configured, or at any port of that host."""
+    http = config.observability.http
+    if not http or config.listen.port:
+        return http
+    return f"{http.rpartition(':')[0]}:0"
+
+
 class RouterWatch:
     """The router process: started, watched, and started again when it ends."""
 
     def __init__(self, state: StateDir, config: Config) -> None:
         self.phase: RouterPhase = "starting"
         self.address = ""
+        self.http = ""
+        """``host:port`` of probes and metrics; empty: there are none."""
         self.reason = ""
         self.restarts = 0
         self._state = state
         self._config = config
         self._port = config.listen.port
+        self._http = http_wanted(config)
         self._crashes = CrashLoop(1 << 30, _STEADY_S)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -65,6 +76,7 @@ class RouterWatch:
             health=self._config.health,
             hedging=self._config.hedging,
             retries=self._config.retries,
+            observability=self._config.observability.model_copy(update={"http": self._http}),
         )
         self._state.router_file.write_text(settings.model_dump_json(indent=1))
         with self._state.router_log.open("ab") as log:
@@ -88,9 +100,11 @@ class RouterWatch:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                address = json.loads(line).get("address", "")
+                told = json.loads(line)
+                address = told.get("address", "")
                 if address:
                     self._port = int(address.rpartition(":")[2])
+                    self.http = self._http = told.get("http", "")
                     self.address = address
 
     def poll(self) -> None:

@@ -150,6 +150,9 @@ class ClusterRecord(BaseModel):
         default=(), description="every generation that a shard process holds"
     )
     admin: str = Field(default="", description="host:port of the admin plane; empty: none")
+    http: str = Field(
+        default="", description="host:port of probes and metrics of the router; empty: none"
+    )
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
         default=(), description="all processes below the driver, for cleaning up after a crash"

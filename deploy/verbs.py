@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from silvershard.deploy import bench, change, generation_verbs, ingest, plan_verb
+from silvershard.deploy import bench, change, doctor_verb, generation_verbs, ingest, plan_verb
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
@@ -129,11 +129,17 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="N|latest",
         help="what to serve (default what was live last, else latest)",
     )
+    up.add_argument(
+        "--foreground",
+        action="store_true",
+        help="run until SIGTERM, Ctrl-C or `silvershard down`, for containers and systemd",
+    )
     serving_options(up)
     new_log_option(publish)
     new_log_option(up)
     text = "stop the cluster and wait until its last process is gone"
     verb("down", text, _down, state, config, timeout)
+    doctor_verb.add_verb(verb, state, config)
     verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
     query_options(verb("query", "ask a running cluster", _query, state, timeout))
 
@@ -258,12 +264,19 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    from silvershard.deploy import operate
+    from silvershard.deploy import foreground, operate
 
     state = state_of(options)
     config = load_settings(options, state, **{"runtime.start_timeout_s": options.timeout}).config
     if options.new_log:
         _leave_log(options, state, config)
+    if options.foreground:
+
+        def ready(document: dict[str, Any]) -> None:
+            show(options, document, lambda: operate.render_cluster(document))
+            sys.stdout.flush()
+
+        return foreground.run(state, config, generation=options.generation, ready=ready)
     document = operate.up(state, config, generation=options.generation)
     show(options, document, lambda: operate.render_cluster(document))
     return ExitCode.OK

@@ -156,6 +156,7 @@ def test_without_a_compiler_the_wheel_holds_the_folders_and_runs_on_references(
         assert f"silvershard/{layer}/__init__.py" in names
         assert f"silvershard/{layer}/py.typed" in names
     assert "silvershard/cluster/retrieval.proto" in names
+    assert {f"silvershard/{name}" for name in launch_files()} <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"silvershard", f"silvershard-{PROJECT['project']['version']}.dist-info"}
     assert [name for name in names if "test" in name or name.endswith(".so")] == []
@@ -168,10 +169,24 @@ def test_without_a_compiler_the_wheel_holds_the_folders_and_runs_on_references(
     assert implementations(wheel, tmp_path / "installed") == ["reference"]
 
 
+def launch_files() -> set[str]:
+    """What is copied to launch a cluster, by path in the repository."""
+    folders = ("docker", "kuberay", "ray", "systemd")
+    return {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / "deploy" / folder).iterdir()
+    } | {"deploy/packaging/fbgemm-gpu-shim/pyproject.toml"}
+
+
 @pytest.mark.slow
-def test_the_source_distribution_holds_the_native_sources(sdist: Path) -> None:
+def test_the_source_distribution_holds_the_native_sources_and_the_launch_files(
+    sdist: Path,
+) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert len(launch_files()) > 5
+    assert launch_files() <= names
     expected = {
         f"kernels/native/{path.name}"
         for path in (ROOT / "kernels" / "native").iterdir()

@@ -5,6 +5,7 @@ from silvershard.cluster.config import (
     HealthSection,
     HedgingSection,
     ListenSection,
+    ObservabilitySection,
     PingSection,
     QuerySection,
     RetriesSection,
@@ -13,6 +14,7 @@ from silvershard.cluster.config import (
 
 SECTIONS = (
     ListenSection,
+    ObservabilitySection,
     PingSection,
     HealthSection,
     HedgingSection,
@@ -51,6 +53,8 @@ def test_unknown_settings_are_refused(section: type[BaseModel]) -> None:
         (RetriesSection, {"max_attempts": 0}),
         (QuerySection, {"default_deadline_ms": 11_000}),
         (RouterConfig, {"map_path": ""}),
+        (ObservabilitySection, {"http": "8002"}),
+        (ObservabilitySection, {"http": "127.0.0.1:65536"}),
     ],
 )
 def test_values_out_of_range_are_refused(
@@ -73,3 +77,8 @@ def test_the_default_query_settings_are_those_of_the_contract() -> None:
     assert (hedging.enabled, hedging.after, hedging.budget) == (True, "p95", 0.05)
     assert (retries.max_attempts, retries.budget) == (2, 0.1)
     assert HealthSection().max_ejected == 0.34
+
+
+def test_a_router_of_no_cluster_answers_no_probes() -> None:
+    assert RouterConfig(map_path="m").observability.http == ""
+    assert ObservabilitySection().http == "127.0.0.1:8002"

@@ -1,6 +1,10 @@
+import asyncio
 import contextlib
+import http.client
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,13 +21,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.client import Client, RequestRefused
-from silvershard.cluster.config import ListenSection, PingSection, RouterConfig
+from silvershard.cluster.config import (
+    ListenSection,
+    ObservabilitySection,
+    PingSection,
+    RouterConfig,
+)
 from silvershard.cluster.hosting import Loaded
 from silvershard.cluster.router import Router
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.model.request import Request
-from silvershard.shard.errors import SnapshotError
+from silvershard.shard.errors import SnapshotError, StateError
 from silvershard.shard.snapshot import open_snapshot
 
 SHARD_PROCESS = Path(__file__).parent / "shard_process.py"
@@ -147,6 +156,82 @@ def test_readiness_is_latched_while_the_health_of_the_model_follows_the_coverage
     loop_thread.call(servers[1].stop(0))
     until(lambda: health(router.address, "model/films") == "NOT_SERVING")
     assert client.is_ready()
+
+
+def page(router: Router, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(router.http_address, timeout=10)
+    try:
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        return reply.status, reply.read().decode()
+    finally:
+        connection.close()
+
+
+def test_over_http_it_says_how_it_is_what_it_serves_and_what_it_counted(
+    make_router: Any,
+    make_server: Any,
+    make_executors: Any,
+    write_map: Any,
+    client_of: Any,
+    loop_thread: Any,
+) -> None:
+    router = make_router(observability=ObservabilitySection(http="127.0.0.1:0"))
+    assert page(router, "/livez") == (200, "ok\n")
+    assert page(router, "/readyz")[0] == 503
+    client = client_of(router.address)
+    with pytest.raises(RequestRefused):
+        client.retrieve(k=1)
+    servers = [make_server(executor) for executor in make_executors(2)]
+    write_map(*servers, version=4)
+    client.wait_until_ready(10)
+    until(lambda: page(router, "/healthz")[0] == 200)
+    assert page(router, "/readyz")[0] == 200
+    about = json.loads(page(router, "/version")[1])
+    answer = client.retrieve(k=1)
+    assert about["generation"] == answer.generation == 1
+    assert about["content_hash"] == answer.content_hash
+    assert (about["model"], about["shard_map_version"]) == ("films", 4)
+    loop_thread.call(servers[1].stop(0))
+    until(lambda: page(router, "/healthz")[0] == 503)
+    # Latched, as the health of gRPC is.
+    assert page(router, "/readyz")[0] == 200
+    assert 0 < json.loads(page(router, "/healthz")[1])["coverage"] < 1
+    assert client.retrieve(k=1, min_coverage=0.0).is_partial
+    lines = page(router, "/metrics")[1].splitlines()
+    assert 'silvershard_requests_total{code="OK"} 2' in lines
+    assert 'silvershard_requests_total{code="UNAVAILABLE"} 1' in lines
+    assert "silvershard_coverage_ratio_count 2" in lines
+    assert "silvershard_queue_depth 0" in lines
+    assert "silvershard_inflight_requests 0" in lines
+    assert any(one.startswith("silvershard_degraded_total{") for one in lines)
+
+
+def test_a_router_that_stops_is_not_ready_but_answers_until_it_has_drained(
+    make_router: Any, loop_thread: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = make_router(observability=ObservabilitySection(http="127.0.0.1:0"))
+    seen: list[tuple[int, int]] = []
+    close = router._connections.aclose
+
+    async def look_and_close() -> None:
+        states = await asyncio.to_thread(lambda: (page(router, "/livez"), page(router, "/readyz")))
+        seen.append((states[0][0], states[1][0]))
+        assert json.loads(states[1][1])["state"] == "draining"
+        await close()
+
+    monkeypatch.setattr(router._connections, "aclose", look_and_close)
+    loop_thread.call(router.stop())
+    assert seen == [(200, 503)]
+    with pytest.raises(ConnectionRefusedError):
+        page(router, "/livez")
+
+
+def test_a_port_of_http_in_use_is_an_error_that_leaves_nothing(make_router: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StateError, match=rf"127\.0\.0\.1:{port}: address already in use"):
+            make_router(observability=ObservabilitySection(http=f"127.0.0.1:{port}"))
 
 
 def test_a_damaged_map_is_logged_once_and_the_last_good_one_is_kept(

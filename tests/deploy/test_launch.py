@@ -85,6 +85,22 @@ def test_a_free_port_is_accepted_and_one_in_use_is_not() -> None:
     launch.check_listen(ListenSection(port=port))
 
 
+def test_a_port_of_http_is_looked_at_before_anything_is_started() -> None:
+    def settings(**more: object) -> Config:
+        return load(None, environ={}, options={f"observability.{one}": more[one] for one in more})
+
+    launch.check_http(settings(http=""))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(CommandError, match=f"cannot listen on {address}") as raised:
+            launch.check_http(settings(http=address))
+        assert raised.value.exit_code == ExitCode.FAILED
+    launch.check_http(settings(http=address))
+    with pytest.raises(Refused, match=r"observability\.insecure"):
+        launch.check_http(settings(http="0.0.0.0:0"))
+    launch.check_http(settings(http="0.0.0.0:0", insecure=True))
+
+
 def test_the_newest_generation_is_chosen(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     for number in (1, 2, 10):

@@ -34,6 +34,7 @@ class FakeRouter:
     def __init__(self, state: StateDir, config: Config) -> None:
         self.phase: RouterPhase = "serving"
         self.address = "127.0.0.1:8001"
+        self.http = "127.0.0.1:8002"
         self.has_failed = False
         self.stopped = 0
         self.polled = 0

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from silvershard.cluster.client import Client
-from silvershard.cluster.config import ListenSection, RouterConfig
+from silvershard.cluster.config import ListenSection, ObservabilitySection, RouterConfig
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.deploy.processes import identify, kill_all, wait_gone
@@ -27,7 +28,11 @@ COMMAND = [sys.executable, "-P", "-m", "silvershard.deploy.router_process", "--c
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
-    config = RouterConfig(map_path=str(tmp_path / "map.json"), listen=ListenSection(port=0))
+    config = RouterConfig(
+        map_path=str(tmp_path / "map.json"),
+        listen=ListenSection(port=0),
+        observability=ObservabilitySection(http="127.0.0.1:0"),
+    )
     path = tmp_path / "router.json"
     path.write_text(config.model_dump_json())
     return path
@@ -76,6 +81,8 @@ def test_the_process_listens_says_so_serves_and_ends_on_sigterm(
             with Client(line["address"], timeout_s=20) as client:
                 client.wait_until_ready(20)
                 assert len(client.retrieve(k=7).item_ids) == 7
+            with urllib.request.urlopen(f"http://{line['http']}/metrics", timeout=10) as page:
+                assert 'silvershard_requests_total{code="OK"} 1\n' in page.read().decode()
             process.send_signal(signal.SIGTERM)
             assert process.wait(15) == 0
             assert process.stdout.read() == ""

@@ -1,3 +1,4 @@
+import http.client
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import pytest
 
 from silvershard.cluster.config import RouterConfig
 from silvershard.deploy.config import Config, load
-from silvershard.deploy.router_watch import RouterWatch
+from silvershard.deploy.router_watch import RouterWatch, http_wanted
 from silvershard.deploy.state import StateDir
 
 
@@ -29,6 +30,15 @@ def watch(state: StateDir) -> Iterator[RouterWatch]:
 
 def config(port: int) -> Config:
     return load(None, environ={}, options={"listen.port": port, "query.queue": 7})
+
+
+def ask_http(address: str) -> int:
+    """The status of the readiness probe, of a router that does not serve yet."""
+    connection = http.client.HTTPConnection(address, timeout=10)
+    connection.request("GET", "/readyz")
+    status = connection.getresponse().status
+    connection.close()
+    return status
 
 
 def until(true: Callable[[], object]) -> None:
@@ -55,18 +65,38 @@ def test_a_router_comes_back_on_its_port_and_ends_when_told(
     # No shard was ever reached, so it does not serve yet.
     watch.poll()
     assert watch.record.state == "starting"
-    first, address = watch.record.pid, watch.address
+    first, address, probed = watch.record.pid, watch.address, watch.http
+    assert ask_http(probed) == 503
     os.kill(first, signal.SIGKILL)
     until(lambda: watch.has_failed)
     watch.poll()
     assert watch.record.state == "restarting"
     assert watch.record.reason == "ended by SIGKILL"
     until(lambda: watch.poll() or watch.record.state == "serving")
-    assert (watch.record.restarts, watch.address) == (1, address)
+    assert (watch.record.restarts, watch.address, watch.http) == (1, address, probed)
+    assert ask_http(probed) == 503
     assert watch.record.pid != first
     watch.stop()
-    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
-        pass
+    for one in (address, probed):
+        with socket.create_server(("127.0.0.1", int(one.rpartition(":")[2]))):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "127.0.0.1:8002"),
+        ({"listen.port": 0}, "127.0.0.1:0"),
+        ({"observability.http": ""}, ""),
+        ({"observability.http": "", "listen.port": 0}, ""),
+        ({"observability.http": "[::1]:9000", "listen.port": 0}, "[::1]:0"),
+        ({"observability.http": "[::1]:9000"}, "[::1]:9000"),
+    ],
+)
+def test_where_no_port_is_fixed_http_has_none_either(
+    options: dict[str, object], expected: str
+) -> None:
+    assert http_wanted(load(None, environ={}, options=options)) == expected
 
 
 def test_a_router_that_hangs_is_killed_and_comes_back(state: StateDir) -> None:
