@@ -11,8 +11,7 @@ from typing import Self, TypedDict, Unpack
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import ArrayLike, NDArray
 
@@ -31,9 +30,10 @@ from silvershard.cluster.consistency import (
     consistency_to,
     freshness_from,
 )
+from silvershard.cluster.degrade_policy import UNDEMANDING, DegradePolicy, policy_to
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.outcome import Coverage
-from silvershard.cluster.service import DETAILS
+from silvershard.cluster.service import refused_by
 from silvershard.cluster.update_message import mutation_to
 from silvershard.cluster.updates import (
     ApplyResult,
@@ -74,6 +74,12 @@ class Query(Request):
     """Echoed; generated when empty."""
     after: Sequence[UpdateToken] = ()
     """Only replicas that have applied these updates may answer."""
+    degrade: DegradePolicy = UNDEMANDING
+    """What may be left out under overload."""
+    priority: int = 0
+    """The smallest is refused first."""
+    tenant: str = ""
+    """Whose limits apply."""
     max_staleness_s: float | None = None
     """Only replicas that lag no more behind the update log may answer; None: any."""
 
@@ -101,6 +107,9 @@ class QueryFields(TypedDict, total=False):
     alias: str
     request_id: str
     after: Sequence[UpdateToken]
+    degrade: DegradePolicy
+    priority: int
+    tenant: str
     max_staleness_s: float | None
 
 
@@ -227,7 +236,7 @@ class Client:
         try:
             reply = self._stub.Retrieve(message, timeout=self._timeout_s(timeout_s))
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         return _result_of(reply)
 
     def retrieve_batch(
@@ -246,7 +255,7 @@ class Client:
         try:
             reply = self._stub.RetrieveBatch(batch, timeout=self._timeout_s(timeout_s))
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         return [
             refused(code_name(item.code), item.reason, item.details)
             if item.code
@@ -280,7 +289,7 @@ class Client:
         try:
             reply = self._updates.Apply(message, timeout=self._timeout_s(timeout_s))
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         return result_from(reply)
 
     def apply_stream(
@@ -317,7 +326,7 @@ class Client:
             for reply in replies:
                 yield result_from(reply)
         except grpc.RpcError as error:
-            raise _refused_by(error) from None
+            raise refused_by(error) from None
         finally:
             replies.cancel()
         if failed:
@@ -437,6 +446,9 @@ class Client:
             message.generation = query.generation
         elif query.alias:
             message.alias = query.alias
+        message.priority, message.tenant = query.priority, query.tenant
+        if query.degrade != UNDEMANDING:
+            message.degrade.CopyFrom(policy_to(query.degrade))
         if query.after or query.max_staleness_s is not None:
             demand = Consistency(tuple(query.after), query.max_staleness_s)
             message.consistency.CopyFrom(consistency_to(demand))
@@ -449,21 +461,6 @@ class Client:
                 f"the message must be at most {self.max_request_bytes} bytes, got {size}: "
                 "exclude fewer ids, or send fewer requests or updates at once"
             )
-
-
-def _refused_by(error: grpc.RpcError) -> RequestRefused:
-    """Return a failed call as an error with its fields."""
-    code = error.code().name
-    for key, value in error.trailing_metadata() or ():
-        if key == DETAILS:
-            status = status_pb2.Status()
-            try:
-                status.ParseFromString(value)
-            except DecodeError:
-                continue
-            if code_name(status.code) == code:
-                return refused(code, status.message, status.details)
-    return refused(code, error.details() or "", ())
 
 
 def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:

@@ -16,7 +16,13 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from silvershard.cluster.config import ListenSection, PingSection, QuerySection
+from silvershard.cluster.config import (
+    AdmissionSection,
+    DegradeSection,
+    ListenSection,
+    PingSection,
+    QuerySection,
+)
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
     AdminSection,
@@ -52,6 +58,12 @@ class Config(BaseModel):
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
+    admission: AdmissionSection = Field(
+        default=AdmissionSection(), description="which requests wait, run and are refused"
+    )
+    degrade: DegradeSection = Field(
+        default=DegradeSection(), description="what is left out of requests under overload"
+    )
     tables: TablesSection = Field(default=TablesSection(), description="where embedding tables lie")
     updates: UpdatesSection = Field(
         default=UpdatesSection(), description="how items change while they are served"
@@ -252,6 +264,10 @@ def _reason(problem: Any) -> str:
 def _section_keys(key: Key) -> list[str]:
     section: Any = Config
     for part in key:
+        if get_origin(section) is dict:
+            # The part is a name that a person chose.
+            section = get_args(section)[1]
+            continue
         choices = _sections(section)
         if len(choices) > 1:
             # The part is the kind of one of several sections.

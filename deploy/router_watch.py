@@ -60,6 +60,8 @@ class RouterWatch:
             listen=listen,
             query=self._config.query,
             ping=self._config.ping,
+            admission=self._config.admission,
+            degrade=self._config.degrade,
         )
         self._state.router_file.write_text(settings.model_dump_json(indent=1))
         with self._state.router_log.open("ab") as log:
