@@ -24,6 +24,7 @@ _SMOOTHING = 0.2
 # would leave the shards idle between two rounds.
 _TOLERANCE = 1.5
 _STEEPEST = 0.5
+_STEP = 0.5
 _FORGET_S = 10.0
 _LOAD_S = 0.1
 
@@ -74,6 +75,8 @@ class WaitingLine(Generic[T]):
         self._levels: dict[int, dict[T, None]] = {}
         """Those of each priority in order of arrival; no level is empty."""
         self._size = 0
+        self.num_demanding = 0
+        """Those among them that may have to wait for updates."""
 
     def __len__(self) -> int:
         return self._size
@@ -121,6 +124,7 @@ class WaitingLine(Generic[T]):
         for one in group:
             one.entered_s = now_s
             self._levels.setdefault(one.priority, {})[one] = None
+            self.num_demanding += one.demands
         self._size += len(group)
         return displaced
 
@@ -143,6 +147,7 @@ class WaitingLine(Generic[T]):
             return False
         del level[ticket]
         self._size -= 1
+        self.num_demanding -= ticket.demands
         if not level:
             del self._levels[ticket.priority]
         return True
@@ -192,7 +197,9 @@ class ConcurrencyLimit:
         best_s = self._best_s[bucket] = min(spent_s, self._best_s.get(bucket, spent_s))
         ratio = max(_TOLERANCE * best_s / spent_s, _STEEPEST)
         if ratio < 1 or someone_waits:
-            value = self._value * (1 + _SMOOTHING * (ratio - 1))
+            # What a change does is seen once as many batches have ended as may run, so that each
+            # of them moves the limit by its share only.
+            value = self._value + _STEP * (ratio - 1)
             self._value = min(max(value, self._config.min), self._config.max)
 
 

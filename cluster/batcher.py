@@ -134,10 +134,8 @@ class Batcher:
             self._end(self._admission.sweep())
         try:
             self._end(self._admission.admit(entering))
-        except Overloaded:
-            for one in entering:
-                self._admission.tenants.give_back(one.tenant)
-                one.fate.cancel()
+        except Overloaded as error:
+            self._end([(one, error) for one in entering])
             raise
         self._start_when_due()
 
@@ -145,7 +143,7 @@ class Batcher:
         """Forget a request that nobody waits for any more."""
         if self._line.remove(one):
             self.dropped.cancelled["queue"] += 1
-        elif not one.fate.done():
+        elif one.fate.cancelled() or not one.fate.done():
             self.dropped.cancelled["run"] += 1
         one.fate.cancel()
 
@@ -168,6 +166,8 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if not any(self._may_run().values()):
+            return
         self._end(self._admission.sweep())
         self._observe(self._line.delay_s)
         while batch := self._next_batch():
@@ -181,16 +181,24 @@ class Batcher:
             # What one start takes along is no queue that stands.
             self._observe(0.0)
 
+    def _may_run(self) -> dict[bool, bool]:
+        """Return whether one that waits could run now, of those that demand and of the others."""
+        line, limit = self._line, self._admission.limit
+        return {
+            True: line.num_demanding > 0 and len(self._demanding) < limit,
+            False: len(line) > line.num_demanding and len(self._running) < limit,
+        }
+
     def _next_batch(self) -> list[_Waiting]:
         """Take the next batch that may run out of the line; empty if there is none."""
-        limit = self._admission.limit
-        full = {True: len(self._demanding) >= limit, False: len(self._running) >= limit}
+        may_run = self._may_run()
         batch: list[_Waiting] = []
-        if not len(self._line) or all(full.values()):
+        if not any(may_run.values()):
             return batch
         kind: tuple[Run, int, bool] | None = None
         for one in self._line.in_order():
-            if full[one.demands]:
+            # Who was cancelled leaves as soon as it is told so.
+            if not may_run[one.demands] or one.fate.done():
                 continue
             own = self._kind(one)
             kind = own if kind is None else kind

@@ -61,6 +61,7 @@ def test_those_that_wait_for_updates_are_no_delay(clock: Clock) -> None:
     line.enter([ticket(demands=True), ticket(3, demands=True)])
     clock.now_s += 1
     assert line.delay_s == 0
+    assert line.num_demanding == 2
     line.enter([ticket(3)])
     clock.now_s += 0.002
     assert line.delay_s == pytest.approx(0.002)
@@ -150,12 +151,11 @@ def test_a_fixed_limit_stays(clock: Clock) -> None:
 def test_the_limit_follows_what_the_shards_do_side_by_side(clock: Clock, parallel: int) -> None:
     limit = limit_of(clock)
     assert limit.value == 4
-    values = [run_batches(limit, clock, 1.0, parallel) for _ in range(35)]
-    for second, value in enumerate(values):
+    values = [run_batches(limit, clock, 0.99, parallel) for _ in range(35)]
+    for at, value in enumerate(values):
         # It begins anew three times, and never grows from one time to the next.
-        if second % 10 > 3 or parallel < 4:
-            assert min(parallel, 4) <= value <= max(1.5 * parallel + 1, 9), (second, values)
-            assert value >= min(parallel, 64), (second, values)
+        if at % 10 > 2:
+            assert max(parallel, 4) <= value <= max(2 * parallel, 8), (at, values)
 
 
 def test_the_limit_does_not_grow_while_nobody_waits_and_falls_when_shards_slow_down(
@@ -168,7 +168,7 @@ def test_the_limit_does_not_grow_while_nobody_waits_and_falls_when_shards_slow_d
         limit.finished(1, started_s, someone_waits=False)
     assert limit.value == 2
     assert run_batches(limit, clock, 1.0, parallel=8) >= 8
-    for _ in range(30):
+    for _ in range(60):
         started_s = clock.now_s
         clock.now_s += 0.1
         limit.finished(8, started_s, someone_waits=True)

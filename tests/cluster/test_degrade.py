@@ -228,7 +228,7 @@ def test_a_selective_filter_keeps_its_share_of_the_floor(spec: ServingSpec) -> N
 
 def test_k_results_still_have_room(spec: ServingSpec) -> None:
     found = reduced(spec, 5, Request(k=20_000))
-    assert found.plan == Plan(PROBE, 39, 20_000)
+    assert found.plan == Plan(PROBE, 31, 20_000)
     few = reduced(spec, 5, Request(k=1000, filter="maker:3"), eligible=2000)
     # On average 256 clusters hold 500 of 2000 items: too few for 1000.
     assert few.plan.kind == ALL_PAGES
