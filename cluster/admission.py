@@ -13,6 +13,9 @@ from typing import Generic, TypeVar
 from silvershard.cluster.config import AdmissionSection, ConcurrencySection, TenantSection
 from silvershard.shard.errors import DeadlineExceeded, Overloaded
 
+INTERVAL_S = 0.1
+"""How long a queue must stand to be more than a burst."""
+
 DEFAULT_TENANT = "default"
 """Whose limits hold for tenants that the configuration does not name."""
 
@@ -60,9 +63,9 @@ class Dropped:
 class WaitingLine(Generic[T]):
     """Requests that wait, at most so many, in the order in which they are served.
 
-    The larger priority goes first. Among equals the oldest does, until one has waited longer than
-    the target; from then on the newest does, which has the most time left. Who would be served last
-    is refused first.
+    The larger priority goes first. Among equals the oldest does; but once one has waited longer
+    than the target in a line that was never empty for ``INTERVAL_S``, the newest does, which has
+    the most time left. Who would be served last is refused first.
 
     Source: Maurer, "Fail at Scale", ACM Queue 13(8), 2015, for the order under load.
     """
@@ -77,6 +80,8 @@ class WaitingLine(Generic[T]):
         self._size = 0
         self.num_demanding = 0
         """Those among them that may have to wait for updates."""
+        self._empty_s = clock()
+        """When nobody but those waited last."""
 
     def __len__(self) -> int:
         return self._size
@@ -93,7 +98,9 @@ class WaitingLine(Generic[T]):
 
     @property
     def newest_first(self) -> bool:
-        """Return True while somebody has waited too long."""
+        """Return True while a line stands in which somebody has waited too long."""
+        if self._clock() - self._empty_s < INTERVAL_S:
+            return False
         return self.delay_s > self._target_delay_s
 
     def in_order(self) -> Iterator[T]:
@@ -121,6 +128,8 @@ class WaitingLine(Generic[T]):
         for one in displaced:
             self.remove(one)
         now_s = self._clock()
+        if self._size == self.num_demanding:
+            self._empty_s = now_s
         for one in group:
             one.entered_s = now_s
             self._levels.setdefault(one.priority, {})[one] = None
@@ -148,6 +157,8 @@ class WaitingLine(Generic[T]):
         del level[ticket]
         self._size -= 1
         self.num_demanding -= ticket.demands
+        if self._size == self.num_demanding:
+            self._empty_s = self._clock()
         if not level:
             del self._levels[ticket.priority]
         return True

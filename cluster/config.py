@@ -194,9 +194,9 @@ class DegradeSection(BaseModel):
     )
     trigger: DegradeTrigger = Field(
         default=DegradeTrigger(),
-        description="queue_delay_ms: age of the oldest request that waits, above which the newest "
-        "goes first, and a step is taken after 0.1 s; recover_after_ms: time without it until one "
-        "is taken back",
+        description="queue_delay_ms: age of the oldest request that waits; once it was above for "
+        "0.1 s, the newest goes first and a step is taken; recover_after_ms: time without that "
+        "until one is taken back",
     )
 
     @model_validator(mode="after")

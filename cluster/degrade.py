@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from silvershard.cluster.admission import INTERVAL_S
 from silvershard.cluster.config import DegradeSection
 from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
 from silvershard.cluster.outcome import DegradeReason
@@ -14,9 +15,6 @@ from silvershard.model.compiled_request import CompiledRequest
 from silvershard.model.plan import ALL_PAGES_SHARE, PROBE, PROBE_WIDE, Plan
 from silvershard.model.request import RequestError
 from silvershard.model.spec import ServingSpec
-
-INTERVAL_S = 0.1
-"""How long the delay must stay above the trigger for another step: a burst is no overload."""
 
 _RUNGS = {"nprobe": (0.5, 0.0), "ann_k": (0.5, 0.0), "tasks": (0.0,)}
 """What each rung of a step leaves of a number, before its floor."""

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.admission import INTERVAL_S
 from silvershard.cluster.config import DegradeFloors, DegradeSection, DegradeTrigger
-from silvershard.cluster.degrade import INTERVAL_S, Ladder, Reduced
+from silvershard.cluster.degrade import Ladder, Reduced
 from silvershard.cluster.degrade_policy import UNDEMANDING, DegradeMode, DegradePolicy
 from silvershard.model.compiled_request import compile_request
 from silvershard.model.plan import ALL_PAGES, PROBE, PROBE_WIDE, Plan, choose_plan
