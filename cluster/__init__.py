@@ -3,6 +3,7 @@
 from silvershard.cluster.client import Client, Query, Result
 from silvershard.cluster.codec import FieldViolation, RequestRefused
 from silvershard.cluster.consistency import UpdateToken
+from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
 from silvershard.cluster.outcome import Coverage, DegradeReason, ShardOutcome
 from silvershard.cluster.updates import (
     ApplyResult,
@@ -19,6 +20,8 @@ __all__ = [
     "ApplyResult",
     "Client",
     "Coverage",
+    "DegradeMode",
+    "DegradePolicy",
     "DegradeReason",
     "Durability",
     "FieldViolation",

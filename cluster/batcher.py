@@ -3,32 +3,28 @@
 import asyncio
 import contextlib
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from silvershard.cluster.admission import Admission, Dropped, Ticket
+from silvershard.cluster.config import AdmissionSection
 from silvershard.cluster.consistency import ANY
 from silvershard.cluster.coordinator import Query
 from silvershard.cluster.rounds import Fate
-from silvershard.shard.errors import Overloaded
+from silvershard.shard.errors import DeadlineExceeded, Overloaded
 
 Run = Callable[[Sequence[Query]], Awaitable[list[Fate]]]
 
-_SHORTEST_DELAY_S = 0.01
-_LONGEST_DELAY_S = 1.0
-_SMOOTHING = 0.2
-
 
 @dataclass(eq=False)
-class _Waiting:
+class _Waiting(Ticket):
     query: Query
     run: Run
     fate: asyncio.Future[Fate]
 
-    @property
-    def demands(self) -> bool:
-        """Return whether it may have to wait for updates."""
-        return self.query.consistency != ANY
+    def end(self, fate: Fate) -> None:
+        if not self.fate.done():
+            self.fate.set_result(fate)
 
 
 class Batcher:
@@ -36,39 +32,61 @@ class Batcher:
 
     A batch holds requests for the same ``run`` whose remaining times differ by less than a factor
     of two, so that nobody loses time to a neighbour in a hurry. Those that demand fresh shards may
-    have to wait for updates: they share no batch with others, and take at most half of those that
-    run. While nothing runs, nothing waits.
+    have to wait for updates: they share no batch with others, and have as many places of their own
+    to run in. While nothing runs, nothing waits.
     """
 
     def __init__(
         self,
+        admission: AdmissionSection,
         *,
         max_batch: int,
         max_delay_s: float,
-        max_running: int,
-        queue: int,
+        target_delay_s: float,
         clock: Callable[[], float],
+        observe: Callable[[float], object] = lambda _: None,
     ) -> None:
         """Make a batcher.
 
         Args:
+            admission: which requests wait, run and are refused.
             max_batch: requests of one batch.
             max_delay_s: longest wait of a request for neighbours, while others run.
-            max_running: batches at a time.
-            queue: requests that may wait.
+            target_delay_s: age of the oldest that waits above which the newest goes first.
             clock: must be the clock of the event loop.
+            observe: is told the age of the oldest that waits whenever requests come and go.
         """
+        self._admission: Admission[_Waiting] = Admission(
+            admission, max_batch=max_batch, target_delay_s=target_delay_s, clock=clock
+        )
+        self._line = self._admission.line
         self._max_batch = max_batch
         self._max_delay_s = max_delay_s
-        self._max_running = max_running
-        self._queue = queue
         self._clock = clock
-        self._waiting: deque[_Waiting] = deque()
+        self._observe = observe
         self._running: set[asyncio.Task[None]] = set()
         self._demanding: set[asyncio.Task[None]] = set()
-        """Those of them that may wait for updates."""
+        """Those that may wait for updates; the others are in ``_running``."""
         self._timer: asyncio.TimerHandle | None = None
-        self._batch_s = _SHORTEST_DELAY_S
+
+    @property
+    def capacity(self) -> int:
+        """Return how many requests may wait, and so come together."""
+        return self._line.capacity
+
+    @property
+    def dropped(self) -> Dropped:
+        """Return what was not executed so far, and why."""
+        return self._admission.dropped
+
+    @property
+    def limit(self) -> int:
+        """Return the batches that may run at a time now."""
+        return self._admission.limit
+
+    def is_hot(self) -> bool:
+        """Return True while no shard should be asked twice for the same."""
+        return self._admission.is_hot()
 
     @property
     def num_waiting(self) -> int:
@@ -78,7 +96,9 @@ class Batcher:
     async def submit(self, queries: Sequence[Query], run: Run) -> list[Fate]:
         """Return the fates of requests that came in together, in order.
 
-        They are admitted together or not at all; more than the queue holds never are.
+        They are admitted together or not at all, but for those whose tenant has had enough or that
+        cannot be answered in time; more than the queue holds never are. One that waits may still
+        have to leave for requests of a higher priority.
 
         Cancelling the caller takes them out of the queue, or cancels their batch if nobody else is
         in it.
@@ -86,28 +106,61 @@ class Batcher:
         Raises:
             Overloaded: if the queue has no room for all of them; nothing was executed then.
         """
-        if len(self._waiting) + len(queries) > self._queue:
-            # Those whose callers have left hold no place.
-            self._waiting = deque(one for one in self._waiting if not one.fate.done())
-        if len(self._waiting) + len(queries) > self._queue:
-            batches = math.ceil(len(self._waiting) / self._max_batch)
-            delay_s = self._batch_s * batches / self._max_running
-            raise Overloaded(
-                f"{len(self._waiting)} of at most {self._queue} requests are waiting",
-                min(max(delay_s, _SHORTEST_DELAY_S), _LONGEST_DELAY_S),
-            )
-        loop = asyncio.get_running_loop()
-        mine = [_Waiting(query, run, loop.create_future()) for query in queries]
-        self._waiting.extend(mine)
-        self._start_when_due()
+        mine = [self._waiting(query, run) for query in queries]
+        entering = [one for one in mine if self._take(one)]
         try:
+            if entering:
+                self._enter(entering)
             return [await one.fate for one in mine]
         finally:
             for one in mine:
-                one.fate.cancel()
+                self._leave(one)
+
+    def _waiting(self, query: Query, run: Run) -> _Waiting:
+        fate = asyncio.get_running_loop().create_future()
+        priority = query.priority + self._admission.tenants.priority_of(query.tenant)
+        demands = query.consistency != ANY
+        return _Waiting(priority, query.tenant, query.deadline_s, demands, query, run, fate)
+
+    def _take(self, one: _Waiting) -> bool:
+        """Return whether the tenant of a request may have another one; it ends if not."""
+        try:
+            self._admission.tenants.take(one.tenant)
+        except Overloaded as error:
+            self.dropped.refused["tenant"] += 1
+            one.end(error)
+            return False
+        return True
+
+    def _enter(self, entering: Sequence[_Waiting]) -> None:
+        self._observe(self._line.delay_s)
+        full = len(self._line) + len(entering) > self._line.capacity
+        if full and not self._line.newest_first:
+            self._end(self._admission.sweep())
+        try:
+            self._end(self._admission.admit(entering))
+        except Overloaded as error:
+            self._end([(one, error) for one in entering])
+            raise
+        self._start_when_due()
+
+    def _leave(self, one: _Waiting) -> None:
+        """Forget a request that nobody waits for any more."""
+        if self._line.remove(one):
+            self.dropped.cancelled["queue"] += 1
+        elif one.fate.cancelled() or not one.fate.done():
+            self.dropped.cancelled["run"] += 1
+        one.fate.cancel()
+
+    def _end(self, leaving: Sequence[tuple[_Waiting, Exception]]) -> None:
+        for one, error in leaving:
+            if isinstance(error, Overloaded):
+                self._admission.tenants.give_back(one.tenant)
+            one.end(error)
 
     def _start_when_due(self) -> None:
-        if len(self._waiting) >= self._max_batch or not self._running or not self._max_delay_s:
+        idle = not self._running and not self._demanding
+        if len(self._line) >= self._max_batch or idle or not self._max_delay_s:
             self._start()
         elif self._timer is None:
             loop = asyncio.get_running_loop()
@@ -118,39 +171,54 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._waiting and len(self._running) < self._max_running:
-            batch = self._next_batch()
-            if not batch:
-                return
-            task = asyncio.create_task(self._run(batch))
-            self._running.add(task)
-            if batch[0].demands:
-                self._demanding.add(task)
+        if not any(self._may_run().values()):
+            return
+        self._end(self._admission.sweep())
+        self._observe(self._line.delay_s)
+        while batch := self._next_batch():
+            demands = batch[0].demands
+            started_s = self._clock() if demands else self._admission.started()
+            task = asyncio.create_task(self._run(batch, started_s))
+            running = self._demanding if demands else self._running
+            running.add(task)
             task.add_done_callback(self._finished)
+        if not len(self._line):
+            # What one start takes along is no queue that stands.
+            self._observe(0.0)
+
+    def _may_run(self) -> dict[bool, bool]:
+        """Return whether one that waits could run now, of those that demand and of the others."""
+        line, limit = self._line, self._admission.limit
+        return {
+            True: line.num_demanding > 0 and len(self._demanding) < limit,
+            False: len(line) > line.num_demanding and len(self._running) < limit,
+        }
 
     def _next_batch(self) -> list[_Waiting]:
+        """Take the next batch that may run out of the line; empty if there is none."""
+        may_run = self._may_run()
         batch: list[_Waiting] = []
-        left: deque[_Waiting] = deque()
+        if not any(may_run.values()):
+            return batch
         kind: tuple[Run, int, bool] | None = None
-        is_full = len(self._demanding) >= max(self._max_running // 2, 1)
-        for one in self._waiting:
-            if one.fate.done():
+        for one in self._line.in_order():
+            # Who was cancelled leaves as soon as it is told so.
+            if not may_run[one.demands] or one.fate.done():
                 continue
-            if kind is None and not (is_full and one.demands):
-                kind = self._kind(one)
-            if len(batch) < self._max_batch and self._kind(one) == kind:
+            own = self._kind(one)
+            kind = own if kind is None else kind
+            if own == kind:
+                self._line.remove(one)
                 batch.append(one)
-            else:
-                left.append(one)
-        self._waiting = left
+                if len(batch) == self._max_batch:
+                    break
         return batch
 
     def _kind(self, one: _Waiting) -> tuple[Run, int, bool]:
-        remaining_s = one.query.deadline_s - self._clock()
+        remaining_s = one.deadline_s - self._clock()
         return one.run, math.floor(math.log2(max(remaining_s, 1e-3))), one.demands
 
-    async def _run(self, batch: Sequence[_Waiting]) -> None:
-        started_s = self._clock()
+    async def _run(self, batch: Sequence[_Waiting], started_s: float) -> None:
         work = asyncio.ensure_future(batch[0].run([one.query for one in batch]))
 
         def stop_if_nobody_waits(_: asyncio.Future[Fate]) -> None:
@@ -159,20 +227,28 @@ class Batcher:
 
         for one in batch:
             one.fate.add_done_callback(stop_if_nobody_waits)
-        fates: Sequence[Fate]
-        with contextlib.suppress(asyncio.CancelledError):
-            try:
-                fates = await work
-            except Exception as error:  # noqa: BLE001  # the server logs it, once per request
-                fates = [error] * len(batch)
-            for one, fate in zip(batch, fates, strict=True):
-                if not one.fate.done():
-                    one.fate.set_result(fate)
-        spent_s = self._clock() - started_s
-        self._batch_s += _SMOOTHING * (spent_s - self._batch_s)
+        answered = False
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                fates: Sequence[Fate]
+                try:
+                    fates = await work
+                    answered = any(_took_its_time(fate) for fate in fates)
+                except Exception as error:  # noqa: BLE001  # the server logs it, once per request
+                    fates = [error] * len(batch)
+                for one, fate in zip(batch, fates, strict=True):
+                    one.end(fate)
+        finally:
+            if not batch[0].demands:
+                self._admission.ended(len(batch), started_s, answered=answered)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._demanding.discard(task)
-        if self._waiting:
+        if len(self._line):
             self._start()
+
+
+def _took_its_time(fate: Fate) -> bool:
+    """Return whether a fate tells how long a batch takes; what is refused is quickly so."""
+    return not isinstance(fate, Exception) or isinstance(fate, DeadlineExceeded)

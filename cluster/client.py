@@ -30,6 +30,7 @@ from silvershard.cluster.consistency import (
     consistency_to,
     freshness_from,
 )
+from silvershard.cluster.degrade_policy import UNDEMANDING, DegradePolicy, policy_to
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.outcome import Coverage
 from silvershard.cluster.service import refused_by
@@ -73,6 +74,12 @@ class Query(Request):
     """Echoed; generated when empty."""
     after: Sequence[UpdateToken] = ()
     """Only replicas that have applied these updates may answer."""
+    degrade: DegradePolicy = UNDEMANDING
+    """What may be left out under overload."""
+    priority: int = 0
+    """The smallest is refused first."""
+    tenant: str = ""
+    """Whose limits apply."""
     max_staleness_s: float | None = None
     """Only replicas that lag no more behind the update log may answer; None: any."""
 
@@ -100,6 +107,9 @@ class QueryFields(TypedDict, total=False):
     alias: str
     request_id: str
     after: Sequence[UpdateToken]
+    degrade: DegradePolicy
+    priority: int
+    tenant: str
     max_staleness_s: float | None
 
 
@@ -441,6 +451,9 @@ class Client:
             message.generation = query.generation
         elif query.alias:
             message.alias = query.alias
+        message.priority, message.tenant = query.priority, query.tenant
+        if query.degrade != UNDEMANDING:
+            message.degrade.CopyFrom(policy_to(query.degrade))
         if query.after or query.max_staleness_s is not None:
             demand = Consistency(tuple(query.after), query.max_staleness_s)
             message.consistency.CopyFrom(consistency_to(demand))

@@ -58,6 +58,8 @@ DOMAIN = "silvershard"
 
 _MAX_TEXT = 600
 _MAX_REJECTED = 10
+_RETRY_AFTER_S = 1.0
+"""When to try again what was refused for want of room by one that cannot tell for how long."""
 
 
 class StatusRow(NamedTuple):
@@ -186,9 +188,10 @@ def status_of(error: Exception, error_id: str = "") -> status_pb2.Status:
         bad = error_details_pb2.BadRequest()
         bad.field_violations.add(field=_short(error.field), description=_short(error.message))
         details.append(_packed(bad))
-    if isinstance(error, Overloaded):
+    if row.code == "RESOURCE_EXHAUSTED":
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        after_s = getattr(error, "retry_after_s", None) or _RETRY_AFTER_S
+        delay.FromNanoseconds(int(after_s * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     if isinstance(error, CoverageLost | CoverageTimedOut):
         details.append(_packed(coverage_to(error.coverage)))

@@ -144,13 +144,6 @@ class QuerySection(BaseModel):
     max_delay_us: int = Field(
         default=500, ge=0, description="longest wait of a request for others to share its batch"
     )
-    max_running: int = Field(default=16, ge=1, description="batches that run at the same time")
-    queue: int = Field(
-        default=256,
-        ge=1,
-        description="requests that may wait, and so the most in one RetrieveBatch; more are "
-        "refused with a delay",
-    )
     lagging_ms: int = Field(
         default=10_000,
         ge=0,
@@ -168,6 +161,123 @@ class QuerySection(BaseModel):
                 f"default_deadline_ms must be at most deadline_max_ms={self.deadline_max_ms}, "
                 f"got {self.default_deadline_ms}"
             )
+        return self
+
+
+class ConcurrencySection(BaseModel):
+    """How many batches a router runs at the same time."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["adaptive", "fixed"] = Field(
+        default="adaptive",
+        description="adaptive: between min and max, by how the latency of a batch compares with "
+        "its own minimum; fixed: max",
+    )
+    min: int = Field(default=4, ge=1, description="least batches")
+    max: int = Field(default=64, ge=1, description="most batches")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max must be at least min={self.min}, got {self.max}")
+        return self
+
+
+class TenantSection(BaseModel):
+    """What a tenant may ask of a router."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    qps: float = Field(
+        gt=0, description="requests per second; as many as of one second may come at once"
+    )
+    priority: int = Field(default=0, description="added to the priority of each of its requests")
+
+
+class AdmissionSection(BaseModel):
+    """Which requests wait, run and are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queue: int = Field(
+        default=256,
+        ge=1,
+        description="requests that may wait, and so the most in one RetrieveBatch; beyond them the "
+        "lowest priority is refused first, with a delay",
+    )
+    concurrency: ConcurrencySection = Field(
+        default=ConcurrencySection(),
+        description="batches that run at the same time: mode (`adaptive` or `fixed`), min, max",
+    )
+    hot: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="load, as a share of the batches that may run, above which a router neither "
+        "hedges nor retries",
+    )
+    tenants: dict[str, TenantSection] = Field(
+        default_factory=dict,
+        max_length=1000,
+        description="limits by tenant: qps, and a priority that is added to that of its requests; "
+        "`default` is shared by all that are not named, who have no limit without it",
+    )
+
+
+class DegradeFloors(BaseModel):
+    """What overload leaves of a request at least."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nprobe: int = Field(
+        default=8,
+        ge=1,
+        description="clusters per head; more by as much as a selective filter asks for more",
+    )
+    ann_k: int = Field(default=200, ge=1, description="candidates per head")
+    required_tasks: tuple[str, ...] = Field(
+        default=(), description="tasks that are always computed, where the model has them"
+    )
+
+
+class DegradeTrigger(BaseModel):
+    """When a router spends less on each request, and when it no longer does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queue_delay_ms: float = Field(
+        default=5.0, gt=0, description="age of the oldest request that waits"
+    )
+    recover_after_ms: int = Field(
+        default=5000, ge=1, description="time without such a delay until a step is taken back"
+    )
+
+
+class DegradeSection(BaseModel):
+    """What is left out of requests under overload, before any are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ladder: tuple[Literal["nprobe", "ann_k", "tasks"], ...] = Field(
+        default=("nprobe", "ann_k", "tasks"),
+        description="steps in their order; none: requests are refused instead",
+    )
+    floors: DegradeFloors = Field(
+        default=DegradeFloors(),
+        description="what is left at least: nprobe, ann_k, required_tasks",
+    )
+    trigger: DegradeTrigger = Field(
+        default=DegradeTrigger(),
+        description="queue_delay_ms: age of the oldest request that waits; once it was above for "
+        "0.1 s, the newest goes first and a step is taken; recover_after_ms: time without that "
+        "until one is taken back",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.ladder)) < len(self.ladder):
+            raise ValueError(f"ladder must name each step once, got {', '.join(self.ladder)}")
         return self
 
 
@@ -196,4 +306,10 @@ class RouterConfig(BaseModel):
     )
     observability: ObservabilitySection = Field(
         default=ObservabilitySection(http=""), description="probes and metrics; by default none"
+    )
+    admission: AdmissionSection = Field(
+        default=AdmissionSection(), description="which requests wait, run and are refused"
+    )
+    degrade: DegradeSection = Field(
+        default=DegradeSection(), description="what is left out of requests under overload"
     )

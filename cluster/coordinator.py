@@ -16,9 +16,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from silvershard.cluster.admission import Dropped
 from silvershard.cluster.codec import Refusal
-from silvershard.cluster.config import HealthSection, HedgingSection, RetriesSection
+from silvershard.cluster.config import (
+    DegradeSection,
+    HealthSection,
+    HedgingSection,
+    RetriesSection,
+)
 from silvershard.cluster.consistency import ANY, Consistency
+from silvershard.cluster.degrade import Ladder
+from silvershard.cluster.degrade_policy import UNDEMANDING, DegradePolicy
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
 from silvershard.cluster.freshness import Seen
@@ -71,6 +79,13 @@ class Query:
     """Reading of the coordinator's clock when the request came in."""
     consistency: Consistency = ANY
     """How fresh the replicas that answer must be."""
+    priority: int = 0
+    """The larger one goes first, and is refused last."""
+    tenant: str = ""
+    degrade: DegradePolicy = UNDEMANDING
+    """What may be left out of it under overload."""
+    returns_tasks: bool = True
+    """Whether the answer tells the probabilities of tasks."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class _Planned:
     compiled: CompiledRequest
     plan: Plan
     eligible: int | None
+    reasons: tuple[DegradeReason, ...]
+    """Why the plan is not the one that was chosen."""
 
 
 class CountCache:
@@ -128,6 +145,8 @@ class Coordinator:
         lagging_s: float = float("inf"),
         choice: ReplicaChoice | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ladder: Ladder | None = None,
+        dropped: Dropped | None = None,
     ) -> None:
         """Make a coordinator.
 
@@ -140,6 +159,8 @@ class Coordinator:
             lagging_s: staleness of a shard from which on an answer says that updates lag.
             choice: chooses among the replicas; None: one with budgets of its own.
             clock: must be the clock of the event loop.
+            ladder: what is left out under overload; None: nothing ever is.
+            dropped: where what is not executed is counted.
         """
         self.spec = spec
         self.num_shards = num_shards
@@ -160,6 +181,8 @@ class Coordinator:
             extra = ExtraCalls(HedgingSection(), RetriesSection(), retry_burst=max_batch)
             choice = ReplicaChoice(HealthSection(), extra, clock, random.Random())
         self._choice = choice
+        self._ladder = ladder or Ladder(DegradeSection(ladder=()), clock)
+        self._dropped = dropped or Dropped()
         self._counts = CountCache(clock)
         self._router = uuid.uuid4().hex[:12]
         self._batches = 0
@@ -225,7 +248,9 @@ class Coordinator:
             RequestError: if it cannot be served as stated.
         """
         if query.deadline_s <= self._clock():
+            self._dropped.expired["queue"] += 1
             raise DeadlineExceeded("the time of the request ran out in the queue")
+        self._ladder.check(query.degrade, self.spec)
         request = query.request
         size = (
             len(request.filter)
@@ -269,22 +294,55 @@ class Coordinator:
             return fates
         encoded = found[0]
         planned: list[_Planned] = []
+        level = self._ladder.level
         for row, (at, request) in enumerate(compiled.items()):
-            eligible = counted.get(at)
             try:
-                plan = request.plan(self.spec, eligible, sum(fanout.documents))
-                planned.append(_Planned(at, row, request, plan, eligible))
-            except RequestError as error:
+                one = self._planned(at, row, request, queries[at], counted.get(at), fanout, level)
+                planned.append(one)
+            except (RequestError, DeadlineExceeded) as error:
                 fates[at] = error
         parts = self._parts(planned, encoded.embedding.shape[1])
         answered = await _side_by_side([self._run(part, queries, found, fanout) for part in parts])
         for part, part_fates in zip(parts, answered, strict=True):
             for one, fate in zip(part, part_fates, strict=True):
                 fallback = bool(encoded.fallback) and encoded.fallback[one.row]
-                fates[one.at] = self._stamped(
-                    fate, queries[one.at], started_s, times, fallback=fallback
-                )
+                reasons = one.reasons
+                if fallback:
+                    reasons = (*reasons, DegradeReason.EMBEDDING_FALLBACK)
+                fates[one.at] = self._stamped(fate, queries[one.at], started_s, times, reasons)
         return fates
+
+    def _planned(
+        self,
+        at: int,
+        row: int,
+        request: CompiledRequest,
+        query: Query,
+        eligible: int | None,
+        fanout: Fanout,
+        level: int,
+    ) -> _Planned:
+        """Return a request with the plan that it is run with.
+
+        Raises:
+            DeadlineExceeded: if its time ran out while users were encoded and filters counted.
+            RequestError: if an exact search would keep too many candidates.
+        """
+        if query.deadline_s - self._merge_headroom_s <= self._clock():
+            self._dropped.expired["rounds"] += 1
+            raise DeadlineExceeded("the time of the request ran out before its first round")
+        documents = sum(fanout.documents)
+        plan, reasons = self._ladder.reduce(
+            request.plan(self.spec, eligible, documents),
+            level,
+            request,
+            query.degrade,
+            self.spec,
+            documents=documents,
+            eligible=eligible,
+            returns_tasks=query.returns_tasks,
+        )
+        return _Planned(at, row, request, plan, eligible, reasons)
 
     async def _count(
         self, fanout: Fanout, compiled: Mapping[int, CompiledRequest], times: StageTimes
@@ -401,12 +459,19 @@ class Coordinator:
             encoder=encoder,
         )
         own = fanout.fork(max(minimums))
+        # Who was in a greater hurry may have been dropped.
+        own.deadline_s = min(queries[one.at].deadline_s for one in part) - self._merge_headroom_s
         return await Rounds(own, batch, self.spec, self._owner).run()
 
     def _stamped(
-        self, fate: Fate, query: Query, started_s: float, times: StageTimes, *, fallback: bool
+        self,
+        fate: Fate,
+        query: Query,
+        started_s: float,
+        times: StageTimes,
+        reasons: Sequence[DegradeReason],
     ) -> Fate:
-        """Return a fate with the times of the whole request, and what the encoder lacked."""
+        """Return a fate with the times of the whole request, and further reasons."""
         if not isinstance(fate, Served):
             return fate
         whole = {
@@ -416,8 +481,8 @@ class Coordinator:
             "total": int((self._clock() - query.arrived_s) * 1e6),
         }
         coverage = fate.coverage
-        if fallback:
-            coverage = coverage.because(DegradeReason.EMBEDDING_FALLBACK)
+        for reason in reasons:
+            coverage = coverage.because(reason)
         return replace(fate, answer=replace(fate.answer, times=whole), coverage=coverage)
 
 

@@ -18,6 +18,12 @@ class DegradeReason(StrEnum):
     """It had not applied what the request demands."""
     UPDATES_LAGGING = "UPDATES_LAGGING"
     """A shard answered that is far behind the update log."""
+    NPROBE_REDUCED = "NPROBE_REDUCED"
+    """Overload: fewer clusters were probed than the request would get otherwise."""
+    RERANK_DEPTH_REDUCED = "RERANK_DEPTH_REDUCED"
+    """Overload: fewer candidates were kept and reranked."""
+    TASKS_SKIPPED = "TASKS_SKIPPED"
+    """Overload: probabilities of tasks are missing that the request wanted to be told."""
     EMBEDDING_FALLBACK = "EMBEDDING_FALLBACK"
     """Default rows stood for rows of a remote table that could not be had in time."""
 

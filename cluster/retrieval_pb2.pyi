@@ -26,6 +26,9 @@ class DegradeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DEGRADE_REASON_SHARD_OVERLOADED: _ClassVar[DegradeReason]
     DEGRADE_REASON_VERSION_MISMATCH_DROPPED: _ClassVar[DegradeReason]
     DEGRADE_REASON_STALE_REPLICA_DROPPED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_NPROBE_REDUCED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_RERANK_DEPTH_REDUCED: _ClassVar[DegradeReason]
+    DEGRADE_REASON_TASKS_SKIPPED: _ClassVar[DegradeReason]
     DEGRADE_REASON_EMBEDDING_FALLBACK: _ClassVar[DegradeReason]
     DEGRADE_REASON_UPDATES_LAGGING: _ClassVar[DegradeReason]
 
@@ -44,6 +47,9 @@ DEGRADE_REASON_SHARD_TIMEOUT: DegradeReason
 DEGRADE_REASON_SHARD_OVERLOADED: DegradeReason
 DEGRADE_REASON_VERSION_MISMATCH_DROPPED: DegradeReason
 DEGRADE_REASON_STALE_REPLICA_DROPPED: DegradeReason
+DEGRADE_REASON_NPROBE_REDUCED: DegradeReason
+DEGRADE_REASON_RERANK_DEPTH_REDUCED: DegradeReason
+DEGRADE_REASON_TASKS_SKIPPED: DegradeReason
 DEGRADE_REASON_EMBEDDING_FALLBACK: DegradeReason
 DEGRADE_REASON_UPDATES_LAGGING: DegradeReason
 DURABILITY_LOGGED: Durability
@@ -51,7 +57,7 @@ DURABILITY_APPLIED_ONE: Durability
 DURABILITY_APPLIED_ALL_READY: Durability
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage", "consistency", "value")
+    __slots__ = ("request_id", "model", "alias", "generation", "named", "k", "filter", "params", "exclude_ids", "search", "task_weights", "return_fields", "return_task_scores", "min_coverage", "degrade", "consistency", "priority", "tenant", "value")
     class ParamsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -80,7 +86,10 @@ class RetrieveRequest(_message.Message):
     RETURN_FIELDS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TASK_SCORES_FIELD_NUMBER: _ClassVar[int]
     MIN_COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    DEGRADE_FIELD_NUMBER: _ClassVar[int]
     CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
@@ -96,9 +105,32 @@ class RetrieveRequest(_message.Message):
     return_fields: _containers.RepeatedScalarFieldContainer[str]
     return_task_scores: bool
     min_coverage: float
+    degrade: DegradePolicy
     consistency: Consistency
+    priority: int
+    tenant: str
     value: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., value: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., alias: _Optional[str] = ..., generation: _Optional[int] = ..., named: _Optional[_Union[FeatureMap, _Mapping]] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., params: _Optional[_Mapping[str, Values]] = ..., exclude_ids: _Optional[_Iterable[int]] = ..., search: _Optional[_Union[SearchParams, _Mapping]] = ..., task_weights: _Optional[_Mapping[str, float]] = ..., return_fields: _Optional[_Iterable[str]] = ..., return_task_scores: _Optional[bool] = ..., min_coverage: _Optional[float] = ..., degrade: _Optional[_Union[DegradePolicy, _Mapping]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class DegradePolicy(_message.Message):
+    __slots__ = ("mode", "min_nprobe", "min_ann_k", "required_tasks")
+    class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        MODE_UNSPECIFIED: _ClassVar[DegradePolicy.Mode]
+        MODE_ALLOW: _ClassVar[DegradePolicy.Mode]
+        MODE_NEVER: _ClassVar[DegradePolicy.Mode]
+    MODE_UNSPECIFIED: DegradePolicy.Mode
+    MODE_ALLOW: DegradePolicy.Mode
+    MODE_NEVER: DegradePolicy.Mode
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    MIN_NPROBE_FIELD_NUMBER: _ClassVar[int]
+    MIN_ANN_K_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_TASKS_FIELD_NUMBER: _ClassVar[int]
+    mode: DegradePolicy.Mode
+    min_nprobe: int
+    min_ann_k: int
+    required_tasks: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, mode: _Optional[_Union[DegradePolicy.Mode, str]] = ..., min_nprobe: _Optional[int] = ..., min_ann_k: _Optional[int] = ..., required_tasks: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Consistency(_message.Message):
     __slots__ = ("after", "max_staleness")

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
+from silvershard.cluster.degrade import Ladder
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.http_server import HttpServer
 from silvershard.cluster.links import Connections, Links
@@ -83,16 +84,17 @@ class Router:
         self._offer: Offer | None = None
         self._ready = False
         self._connections = Connections(config.ping)
-        self._extra = ExtraCalls(config.hedging, config.retries)
         self._retired: set[asyncio.Task[None]] = set()
-        query = config.query
+        self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(
-            max_batch=query.max_batch,
-            max_delay_s=query.max_delay_us / 1e6,
-            max_running=query.max_running,
-            queue=query.queue,
+            config.admission,
+            max_batch=config.query.max_batch,
+            max_delay_s=config.query.max_delay_us / 1e6,
+            target_delay_s=config.degrade.trigger.queue_delay_ms / 1e3,
             clock=clock,
+            observe=self._ladder.observe,
         )
+        self._extra = ExtraCalls(config.hedging, config.retries, is_hot=self._batcher.is_hot)
         self._facts = RouterFacts()
         self._metrics = Metrics()
         self._meter = RequestMeter(SERVICE, self._metrics)
@@ -102,6 +104,7 @@ class Router:
             Gauge(lambda: self._batcher.num_waiting),
         )
         self._http = HttpServer(router_pages(lambda: self._facts, self._metrics))
+        self._logged_level = 0
         self._updates = UpdateService(lambda: self._map.sequencer if self._map else None)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -167,6 +170,7 @@ class Router:
 
     async def follow(self) -> None:
         """Take over the shard map if it changed, and publish what is healthy."""
+        self._log_level()
         await self._read_map()
         shard_map = self._map
         if shard_map is None:
@@ -205,6 +209,19 @@ class Router:
                 await self.follow()
             except Exception:  # noqa: BLE001  # logged; nothing else would follow the map
                 _log.exception("following the shard map failed; the next look is due as usual")
+
+    def _log_level(self) -> None:
+        """Say when the router spends more or less on each request than before."""
+        level = self._ladder.level
+        if level != self._logged_level:
+            _log.warning(
+                "overload: %d of %d steps down, %d batches may run, refused so far: %s",
+                level,
+                self._ladder.lowest,
+                self._batcher.limit,
+                dict(self._batcher.dropped.refused) or "none",
+            )
+            self._logged_level = level
 
     async def _set_health(self, name: str, *, ready: bool) -> None:
         await self._health.set(name, _SERVING if ready else _NOT_SERVING)
@@ -297,6 +314,8 @@ class Router:
             lagging_s=query.lagging_ms / 1e3,
             choice=ReplicaChoice(self._config.health, self._extra, self._clock, random.Random()),
             clock=self._clock,
+            ladder=self._ladder,
+            dropped=self._batcher.dropped,
         )
         return _Held(coordinator, links, manifest.content_hash, snapshot, num_shards)
 

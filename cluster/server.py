@@ -15,6 +15,7 @@ from silvershard.cluster.codec import Refusal, request_from
 from silvershard.cluster.config import QuerySection
 from silvershard.cluster.consistency import ANY, consistency_from, stamp
 from silvershard.cluster.coordinator import Coordinator, Query
+from silvershard.cluster.degrade_policy import policy_from
 from silvershard.cluster.response import response_of
 from silvershard.cluster.rounds import Fate, Served
 from silvershard.cluster.service import Malformed, abort, logged_status, parser, serialize
@@ -143,10 +144,10 @@ class RetrievalService:
         try:
             if isinstance(message, Malformed):
                 raise RequestError("message", message.message)
-            if len(message.requests) > self._query.queue:
+            if len(message.requests) > self._batcher.capacity:
                 raise RequestError(
                     "requests",
-                    f"at most {self._query.queue}, which the queue of the router holds, "
+                    f"at most {self._batcher.capacity}, which the queue of the router holds, "
                     f"got {len(message.requests)}",
                 )
             reply = retrieval_pb2.RetrieveBatchResponse()
@@ -228,7 +229,17 @@ class RetrievalService:
         consistency = ANY
         if message.HasField("consistency"):
             consistency = consistency_from(message.consistency)
-        return Query(request_from(message), min_coverage, deadline_s, arrived_s, consistency)
+        return Query(
+            request_from(message),
+            min_coverage,
+            deadline_s,
+            arrived_s,
+            consistency,
+            message.priority,
+            message.tenant,
+            policy_from(message.degrade),
+            message.return_task_scores,
+        )
 
     def _response(
         self, fate: Fate, message: retrieval_pb2.RetrieveRequest, serving: Serving

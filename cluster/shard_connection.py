@@ -107,6 +107,9 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         try:
             async with asyncio.timeout(remaining_s):
                 reply = await future
+        except asyncio.CancelledError:
+            self.send(shard_pb2.ShardCall(cancel=call_id), generation)
+            raise
         except TimeoutError:
             raise DeadlineExceeded(
                 f"shard {shard} did not answer within {remaining_s:.3f} s"

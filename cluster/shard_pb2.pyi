@@ -22,7 +22,7 @@ GENERATION_STATE_PREPARED: GenerationState
 GENERATION_STATE_FAILED: GenerationState
 
 class ShardCall(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "release", "fields", "fresh")
+    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "release", "fields", "cancel", "fresh")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class ShardCall(_message.Message):
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generation: int
@@ -46,8 +47,9 @@ class ShardCall(_message.Message):
     close: TensorMap
     release: Release
     fields: Fields
+    cancel: int
     fresh: Freshness
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., cancel: _Optional[int] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
 
 class Freshness(_message.Message):
     __slots__ = ("log_id", "after", "max_staleness_us", "wait_us")
@@ -196,18 +198,36 @@ class InspectRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("epoch", "tables", "generations", "shard", "replica")
+    __slots__ = ("epoch", "tables", "generations", "shard", "replica", "expired", "cancelled")
+    class ExpiredEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class CancelledEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     tables: _containers.RepeatedCompositeFieldContainer[TableReport]
     generations: _containers.RepeatedCompositeFieldContainer[GenerationReport]
     shard: int
     replica: int
-    def __init__(self, epoch: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableReport, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[GenerationReport, _Mapping]]] = ..., shard: _Optional[int] = ..., replica: _Optional[int] = ...) -> None: ...
+    expired: _containers.ScalarMap[str, int]
+    cancelled: _containers.ScalarMap[str, int]
+    def __init__(self, epoch: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableReport, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[GenerationReport, _Mapping]]] = ..., shard: _Optional[int] = ..., replica: _Optional[int] = ..., expired: _Optional[_Mapping[str, int]] = ..., cancelled: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
     __slots__ = ("generation", "snapshot")

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -21,11 +22,11 @@ from silvershard.cluster.freshness import Demand
 from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, seen_to
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
 from silvershard.cluster.query_gaps import QueryGaps
+from silvershard.cluster.stage_gate import Abandoned, StageGate
 from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
     CandidatesExpired,
-    DeadlineExceeded,
     GenerationError,
     Overloaded,
     RemoteError,
@@ -114,6 +115,7 @@ class ShardServer:
         self._lookups = lookups
         self._gaps = QueryGaps() if gaps is None else gaps
         self._pending = 0
+        self._gate = StageGate(clock)
         self._by_key: dict[str, set[_Job]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{self.shard}")
         self._server: grpc.aio.Server | None = None
@@ -232,6 +234,8 @@ class ShardServer:
             shard=self.shard,
             replica=self.replica,
             generations=[one.report() for one in self.hosting.all],
+            expired=self._gate.expired,
+            cancelled=self._gate.cancelled,
         )
         for name, counts in self._lookups().items():
             report.tables.add(
@@ -256,6 +260,10 @@ class ShardServer:
         op = call.WhichOneof("op")
         if op == "release":
             self._release(call.key, stream)
+            return
+        if op == "cancel":
+            for job in stream.jobs:
+                job.dropped |= job.call.call_id == call.cancel
             return
         refusal = self._refusal(call)
         if refusal is not None:
@@ -337,13 +345,12 @@ class ShardServer:
 
     def _run(self, job: _Job) -> shard_pb2.ShardReply | None:
         """Answer a call on the thread of the model; None if nobody waits for it any more."""
-        if job.dropped:
-            return None
         call = job.call
         try:
-            if self._clock() >= job.expires_at_s:
-                raise DeadlineExceeded("the time of the call ran out in the queue")
-            return self._dispatch(call, job.hosted, job.expires_at_s)
+            self._gate.check(job, call.WhichOneof("op") or "")
+            return self._dispatch(call, job)
+        except Abandoned:
+            return None
         except (RetrievalError, RequestError, tensors.TensorError) as error:
             return self._failure(call, error)
         except Exception as error:  # noqa: BLE001  # a process border; the error is logged
@@ -351,9 +358,8 @@ class ShardServer:
             _log.exception("internal error %s in shard %d", error_id, self.shard)
             return self._failure(call, error, error_id)
 
-    def _dispatch(
-        self, call: shard_pb2.ShardCall, hosted: Hosted, expires_at_s: float
-    ) -> shard_pb2.ShardReply:
+    def _dispatch(self, call: shard_pb2.ShardCall, job: _Job) -> shard_pb2.ShardReply:
+        hosted, proceed = job.hosted, partial(self._gate.check, job)
         executor = hosted.executor_in_service
         reply = self._reply(call)
         reply.seen.CopyFrom(seen_to(hosted.seen))
@@ -372,10 +378,12 @@ class ShardServer:
             scan = tensors.from_map(call.count, tensors.SCAN)["scan"]
             reply.tensors.CopyFrom(tensors.to_map({"count": executor.count(scan)}))
         elif op == "open":
-            first = executor.open(call.key, tensors.work_from_map(call.open), expires_at_s)
+            first = executor.open(
+                call.key, tensors.work_from_map(call.open), job.expires_at_s, proceed
+            )
             _set_round(reply, tensors.round_to_map(first), first.times)
         elif op == "close":
-            second = executor.close(call.key, tensors.cutoffs_from_map(call.close))
+            second = executor.close(call.key, tensors.cutoffs_from_map(call.close), proceed)
             _set_round(reply, tensors.round_to_map(second), second.times)
         elif op == "fields":
             _set_fields(reply, call, hosted)

@@ -53,6 +53,7 @@ WORK = {
     "ann_k": _Form(_I64, "B"),
     "semantic_k": _Form(_I64, "B"),
     "k": _Form(_I64, "B"),
+    "tasks": _Form(torch.int8, "BT"),
 }
 CUTOFFS = {"scores": _Form(_F32, "BC"), "item_ids": _Form(_I64, "BC")}
 ROUND_ONE = {

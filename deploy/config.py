@@ -17,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from silvershard.cluster.config import (
+    AdmissionSection,
+    DegradeSection,
     HealthSection,
     HedgingSection,
     ListenSection,
@@ -75,6 +77,12 @@ class Config(BaseModel):
     )
     retries: RetriesSection = Field(
         default=RetriesSection(), description="second calls where the first failed"
+    )
+    admission: AdmissionSection = Field(
+        default=AdmissionSection(), description="which requests wait, run and are refused"
+    )
+    degrade: DegradeSection = Field(
+        default=DegradeSection(), description="what is left out of requests under overload"
     )
     tables: TablesSection = Field(default=TablesSection(), description="where embedding tables lie")
     updates: UpdatesSection = Field(
@@ -284,6 +292,10 @@ def _section_keys(key: Key) -> list[str]:
     for part in key:
         if isinstance(part, int):
             # Of a list of sections; all of them have the same keys.
+            continue
+        if get_origin(section) is dict:
+            # The part is a name that a person chose.
+            section = get_args(section)[1]
             continue
         choices = _sections(section)
         if len(choices) > 1:

@@ -95,7 +95,7 @@ def run(
                 prepared,
                 published.path,
                 record.address,
-                max_requests=config.query.queue,
+                max_requests=config.admission.queue,
                 min_rating=config.training.min_rating,
             )
         say("\n" + quality_report.render(evaluation))

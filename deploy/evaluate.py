@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from silvershard.cluster import Client, Query, Result
+from silvershard.cluster import Client, DegradeMode, DegradePolicy, Query, Result
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens_users import before
 from silvershard.deploy.recipe import Prepared, user_features
@@ -300,6 +300,7 @@ def serve(
                     nprobe=nprobe,
                     value=value,
                     return_task_scores=False,
+                    degrade=DegradePolicy(DegradeMode.NEVER),
                 )
                 for features, history in zip(
                     users.features[some], users.histories[some], strict=True

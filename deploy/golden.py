@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from silvershard.cluster import Client, Query, Result
+from silvershard.cluster import Client, DegradeMode, DegradePolicy, Query, Result
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
 from silvershard.model.request import Request
@@ -47,7 +47,12 @@ def check(state: StateDir, address: str, *, timeout_s: float) -> dict[str, Any]:
 
         def answer(request: Request) -> Result:
             result = client.retrieve(
-                Query(**request.__dict__, generation=generation, min_coverage=1.0)
+                Query(
+                    **request.__dict__,
+                    generation=generation,
+                    min_coverage=1.0,
+                    degrade=DegradePolicy(DegradeMode.NEVER),
+                )
             )
             if result.content_hash != content_hash:
                 raise CommandError(

@@ -63,7 +63,7 @@ def measure(
         prepared,
         path,
         record.address,
-        max_requests=config.query.queue,
+        max_requests=config.admission.queue,
         min_rating=description.training.min_rating,
     )
 

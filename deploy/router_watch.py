@@ -77,6 +77,8 @@ class RouterWatch:
             hedging=self._config.hedging,
             retries=self._config.retries,
             observability=self._config.observability.model_copy(update={"http": self._http}),
+            admission=self._config.admission,
+            degrade=self._config.degrade,
         )
         self._state.router_file.write_text(settings.model_dump_json(indent=1))
         with self._state.router_log.open("ab") as log:

@@ -23,7 +23,7 @@ class Answer:
     refined: Tensor
     """``(K,)`` float32 inner products."""
     task_scores: Mapping[str, Tensor]
-    """``(K,)`` float32 probability per task."""
+    """``(K,)`` float32 probability per task that the plan has computed."""
     plan: Plan
     exhausted: bool
     """True when fewer than k eligible items exist: every cluster was scanned, nothing was cut."""
@@ -102,6 +102,7 @@ def split_answers(
                 task_scores={
                     name: second.tasks[at, :size, column]
                     for column, name in enumerate(spec.item_schema.tasks)
+                    if name not in plan.without
                 },
                 plan=plan,
                 exhausted=short and (all_found or (whole and uncut)),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from silvershard.kernels.value_program import ValueOp
 from silvershard.model.filter import FilterError, canonical, compile_filter, parse_filter
 from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.plan import Plan, PlanError, check_semantic_k, choose_plan, parse_plan
@@ -37,6 +38,15 @@ class CompiledRequest:
     semantic_k: int | None
     exact: bool
     return_fields: tuple[str, ...]
+    tasks: tuple[str, ...]
+    """Of the model, in the order of the schema."""
+
+    @property
+    def tasks_read(self) -> frozenset[str]:
+        """Return the tasks that the value formula reads."""
+        columns = self.value_ops[self.value_ops[:, 0] == ValueOp.COLUMN, 1].tolist()
+        # Column 0 is the score; signals follow the tasks.
+        return frozenset(self.tasks[at - 1] for at in columns if 1 <= at <= len(self.tasks))
 
     @property
     def needs_count(self) -> bool:
@@ -139,7 +149,7 @@ def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
                 f"unknown field {name!r}; the model has {', '.join(sorted(known)) or 'none'}",
             )
     has_filter = bool(request.filter.strip())
-    return CompiledRequest(
+    made = CompiledRequest(
         features=features,
         k=request.k,
         filter_key=canonical(expr) if has_filter else "",
@@ -155,4 +165,11 @@ def compile_request(request: Request, spec: ServingSpec) -> CompiledRequest:
         semantic_k=request.semantic_k,
         exact=request.exact,
         return_fields=tuple(dict.fromkeys(request.return_fields)),
+        tasks=schema.tasks,
     )
+    for name in pinned.without if pinned is not None else ():
+        if name in made.tasks_read:
+            raise RequestError(
+                "search.plan", f"the value formula reads task {name!r}, which the plan leaves out"
+            )
+    return made

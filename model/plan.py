@@ -19,11 +19,12 @@ ALL_PAGES = "all_pages"
 KINDS = (PROBE, PROBE_WIDE, ALL_PAGES)
 
 _PATTERN = re.compile(
-    r"(probe|probe_wide|all_pages)\(probes=(\d{1,9}),ann_k=(\d{1,9})(?:,semantic_k=(\d{1,9}))?\)"
+    r"(probe|probe_wide|all_pages)\(probes=(\d{1,9}),ann_k=(\d{1,9})(?:,semantic_k=(\d{1,9}))?"
+    r"(?:,without=([A-Za-z0-9_+]+))?\)"
 )
 
-# Probing more than this share of the clusters costs as much as reading every page once.
-_ALL_PAGES_SHARE = 0.5
+ALL_PAGES_SHARE = 0.5
+"""Probing more than this share of the clusters costs as much as reading every page once."""
 
 
 class PlanError(ValueError):
@@ -40,11 +41,14 @@ class Plan(NamedTuple):
     """Candidates per head that pass the scan cut, over the whole catalogue."""
     semantic_k: int = 0
     """Candidates of the decoder of semantic ids, over the whole catalogue; 0: it is not asked."""
+    without: tuple[str, ...] = ()
+    """Tasks that are not computed, in the order of the schema; the value formula reads none."""
 
     def __str__(self) -> str:
         """Return the text form that an answer names and a request may pin."""
         semantic = f",semantic_k={self.semantic_k}" if self.semantic_k else ""
-        return f"{self.kind}(probes={self.probes},ann_k={self.ann_k}{semantic})"
+        without = f",without={'+'.join(self.without)}" if self.without else ""
+        return f"{self.kind}(probes={self.probes},ann_k={self.ann_k}{semantic}{without})"
 
 
 def parse_plan(text: str, spec: ServingSpec) -> Plan:
@@ -56,11 +60,13 @@ def parse_plan(text: str, spec: ServingSpec) -> Plan:
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise PlanError(
-            "expected kind(probes=P,ann_k=R) or kind(probes=P,ann_k=R,semantic_k=S) "
+            "expected kind(probes=P,ann_k=R) or kind(probes=P,ann_k=R,semantic_k=S), "
+            "either with ,without=TASK+TASK at the end, "
             f"with kind one of {', '.join(KINDS)}, "
             f"got {text[:80]!r}"
         )
-    plan = Plan(match[1], int(match[2]), int(match[3]), int(match[4] or 0))
+    without = _tasks(match[5] or "", spec.item_schema.tasks)
+    plan = Plan(match[1], int(match[2]), int(match[3]), int(match[4] or 0), without)
     if not 1 <= plan.probes <= spec.num_clusters:
         raise PlanError(f"probes must be in 1..{spec.num_clusters}, got {plan.probes}")
     if not 1 <= plan.ann_k <= MAX_ANN_K:
@@ -69,6 +75,22 @@ def parse_plan(text: str, spec: ServingSpec) -> Plan:
     if plan.kind == ALL_PAGES and plan.probes != spec.num_clusters:
         raise PlanError(f"all_pages probes {spec.num_clusters} clusters, got {plan.probes}")
     return plan
+
+
+def _tasks(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the named tasks in the order of the schema.
+
+    Raises:
+        PlanError: if one is unknown or named twice.
+    """
+    named = text.split("+") if text else []
+    for name in named:
+        if name not in known:
+            tasks = ", ".join(known) or "none"
+            raise PlanError(f"unknown task {name[:80]!r} in without; the model has {tasks}")
+    if len(set(named)) < len(named):
+        raise PlanError(f"without must name each task once, got {text[:80]}")
+    return tuple(name for name in known if name in named)
 
 
 def check_semantic_k(semantic_k: int, spec: ServingSpec) -> None:
@@ -138,6 +160,6 @@ def choose_plan(
     probes = max(base, by_selectivity, by_candidates)
     if probes == base:
         return Plan(ALL_PAGES if base == clusters else PROBE, base, kept, generated)
-    if probes > _ALL_PAGES_SHARE * clusters:
+    if probes > ALL_PAGES_SHARE * clusters:
         return Plan(ALL_PAGES, clusters, kept, generated)
     return Plan(PROBE_WIDE, probes, kept, generated)

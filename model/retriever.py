@@ -4,7 +4,6 @@ Shapes: B requests, H heads, Q = B * H query rows, D embedding dimension, P prob
 per head, Rs semantic candidates, U candidates of the union of all, T tasks, K results.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, cast
 
@@ -15,12 +14,10 @@ from silvershard.kernels import (
     IvfIndex,
     ScanResult,
     coarse_probe,
-    fixed_sigmoid,
     quantize_rows,
     select_topk,
     value_program,
 )
-from silvershard.kernels.contract import check_not_nan
 from silvershard.model.answer import Answer, split_answers
 from silvershard.model.compiled_request import CompiledRequest, compile_request
 from silvershard.model.index import ItemIndex
@@ -28,11 +25,13 @@ from silvershard.model.live_trie import LiveTrie
 from silvershard.model.merge import Merge, passes
 from silvershard.model.plan import Plan
 from silvershard.model.request import FeatureValues, Request
+from silvershard.model.rerank import task_probabilities
 from silvershard.model.semantic_search import Generated
 from silvershard.model.semantic_source import SemanticSource
 from silvershard.model.spec import ServingSpec
+from silvershard.model.stages import Proceed, Stopwatch, always
 from silvershard.model.two_tower import Encoded
-from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, StageTimes, Work
+from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 
 _MAX_VALUE = torch.finfo(torch.float32).max
 
@@ -86,19 +85,6 @@ class PartCandidates(NamedTuple):
     """The semantic candidates; None where nobody asked for any."""
 
 
-class _Stopwatch:
-    """Microseconds between successive marks."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter_ns()
-        self.times: StageTimes = {}
-
-    def mark(self, stage: str) -> None:
-        now = time.perf_counter_ns()
-        self.times[stage] = self.times.get(stage, 0) + (now - self._last) // 1000
-        self._last = now
-
-
 def pad_programs(programs: Sequence[Tensor]) -> Tensor:
     """Return programs ``(L_i, ...)`` as one ``(B, L, ...)`` tensor; zero rows are ``NOP``."""
     return torch.nn.utils.rnn.pad_sequence(list(programs), batch_first=True)
@@ -131,6 +117,13 @@ def assemble(
         ann_k=torch.tensor([plan.ann_k for plan in plans], dtype=torch.int64),
         semantic_k=torch.tensor([plan.semantic_k for plan in plans], dtype=torch.int64),
         k=torch.tensor([one.k for one in compiled], dtype=torch.int64),
+        tasks=torch.tensor(
+            [
+                [name not in plan.without for name in one.tasks]
+                for one, plan in zip(compiled, plans, strict=True)
+            ],
+            dtype=torch.int8,
+        ),
     )
 
 
@@ -282,8 +275,12 @@ class Retriever(nn.Module):
         ]
 
     @torch.inference_mode()
-    def open(self, work: Work) -> tuple[RoundOne, list[PartCandidates]]:
+    def open(self, work: Work, proceed: Proceed = always) -> tuple[RoundOne, list[PartCandidates]]:
         """Run round one: probe, filter and scan, and the search for semantic candidates.
+
+        Args:
+            work: the batch.
+            proceed: is called before the search for semantic candidates.
 
         Returns:
             The best candidates per head over all parts, the best semantic ones beside them, and
@@ -292,7 +289,7 @@ class Retriever(nn.Module):
         Raises:
             ValueError: if semantic candidates are asked of a generation without semantic ids.
         """
-        watch = _Stopwatch()
+        watch = Stopwatch()
         batch, heads, _ = work.embedding.shape
         width = int(work.ann_k.max())
         # A request with fewer candidates than its neighbours keeps some too many; none of those
@@ -301,6 +298,7 @@ class Retriever(nn.Module):
         rounds: list[RoundOne] = []
         scanned = self._scan(work, width)
         watch.mark("ann")
+        proceed("semantic")
         generated = self._generate(work)
         if work.semantic_k.any():
             watch.mark("semantic")
@@ -329,18 +327,36 @@ class Retriever(nn.Module):
         return merged._replace(times=watch.times), kept
 
     @torch.inference_mode()
-    def close(self, work: Work, candidates: Sequence[PartCandidates], cutoffs: Cutoffs) -> RoundTwo:
-        """Run round two on the candidates that pass the global cut: refine, rerank and value."""
+    def close(
+        self,
+        work: Work,
+        candidates: Sequence[PartCandidates],
+        cutoffs: Cutoffs,
+        proceed: Proceed = always,
+    ) -> RoundTwo:
+        """Run round two on the candidates that pass the global cut: refine, rerank and value.
+
+        Args:
+            work: the batch.
+            candidates: what round one kept.
+            cutoffs: what passes.
+            proceed: is called before the candidates of each part are reranked, and valued.
+        """
         rounds = [
-            self._finish(part, work, kept, cutoffs)
+            self._finish(part, work, kept, cutoffs, proceed)
             for part, kept in zip(self.indexes, candidates, strict=True)
         ]
         return rounds[0] if len(rounds) == 1 else self.merge(rounds, int(work.k.max()))
 
     def _finish(
-        self, part: ItemIndex, work: Work, candidates: PartCandidates, cutoffs: Cutoffs
+        self,
+        part: ItemIndex,
+        work: Work,
+        candidates: PartCandidates,
+        cutoffs: Cutoffs,
+        proceed: Proceed,
     ) -> RoundTwo:
-        watch = _Stopwatch()
+        watch = Stopwatch()
         batch, heads, _ = work.embedding.shape
         own = Cutoffs(*(one[:, :heads] for one in cutoffs))
         passing = passes(candidates.scores, candidates.item_ids, own)  # (B, H, R)
@@ -357,17 +373,16 @@ class Retriever(nn.Module):
         slots, valid = _distinct(flat, needed)  # (B, U)
         refined = part.refine(work.embedding, slots)  # (B, U, H)
         watch.mark("refine")
+        proceed("rerank")
         by_head = refined.masked_fill(~valid[:, :, None], 0.0)
         item_ids, signals = part.items_at(slots)  # (B, U), (B, U, Vs)
         state = work.user_state
         if self.semantic is not None:
             state = self.semantic.without_context(state)
-        logits = cast(RetrievalModel, self.model).rank_slots(
-            work.embedding, state, part.cache, slots, by_head, signals
-        )
-        check_not_nan("the reranker's logits", logits)
-        tasks = fixed_sigmoid(logits)  # (B, U, T)
+        rank = cast(RetrievalModel, self.model).rank_slots
+        tasks = task_probabilities(rank, work, state, part.cache, slots, by_head, signals)
         watch.mark("rerank")
+        proceed("value")
         # Adding zero makes both zeros the same one, whichever the maximum picks.
         score = (refined + 0.0).amax(2)  # (B, U)
         columns = torch.cat([score[:, :, None], tasks, signals], 2).flatten(0, 1)
@@ -402,7 +417,7 @@ class Retriever(nn.Module):
         """
         if not requests:
             return []
-        watch = _Stopwatch()
+        watch = Stopwatch()
         compiled = [compile_request(request, self.spec) for request in requests]
         watch.mark("compile")
         counts: list[int | None] = [None] * len(compiled)

@@ -39,6 +39,9 @@ class Work(NamedTuple):
     """``(B,)`` int64 candidates of the decoder of semantic ids that pass their cut; 0: none."""
     k: Tensor
     """``(B,)`` int64 wanted results."""
+    tasks: Tensor
+    """``(B, T)`` int8, 1 where the probability of a task is computed; the value program reads no
+    other one."""
 
 
 class RoundOne(NamedTuple):
@@ -80,7 +83,7 @@ class RoundTwo(NamedTuple):
     refined: Tensor
     """``(B, K)`` float32 inner product in fp16 storage, the best over the heads."""
     tasks: Tensor
-    """``(B, K, T)`` float32 probabilities."""
+    """``(B, K, T)`` float32 probabilities; zeros for a task that was not computed."""
     kept: Tensor
     """``(B,)`` int64 candidates that passed the global cut, summed over the heads."""
     semantic_kept: Tensor

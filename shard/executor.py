@@ -20,6 +20,7 @@ from torch import Tensor
 from silvershard.model.request import FeatureValues
 from silvershard.model.retriever import PartCandidates, Retriever
 from silvershard.model.spec import ServingSpec
+from silvershard.model.stages import Proceed, always
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.coalesce import Rejection
@@ -229,22 +230,30 @@ class ShardExecutor:
         """Return how many of this shard's documents pass each program ``(B, L, 4)``, ``(B,)``."""
         return self._retriever.count(scan)
 
-    def open(self, key: str, work: Work, expires_at_s: float) -> RoundOne:
+    def open(
+        self, key: str, work: Work, expires_at_s: float, proceed: Proceed = always
+    ) -> RoundOne:
         """Run round one and keep its candidates under ``key``.
 
         Args:
             key: of the query batch, unique per router.
             work: the batch.
             expires_at_s: reading of the shard's clock at which the candidates are given up.
+            proceed: is called with the name of each further stage, and may raise.
         """
         self.expire()
-        first, candidates = self._retriever.open(work)
+        first, candidates = self._retriever.open(work, proceed)
         epochs = tuple([part.epoch for part in self._parts])
         self._open[key] = _OpenQuery(work, candidates, expires_at_s, epochs)
         return first
 
-    def close(self, key: str, cutoffs: Cutoffs) -> RoundTwo:
+    def close(self, key: str, cutoffs: Cutoffs, proceed: Proceed = always) -> RoundTwo:
         """Run round two on open candidates, which stay open so that a lost shard can be cut out.
+
+        Args:
+            key: of the query batch.
+            cutoffs: what passes.
+            proceed: is called with the name of each further stage, and may raise.
 
         Raises:
             CandidatesExpired: if ``key`` is not open.
@@ -253,7 +262,7 @@ class ShardExecutor:
         query = self._open.get(key)
         if query is None:
             raise CandidatesExpired(key)
-        return self._retriever.close(query.work, query.candidates, cutoffs)
+        return self._retriever.close(query.work, query.candidates, cutoffs, proceed)
 
     def release(self, key: str) -> None:
         """Give up the candidates of a query; unknown keys are ignored."""
@@ -325,6 +334,7 @@ class ShardExecutor:
             ann_k=torch.full((batch,), defaults.ann_k),
             semantic_k=torch.full((batch,), defaults.semantic_k),
             k=torch.ones(batch, dtype=torch.int64),
+            tasks=torch.ones(batch, len(self.spec.item_schema.tasks), dtype=torch.int8),
         )
         first = self.open("warm", work, float("inf"))
         merge = self._retriever.merge

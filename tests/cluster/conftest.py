@@ -15,6 +15,9 @@ import torch
 from silvershard.cluster import coordinator
 from silvershard.cluster.client import Client, Query
 from silvershard.cluster.config import (
+    AdmissionSection,
+    ConcurrencySection,
+    DegradeSection,
     HealthSection,
     HedgingSection,
     ListenSection,
@@ -264,7 +267,14 @@ class LocalCluster:
         self.router: Router | None = None
 
     def start(
-        self, executors: Sequence[ShardExecutor], snapshot: Path, *, ping: Any = None, **query: Any
+        self,
+        executors: Sequence[ShardExecutor],
+        snapshot: Path,
+        *,
+        ping: Any = None,
+        admission: Any = None,
+        degrade: Any = None,
+        **query: Any,
     ) -> "LocalCluster":
         self.servers = [ShardServer(executor, epoch=7) for executor in executors]
         for server in self.servers:
@@ -277,6 +287,8 @@ class LocalCluster:
                 drain_s=1.0,
                 listen=ListenSection(port=0),
                 query=QuerySection(**{"default_deadline_ms": 10_000, **query}),
+                admission=admission or AdmissionSection(),
+                degrade=degrade or DegradeSection(),
                 ping=ping or PingSection(every_ms=20, suspect_after=20, eject_after=50),
             )
         )
@@ -427,6 +439,17 @@ def make_cluster(
     yield make
     for cluster in clusters:
         cluster.close()
+
+
+@pytest.fixture
+def admitting() -> Callable[..., AdmissionSection]:
+    """``admitting(queue, running)`` admits so many requests and runs so many batches."""
+
+    def make(queue: int, running: int = 16, **more: Any) -> AdmissionSection:
+        concurrency = ConcurrencySection(mode="fixed", min=1, max=running)
+        return AdmissionSection(queue=queue, concurrency=concurrency, **more)
+
+    return make
 
 
 @pytest.fixture

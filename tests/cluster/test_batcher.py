@@ -1,4 +1,6 @@
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -6,10 +8,17 @@ from typing import Any
 import pytest
 
 from silvershard.cluster.batcher import Batcher
+from silvershard.cluster.config import (
+    AdmissionSection,
+    ConcurrencySection,
+    DegradeSection,
+    TenantSection,
+)
 from silvershard.cluster.consistency import ANY, Consistency, UpdateToken
 from silvershard.cluster.coordinator import Query
+from silvershard.cluster.degrade import Ladder
 from silvershard.model.request import Request
-from silvershard.shard.errors import Overloaded
+from silvershard.shard.errors import DeadlineExceeded, Overloaded
 
 
 class Runner:
@@ -39,13 +48,26 @@ def runner() -> Runner:
     return Runner()
 
 
-def make(virtual: Any, **options: Any) -> Batcher:
-    settings = {"max_batch": 4, "max_delay_s": 0.5, "max_running": 2, "queue": 6}
-    return Batcher(**{**settings, **options}, clock=virtual.time)
+def make(
+    virtual: Any,
+    *,
+    max_running: int = 2,
+    queue: int = 6,
+    admission: AdmissionSection | None = None,
+    **options: Any,
+) -> Batcher:
+    """Make a batcher that runs a fixed number of batches, and serves in order of arrival."""
+    concurrency = ConcurrencySection(mode="fixed", min=1, max=max_running)
+    settings = {"max_batch": 4, "max_delay_s": 0.5, "target_delay_s": 60.0}
+    return Batcher(
+        admission or AdmissionSection(queue=queue, concurrency=concurrency),
+        **{**settings, **options},
+        clock=virtual.time,
+    )
 
 
-def query(virtual: Any, k: int, remaining_s: float = 2.0) -> Query:
-    return Query(Request(k=k), 0.9, virtual.time() + remaining_s, virtual.time())
+def query(virtual: Any, k: int, remaining_s: float = 2.0, **more: Any) -> Query:
+    return Query(Request(k=k), 0.9, virtual.time() + remaining_s, virtual.time(), **more)
 
 
 async def settle() -> None:
@@ -187,8 +209,9 @@ def test_requests_with_little_time_do_not_hurry_their_neighbours(
     batcher = make(virtual)
     queries = [query(virtual, k, remaining_s) for k, remaining_s in enumerate((8, 1, 9, 1.5, 0))]
     fates = virtual.run_until_complete(batcher.submit(queries, runner.run))
-    assert fates == [0, 1, 2, 3, 4]
-    assert runner.batches == [[0, 2], [1, 3], [4]]
+    assert fates[:4] == [0, 1, 2, 3]
+    assert isinstance(fates[4], DeadlineExceeded)
+    assert runner.batches == [[0, 2], [1, 3]]
 
 
 def test_batches_are_of_one_generation(virtual: Any, runner: Runner) -> None:
@@ -270,7 +293,7 @@ def demanding(virtual: Any, k: int) -> Query:
 
 
 def test_nobody_waits_for_the_updates_of_others(virtual: Any, runner: Runner) -> None:
-    batcher = make(virtual, max_running=4, max_batch=2)
+    batcher = make(virtual, max_batch=2)
     waits = Runner()
     waits.gate.clear()
 
@@ -281,7 +304,7 @@ def test_nobody_waits_for_the_updates_of_others(virtual: Any, runner: Runner) ->
     async def scene() -> None:
         late = asyncio.ensure_future(batcher.submit([demanding(virtual, k) for k in range(5)], run))
         await settle()
-        # Half of what may run is left to those that demand nothing.
+        # They have as many places of their own as those that demand nothing.
         assert waits.batches == [[0, 1], [2, 3]]
         assert await batcher.submit([query(virtual, 7)], run) == [7]
         assert not late.done()
@@ -299,3 +322,324 @@ def test_even_the_only_batch_that_may_run_may_wait_for_updates(
 ) -> None:
     batcher = make(virtual, max_running=1)
     assert virtual.run_until_complete(batcher.submit([demanding(virtual, 3)], runner.run)) == [3]
+
+
+# ---- overload
+
+
+def test_the_larger_priority_goes_first(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))]
+        await settle()
+        for k, priority in ((1, -1), (2, 0), (3, 5), (4, 5)):
+            one = query(virtual, k, priority=priority)
+            tasks.append(asyncio.ensure_future(batcher.submit([one], runner.run)))
+        await settle()
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[0], [3], [4], [2], [1]]
+
+
+def test_once_one_has_waited_too_long_the_newest_goes_first(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1, target_delay_s=0.005)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))]
+        await settle()
+        for k in (1, 2, 3):
+            tasks.append(asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)))
+            await asyncio.sleep(0.04)
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[0], [3], [2], [1]]
+
+
+def test_who_has_to_leave_for_a_higher_priority_gets_one_error_and_is_not_run(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1, queue=3)
+    ended: Counter[int] = Counter()
+
+    async def ask(k: int, priority: int) -> None:
+        (fate,) = await batcher.submit([query(virtual, k, priority=priority)], runner.run)
+        ended[k] += 1
+        assert isinstance(fate, Overloaded) == (k in (2, 3)), (k, fate)
+        assert k not in (2, 3) or fate.retry_after_s >= 0.01
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [asyncio.ensure_future(ask(0, 0))]
+        await settle()
+        for k, priority in ((1, 1), (2, 0), (3, 0), (4, 2), (5, 1)):
+            tasks.append(asyncio.ensure_future(ask(k, priority)))
+            await settle()
+        # 3 left for 4, and 2 for 5: the lowest priority first, and of those the last to be served.
+        assert ended == {2: 1, 3: 1}
+        with pytest.raises(Overloaded, match="3 of at most 3"):
+            await batcher.submit([query(virtual, 6)], runner.run)
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[0], [4], [1], [5]]
+    assert ended == dict.fromkeys(range(6), 1)
+    assert batcher.dropped.refused == {"displaced": 2, "queue": 1}
+
+
+def test_one_of_a_batch_that_has_to_leave_does_not_take_its_neighbours_along(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1, queue=2)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))
+        await settle()
+        both = asyncio.ensure_future(
+            batcher.submit([query(virtual, 1), query(virtual, 2)], runner.run)
+        )
+        await settle()
+        urgent = asyncio.ensure_future(batcher.submit([query(virtual, 3, priority=1)], runner.run))
+        await settle()
+        runner.gate.set()
+        first, second = await both
+        assert first == 1
+        assert isinstance(second, Overloaded)
+        assert (await running, await urgent) == ([0], [3])
+
+    virtual.run_until_complete(scene())
+
+
+def test_a_request_that_cannot_be_done_in_time_is_refused_at_once_while_others_run(
+    virtual: Any,
+) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1, queue=100)
+    runs: list[int] = []
+
+    async def run(queries: Sequence[Query]) -> list[Any]:
+        runs.append(queries[0].request.k)
+        await asyncio.sleep(0.1)
+        return [query.request.k for query in queries]
+
+    async def scene() -> None:
+        # Nothing is known yet, and nothing runs: whoever has time at all may try.
+        assert await batcher.submit([query(virtual, 0, 0.05)], run) == [0]
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 1)], run))
+        await settle()
+        before_s = virtual.time()
+        (fate,) = await batcher.submit([query(virtual, 2, 0.15)], run)
+        assert isinstance(fate, Overloaded)
+        assert "0.150 s left, waiting and running take about 0.200 s" in str(fate)
+        assert virtual.time() == before_s
+        waiting = asyncio.ensure_future(batcher.submit([query(virtual, 3, 0.25)], run))
+        assert (await running, await waiting) == ([1], [3])
+        assert await batcher.submit([query(virtual, 4, 0.05)], run) == [4]
+
+    virtual.run_until_complete(scene())
+    assert runs == [0, 1, 3, 4]
+    assert batcher.dropped.refused == {"deadline": 1}
+
+
+def test_what_expired_in_the_queue_is_dropped_before_launch(virtual: Any, runner: Runner) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 0)], runner.run))
+        await settle()
+        late = asyncio.ensure_future(batcher.submit([query(virtual, 1, 0.2)], runner.run))
+        await asyncio.sleep(0.3)
+        runner.gate.set()
+        (fate,) = await late
+        assert isinstance(fate, DeadlineExceeded)
+        assert await running == [0]
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[0]]
+    assert batcher.dropped.expired == {"queue": 1}
+
+
+def test_who_cancels_frees_the_place_at_once_and_no_future_is_lost(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1, max_batch=1, queue=2)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in range(3)
+        ]
+        await settle()
+        tasks[1].cancel()
+        await settle()
+        assert len(batcher._line) == 1
+        assert batcher.dropped.cancelled == {"queue": 1}
+        tasks[0].cancel()
+        await settle()
+        await settle()
+        assert batcher.dropped.cancelled == {"queue": 1, "run": 1}
+        # The place of the batch that nobody waits for is free at once, too.
+        assert runner.batches == [[0], [2]]
+        runner.gate.set()
+        assert await tasks[2] == [2]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(asyncio.all_tasks()) == 1
+
+    virtual.run_until_complete(scene())
+    assert (len(batcher._line), batcher._running, batcher._demanding) == (0, set(), set())
+
+
+def test_a_tenant_is_refused_alone_once_it_has_used_up_its_share(
+    virtual: Any, runner: Runner
+) -> None:
+    tenants = {"small": TenantSection(qps=2, priority=1), "default": TenantSection(qps=3)}
+    concurrency = ConcurrencySection(mode="fixed", min=1, max=1)
+    admission = AdmissionSection(queue=9, concurrency=concurrency, tenants=tenants)
+    batcher = make(virtual, admission=admission, max_batch=1)
+    names = ["small", "small", "small", "a", "b", "", "default", "small"]
+
+    async def scene() -> None:
+        queries = [query(virtual, k, tenant=name) for k, name in enumerate(names)]
+        fates = await batcher.submit(queries, runner.run)
+        refused = [k for k, fate in enumerate(fates) if isinstance(fate, Overloaded)]
+        # Whoever is not named shares what is left to all others.
+        assert refused == [2, 6, 7]
+        assert [fates[k].retry_after_s for k in refused] == [0.5, pytest.approx(1 / 3), 0.5]
+        await asyncio.sleep(0.5)
+        assert await batcher.submit([query(virtual, 9, tenant="small")], runner.run) == [9]
+
+    virtual.run_until_complete(scene())
+    assert runner.batches[:2] == [[0], [1]]
+    assert batcher.dropped.refused == {"tenant": 3}
+
+
+def test_a_request_that_the_queue_refuses_costs_its_tenant_nothing(
+    virtual: Any, runner: Runner
+) -> None:
+    tenants = {"one": TenantSection(qps=2)}
+    concurrency = ConcurrencySection(mode="fixed", min=1, max=1)
+    admission = AdmissionSection(queue=1, concurrency=concurrency, tenants=tenants)
+    batcher = make(virtual, admission=admission, max_batch=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        tasks = [
+            asyncio.ensure_future(batcher.submit([query(virtual, k)], runner.run)) for k in (0, 1)
+        ]
+        await settle()
+        for _ in range(5):
+            with pytest.raises(Overloaded, match="1 of at most 1"):
+                await batcher.submit([query(virtual, 2, tenant="one")], runner.run)
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+        assert await batcher.submit([query(virtual, 3, tenant="one")], runner.run) == [3]
+
+    virtual.run_until_complete(scene())
+
+
+class Shard:
+    """Runs one batch after the other, each in the same time, and gives up at the deadline."""
+
+    def __init__(self, virtual: Any, service_s: float) -> None:
+        self.virtual = virtual
+        self.service_s = service_s
+        self.turn = asyncio.Lock()
+
+    async def run(self, queries: Sequence[Query]) -> list[Any]:
+        last_s = min(query.deadline_s for query in queries)
+        try:
+            async with asyncio.timeout(last_s - self.virtual.time()), self.turn:
+                await asyncio.sleep(self.service_s)
+        except TimeoutError:
+            return [DeadlineExceeded("too late")] * len(queries)
+        return [query.request.k for query in queries]
+
+
+def overload(
+    virtual: Any, *, factor: float, limit_s: float, seed: int, batcher: Batcher, seconds: float
+) -> dict[str, list[tuple[int, float, Any]]]:
+    """Offer ``factor`` times what 8 requests in 10 ms are; return priority, time and fate of all.
+
+    Every fifth request is of priority 1, at any load.
+    """
+    rng, shard = random.Random(seed), Shard(virtual, 0.01)
+    fates: list[tuple[int, float, Any]] = []
+
+    async def ask(k: int) -> None:
+        priority, came_s = int(k % 5 == 0), virtual.time()
+        one = query(virtual, k, limit_s, priority=priority)
+        try:
+            (fate,) = await batcher.submit([one], shard.run)
+        except Overloaded as error:
+            fate = error
+        fates.append((priority, virtual.time() - came_s, fate))
+
+    async def scene() -> None:
+        tasks = []
+        for k in range(int(800 * factor * seconds)):
+            tasks.append(asyncio.ensure_future(ask(k)))
+            await asyncio.sleep(rng.expovariate(800 * factor))
+        await asyncio.gather(*tasks)
+
+    virtual.run_until_complete(scene())
+    return {
+        "good": [one for one in fates if not isinstance(one[2], Exception) and one[1] <= limit_s],
+        "late": [one for one in fates if not isinstance(one[2], Exception) and one[1] > limit_s],
+        "refused": [one for one in fates if isinstance(one[2], Overloaded)],
+        "missed": [one for one in fates if isinstance(one[2], DeadlineExceeded)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "seed", "seconds"), [(0.1, 1, 6.0), (0.2, 2, 12.0), (2.0, 3, 6.0)]
+)
+def test_at_three_times_what_is_possible_nearly_as_much_as_possible_is_done_in_time(
+    virtual: Any, limit_s: float, seed: int, seconds: float
+) -> None:
+    admission = AdmissionSection()
+    ladder = Ladder(DegradeSection(), virtual.time)
+    batcher = make(
+        virtual,
+        admission=admission,
+        max_batch=8,
+        max_delay_s=0.0005,
+        target_delay_s=0.005,
+        observe=ladder.observe,
+    )
+    found = overload(
+        virtual, factor=3, limit_s=limit_s, seed=seed, batcher=batcher, seconds=seconds
+    )
+    counts = {name: len(ones) for name, ones in found.items()}
+    assert sum(counts.values()) == 800 * 3 * seconds
+    assert counts["late"] == 0
+    assert counts["good"] >= 0.95 * 800 * seconds, counts
+    assert all(one[2].retry_after_s >= 0.01 for one in found["refused"])
+    # High priority alone is 0.6 of what is possible, so it never suffers.
+    served = sum(one[0] for one in found["good"])
+    assert served >= 0.99 * 800 * 3 * seconds / 5
+    assert ladder.level == ladder.lowest
+    assert 4 <= batcher.limit <= 12
+
+
+def test_below_what_is_possible_nothing_is_refused_and_nothing_left_out(virtual: Any) -> None:
+    ladder = Ladder(DegradeSection(), virtual.time)
+    batcher = make(
+        virtual,
+        admission=AdmissionSection(),
+        max_batch=8,
+        max_delay_s=0.0005,
+        target_delay_s=0.005,
+        observe=ladder.observe,
+    )
+    found = overload(virtual, factor=0.6, limit_s=0.2, seed=3, batcher=batcher, seconds=12.0)
+    counts = {name: len(ones) for name, ones in found.items()}
+    assert counts["good"] >= 0.999 * sum(counts.values()), counts
+    assert ladder.level == 0

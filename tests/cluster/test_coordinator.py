@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.admission import Dropped
 from silvershard.cluster.codec import Refusal
+from silvershard.cluster.config import DegradeFloors, DegradeSection
 from silvershard.cluster.consistency import ANY, Consistency, Freshness, UpdateToken
 from silvershard.cluster.coordinator import Coordinator, CountCache, Query
+from silvershard.cluster.degrade import Ladder
+from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
 from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost
 from silvershard.cluster.rounds import Served
@@ -484,3 +488,93 @@ def test_coverage_weighs_documents_as_the_shards_count_them_now(make_bench: Any)
     fate = bench.ask(bench.request())
     assert fate.coverage.documents == 700 / (700 + 100)
     assert bench.coordinator.documents == [100, 900]
+
+
+# ---- overload
+
+
+@pytest.mark.parametrize("level", range(6))
+def test_less_work_is_named_and_repeated_byte_for_byte_by_pinning_the_plan(
+    make_bench: Any, virtual: Any, generation: Any, request_maker: Any, ask_whole: Any, level: int
+) -> None:
+    floors = DegradeFloors(nprobe=1, ann_k=10)
+    ladder = Ladder(DegradeSection(floors=floors), virtual.time)
+    bench = make_bench(3, ladder=ladder)
+    requests = [
+        replace(one, value=("", "score", "liked")[at % 3])
+        for at, one in enumerate(request_maker(generation, 30, seed=31))
+    ]
+    usual = bench.ask_all(requests)
+    ladder._level = level
+    fates = bench.ask_all(requests)
+    expected = ["NPROBE_REDUCED"] if level > 0 else []
+    expected += ["RERANK_DEPTH_REDUCED"] if level > 2 else []
+    expected += ["TASKS_SKIPPED"] if level > 4 else []
+    assert {name for fate in fates for name in fate.coverage.reasons} == set(expected)
+    for fate, before, request in zip(fates, usual, requests, strict=True):
+        assert fate.coverage.documents == 1.0
+        assert fate.coverage.degraded == (fate.answer.plan != before.answer.plan)
+        free = {"nprobe": 0, "ann_k": 0, "exact": False, "semantic_k": None}
+        pinned = replace(request, plan=str(fate.answer.plan), **free)
+        answer = ask_whole(pinned)
+        bench.assert_is(fate, (answer.item_ids.tolist(), answer.scores.tolist()))
+        assert fate.answer.exhausted == answer.exhausted
+        assert {name: one.tolist() for name, one in fate.answer.task_scores.items()} == {
+            name: one.tolist() for name, one in answer.task_scores.items()
+        }
+        # At the lowest level, too, whoever pins a plan gets that plan and no reason.
+        repeated = bench.ask(pinned)
+        bench.assert_is(repeated, (answer.item_ids.tolist(), answer.scores.tolist()))
+        assert repeated.answer.plan == fate.answer.plan
+        assert repeated.coverage.reasons == ()
+    bench.assert_nothing_is_open()
+
+
+def test_neighbours_of_a_degraded_request_keep_what_they_demand(
+    make_bench: Any, virtual: Any
+) -> None:
+    ladder = Ladder(DegradeSection(floors=DegradeFloors(nprobe=1, ann_k=10)), virtual.time)
+    bench = make_bench(2, ladder=ladder)
+    ladder._level = ladder.lowest
+    policies = [DegradePolicy(), DegradePolicy(DegradeMode.NEVER), DegradePolicy(min_nprobe=3)]
+    queries = [replace(bench.query(bench.request()), degrade=policy) for policy in policies]
+    some, whole, bounded = virtual.run_until_complete(bench.coordinator.answer(queries))
+    assert some.coverage.degraded
+    assert not whole.coverage.degraded
+    assert some.answer.plan.probes < bounded.answer.plan.probes == 3
+    assert bounded.answer.plan.probes < whole.answer.plan.probes
+
+
+def test_a_policy_that_cannot_be_met_is_refused_and_its_neighbours_are_not(
+    make_bench: Any, virtual: Any
+) -> None:
+    bench = make_bench(1)
+    queries = [
+        replace(bench.query(bench.request()), degrade=DegradePolicy(required_tasks=(name,)))
+        for name in ("bought", "liked")
+    ]
+    refused, served = virtual.run_until_complete(bench.coordinator.answer(queries))
+    assert isinstance(refused, RequestError)
+    assert refused.field == "degrade.required_tasks"
+    assert isinstance(served, Served)
+
+
+def test_a_request_whose_time_ran_out_between_two_stages_is_dropped_and_its_neighbour_is_not(
+    make_bench: Any, virtual: Any
+) -> None:
+    dropped = Dropped()
+    bench = make_bench(1, dropped=dropped)
+    executor = bench.executors[0]
+    encode = executor.encode
+
+    def stall(users: Any) -> Any:
+        virtual.now_s += 0.15
+        return encode(users)
+
+    executor.encode = stall
+    queries = [bench.query(bench.request(), deadline_s=limit_s) for limit_s in (0.1, 2.0)]
+    late, served = virtual.run_until_complete(bench.coordinator.answer(queries))
+    assert isinstance(late, DeadlineExceeded)
+    assert isinstance(served, Served)
+    assert bench.links[0][0].sizes == [1]
+    assert dropped.expired == {"rounds": 1}

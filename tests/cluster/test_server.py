@@ -2,6 +2,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -12,6 +13,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.client import Client, Query, RequestRefused, Result
+from silvershard.cluster.config import (
+    AdmissionSection,
+    DegradeFloors,
+    DegradeSection,
+    DegradeTrigger,
+    TenantSection,
+)
+from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
 from silvershard.model.request import Request
 from silvershard.shard.snapshot import open_snapshot
 
@@ -258,8 +267,10 @@ def test_an_empty_batch_has_an_empty_answer(stub: Any) -> None:
     assert len(stub.RetrieveBatch(retrieval_pb2.RetrieveBatchRequest()).items) == 0
 
 
-def test_more_requests_than_the_queue_holds_are_never_served_at_once(make_cluster: Any) -> None:
-    cluster = make_cluster(1, queue=3)
+def test_more_requests_than_the_queue_holds_are_never_served_at_once(
+    make_cluster: Any, admitting: Any
+) -> None:
+    cluster = make_cluster(1, admission=admitting(queue=3))
     with cluster.client() as client:
         with pytest.raises(RequestRefused) as raised:
             client.retrieve_batch([Query()] * 4)
@@ -271,9 +282,14 @@ def test_more_requests_than_the_queue_holds_are_never_served_at_once(make_cluste
 
 
 def test_a_batch_larger_than_the_maximum_is_answered_whole(
-    make_cluster: Any, generation: Any, request_maker: Any, as_query: Any, ask_whole: Any
+    make_cluster: Any,
+    generation: Any,
+    request_maker: Any,
+    as_query: Any,
+    ask_whole: Any,
+    admitting: Any,
 ) -> None:
-    cluster = make_cluster(3, max_batch=7, queue=30)
+    cluster = make_cluster(3, max_batch=7, admission=admitting(queue=30))
     requests = request_maker(generation, 30, seed=21)
     with cluster.client(timeout_s=20) as client:
         results = client.retrieve_batch([as_query(one) for one in requests])
@@ -326,10 +342,12 @@ def hold(executor: Any, name: str) -> tuple[threading.Event, threading.Event]:
     return reached, let_go
 
 
-def test_a_full_queue_refuses_with_a_delay(make_cluster: Any, make_executors: Any) -> None:
+def test_a_full_queue_refuses_with_a_delay(
+    make_cluster: Any, make_executors: Any, admitting: Any
+) -> None:
     executors = make_executors(1)
     reached, let_go = hold(executors[0], "encode")
-    cluster = make_cluster(1, executors=executors, max_batch=1, max_running=1, queue=1)
+    cluster = make_cluster(1, executors=executors, max_batch=1, admission=admitting(1, 1))
     with (
         grpc.insecure_channel(cluster.router.address) as channel,
         ThreadPoolExecutor(4) as pool,
@@ -338,7 +356,7 @@ def test_a_full_queue_refuses_with_a_delay(make_cluster: Any, make_executors: An
         running = pool.submit(stub.Retrieve, Message(k=1))
         assert reached.wait(5)
         waiting = pool.submit(stub.Retrieve, Message(k=1))
-        while not cluster.router._batcher._waiting:
+        while not len(cluster.router._batcher._line):
             threading.Event().wait(0.001)
         code, status, metadata = refusal(lambda: stub.Retrieve(Message(k=1)))
         assert code == "RESOURCE_EXHAUSTED"
@@ -462,3 +480,138 @@ def test_reflection_lists_the_services(cluster: Any, client: Client) -> None:
         asked = iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)])
         (reply,) = list(stub.ServerReflectionInfo(asked))
         assert reply.file_descriptor_response.file_descriptor_proto
+
+
+# ---- overload
+
+
+def test_a_degraded_answer_is_that_of_the_plan_that_it_names(
+    make_cluster: Any, generation: Any, request_maker: Any, as_query: Any, ask_whole: Any
+) -> None:
+    degrade = DegradeSection(
+        floors=DegradeFloors(nprobe=1, ann_k=10),
+        trigger=DegradeTrigger(recover_after_ms=3_600_000),
+    )
+    cluster = make_cluster(3, degrade=degrade)
+    requests = [
+        replace(one, value=("", "score", "liked")[at % 3])
+        for at, one in enumerate(request_maker(generation, 40, seed=41))
+    ]
+    reasons: set[str] = set()
+    with cluster.client(timeout_s=20) as client:
+        client.wait_until_ready(10)
+        for level in (1, 3, 5):
+            cluster.router._ladder._level = level
+            found = client.retrieve_batch([as_query(one) for one in requests])
+            for result, request in zip(found, requests, strict=True):
+                reasons |= set(result.coverage.reasons)
+                free = {"nprobe": 0, "ann_k": 0, "semantic_k": None, "exact": False}
+                pinned = replace(request, plan=result.plan, **free)
+                answer = ask_whole(pinned)
+                for one in (result, client.retrieve(as_query(pinned))):
+                    assert one.item_ids.tolist() == answer.item_ids.tolist()
+                    assert one.scores.tobytes() == answer.scores.numpy().tobytes()
+                    assert (one.plan, one.exhausted) == (str(answer.plan), answer.exhausted)
+                    assert {name: scores.tobytes() for name, scores in one.task_scores.items()} == {
+                        name: scores.numpy().tobytes()
+                        for name, scores in answer.task_scores.items()
+                    }
+                assert not one.coverage.degraded
+            never = DegradePolicy(DegradeMode.NEVER)
+            whole = client.retrieve(as_query(requests[0], degrade=never))
+            assert whole.plan == str(ask_whole(requests[0]).plan)
+    assert reasons == {"NPROBE_REDUCED", "RERANK_DEPTH_REDUCED", "TASKS_SKIPPED"}
+
+
+def test_the_lowest_priority_leaves_with_a_delay_and_is_never_executed(
+    make_cluster: Any, make_executors: Any, admitting: Any
+) -> None:
+    executors = make_executors(1)
+    reached, let_go = hold(executors[0], "encode")
+    cluster = make_cluster(1, executors=executors, max_batch=1, admission=admitting(1, 1))
+    line = cluster.router._batcher._line
+
+    def until_waits(priority: int) -> None:
+        while [one.priority for one in line.in_order()] != [priority]:
+            threading.Event().wait(0.001)
+
+    with (
+        grpc.insecure_channel(cluster.router.address) as channel,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        stub = retrieval_pb2_grpc.RetrievalStub(channel)
+        running = pool.submit(stub.Retrieve, Message(k=1))
+        assert reached.wait(5)
+        low = pool.submit(stub.Retrieve, Message(k=2, priority=-1))
+        until_waits(-1)
+        high = pool.submit(stub.Retrieve, Message(k=3, priority=7))
+        until_waits(7)
+        code, status, metadata = refusal(lambda: low.result(10))
+        assert code == "RESOURCE_EXHAUSTED"
+        assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToNanoseconds() >= 10**7
+        assert int(metadata["grpc-retry-pushback-ms"]) >= 10
+        let_go.set()
+        assert len(running.result(10).item_ids) == 1
+        assert len(high.result(10).item_ids) == 3
+    assert cluster.router._batcher.dropped.refused == {"displaced": 1}
+
+
+def test_a_tenant_above_its_limit_is_refused_with_a_delay(make_cluster: Any) -> None:
+    tenants = {"acme": TenantSection(qps=0.5)}
+    cluster = make_cluster(1, admission=AdmissionSection(tenants=tenants))
+    with cluster.client() as client:
+        assert len(client.retrieve(k=1, tenant="acme").item_ids) == 1
+        with pytest.raises(RequestRefused, match=r"tenant 'acme' has used up its 0\.5") as raised:
+            client.retrieve(k=1, tenant="acme")
+        assert raised.value.code == "RESOURCE_EXHAUSTED"
+        assert raised.value.retry_after_s is not None
+        assert 1 < raised.value.retry_after_s <= 2
+        first, second = client.retrieve_batch([Query(k=1, tenant="acme"), Query(k=1)])
+        assert isinstance(first, RequestRefused)
+        assert first.retry_after_s is not None
+        assert isinstance(second, Result)
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        (DegradePolicy(min_nprobe=17), "degrade.min_nprobe"),
+        (DegradePolicy(required_tasks=("bought",)), "degrade.required_tasks"),
+    ],
+)
+def test_a_policy_that_no_plan_can_meet_is_refused(
+    client: Client, policy: DegradePolicy, field: str
+) -> None:
+    with pytest.raises(RequestRefused) as raised:
+        client.retrieve(k=1, degrade=policy)
+    assert raised.value.code == "INVALID_ARGUMENT"
+    assert raised.value.violations[0].field == field
+
+
+def test_a_client_that_gives_up_in_the_queue_frees_its_place_and_its_shard_never_hears_of_it(
+    make_cluster: Any, make_executors: Any, admitting: Any
+) -> None:
+    executors = make_executors(1)
+    reached, let_go = hold(executors[0], "encode")
+    cluster = make_cluster(1, executors=executors, max_batch=1, admission=admitting(1, 1))
+    batcher = cluster.router._batcher
+    with grpc.insecure_channel(cluster.router.address) as channel:
+        stub = retrieval_pb2_grpc.RetrievalStub(channel)
+        running = stub.Retrieve.future(Message(k=1))
+        assert reached.wait(5)
+        waiting = stub.Retrieve.future(Message(k=2))
+        while not len(batcher._line):
+            threading.Event().wait(0.001)
+        waiting.cancel()
+        while len(batcher._line):
+            threading.Event().wait(0.001)
+        another = stub.Retrieve.future(Message(k=3))
+        while not len(batcher._line):
+            threading.Event().wait(0.001)
+        running.cancel()
+        while batcher.dropped.cancelled["run"] == 0:
+            threading.Event().wait(0.001)
+        let_go.set()
+        assert len(another.result(10).item_ids) == 3
+    assert batcher.dropped.cancelled == {"queue": 1, "run": 1}
+    assert executors[0].num_open == 0

@@ -195,3 +195,27 @@ def test_a_shard_that_stops_reading_is_sent_no_more(
             assert connection.is_idle
 
     run(scene())
+
+
+def test_a_shard_is_told_of_a_call_that_nobody_waits_for_any_more(run: Any) -> None:
+    class Silent(Echo):
+        async def Execute(self, _: object, context: Any) -> None:
+            await context.send_initial_metadata(())
+            while (call := await context.read()) is not grpc.aio.EOF:
+                self.calls.append(call)
+
+    shard = Silent()
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            asking = asyncio.ensure_future(connection.call(shard_pb2.ShardCall(), 3, 5))
+            await until(lambda: len(shard.calls) == 1)
+            asking.cancel()
+            await until(lambda: len(shard.calls) == 2)
+            first, second = shard.calls
+            assert second.WhichOneof("op") == "cancel"
+            assert (second.cancel, second.epoch) == (first.call_id, 7)
+            assert connection._connection is not None
+            assert connection._connection.pending == {}
+
+    run(scene())

@@ -627,3 +627,72 @@ def test_fields_are_those_of_the_query_that_found_the_items(
             assert asked == ["a", None]
 
     run(scene())
+
+
+async def counts(caller: Caller) -> tuple[dict[str, int], dict[str, int]]:
+    report = await caller.stub.Inspect(shard_pb2.InspectRequest())
+    return dict(report.expired), dict(report.cancelled)
+
+
+@pytest.mark.parametrize(("stage", "op"), [("semantic", "open"), ("rerank", "close")])
+def test_time_that_runs_out_between_two_stages_ends_the_call_and_is_counted(
+    run: Any, make_executors: Any, work: Work, stage: str, op: str
+) -> None:
+    clock = Clock()
+    executor = make_executors(2, clock=clock)[0]
+    retriever = executor._retriever
+    whole = {"open": retriever._scan, "close": retriever.indexes[0].refine}
+
+    def slow(*given: Any) -> Any:
+        clock.now_s += 0.05
+        return whole[op](*given)
+
+    async def scene() -> None:
+        async with serving(executor, clock=clock) as caller:
+            with pytest.MonkeyPatch.context() as patch:
+                owner = retriever if op == "open" else retriever.indexes[0]
+                patch.setattr(owner, "_scan" if op == "open" else "refine", slow)
+                calls = {
+                    "open": {"open": tensors.work_to_map(work)},
+                    "close": {"close": tensors.cutoffs_to_map(EVERYTHING)},
+                }
+                if op == "close":
+                    assert (await caller.ask(key="a", **calls["open"])).code == 0
+                reply = await caller.ask(key="a", **calls[op], remaining_us=40_000)
+                assert code_name(reply.code) == "DEADLINE_EXCEEDED"
+                assert stage in reply.message
+            assert await counts(caller) == ({stage: 1}, {})
+            # Nothing of a round that did not end is kept.
+            assert executor.num_open == (op == "close")
+
+    run(scene())
+
+
+def test_a_call_that_is_cancelled_does_not_run_and_its_neighbours_do(
+    run: Any, executor: Any
+) -> None:
+    reached, let_go = block(executor, "encode")
+    counted: list[object] = []
+    real_count = executor.count
+    executor.count = lambda scan: (counted.append(scan), real_count(scan))[1]
+
+    async def scene() -> None:
+        async with serving(executor) as caller:
+            await caller.send(encode=shard_pb2.Encode(users=[{}]))
+            await asyncio.to_thread(reached.wait, 5)
+            gone = await caller.send(count=scan_of())
+            stays = await caller.send(count=scan_of())
+            await until(lambda: caller.server._pending == 3)
+            await caller.send(cancel=gone)
+            await caller.send(cancel=999)
+            await until(
+                lambda: any(job.dropped for jobs in caller.server._by_key.values() for job in jobs)
+            )
+            let_go.set()
+            replies = [(await caller.receive()).call_id for _ in "ab"]
+            assert replies == [1, stays]
+            assert len(counted) == 1
+            await until(lambda: caller.server._pending == 0)
+            assert await counts(caller) == ({}, {"count": 1})
+
+    run(scene())

@@ -50,7 +50,7 @@ def test_options_decide_only_what_they_were_given_for(
 ) -> None:
     state = StateDir(tmp_path)
     given = parser.parse_args(["--shards", "3", "--replicas", "2", "--listen", "::1:9"])
-    config = load_settings(given, state, **{"runtime.drain_s": 1.0, "query.queue": None}).config
+    config = load_settings(given, state, **{"runtime.drain_s": 1.0, "admission.queue": None}).config
     assert (config.sharding.shards, config.sharding.replicas) == (3, 2)
     assert (config.listen.host, config.listen.port, config.runtime.drain_s) == ("::1", 9, 1.0)
     (tmp_path / "config.yaml").write_text("sharding: {replicas: 4}")

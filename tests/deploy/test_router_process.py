@@ -166,7 +166,10 @@ def test_a_port_in_use_is_told_without_a_stack_trace(run_main: Any) -> None:
     [
         ("{", "file: Invalid JSON"),
         ("{}", "map_path: Field required"),
-        ('{"map_path": "m", "query": {"queue": 0}}', "query.queue: Input should be greater"),
+        (
+            '{"map_path": "m", "admission": {"queue": 0}}',
+            "admission.queue: Input should be greater",
+        ),
         ('{"map_path": "m", "surprise": 1}', "surprise: Extra inputs"),
         (
             '{"map_path": "m", "listen": {"host": "0.0.0.0"}}',

@@ -29,7 +29,7 @@ def watch(state: StateDir) -> Iterator[RouterWatch]:
 
 
 def config(port: int) -> Config:
-    return load(None, environ={}, options={"listen.port": port, "query.queue": 7})
+    return load(None, environ={}, options={"listen.port": port, "admission.queue": 7})
 
 
 def ask_http(address: str) -> int:
@@ -60,7 +60,7 @@ def test_a_router_comes_back_on_its_port_and_ends_when_told(
     watch.start()
     until(lambda: bool(watch.address))
     settings = RouterConfig.model_validate_json(state.router_file.read_bytes())
-    assert settings.query.queue == 7
+    assert settings.admission.queue == 7
     assert settings.map_path == str(state.shard_map_file)
     # No shard was ever reached, so it does not serve yet.
     watch.poll()

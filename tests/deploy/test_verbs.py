@@ -113,7 +113,7 @@ def test_an_unknown_generation_is_named(command: Command, tmp_path: Path) -> Non
 
 def test_an_unknown_key_is_named_with_its_line(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("query:\n  queue: 5\n  min_coverag: 1\n")
+    path.write_text("query:\n  max_batch: 5\n  min_coverag: 1\n")
     said = failed(command("config", "show", "--config", str(path)), 2)
     assert f"{path}, line 3: query.min_coverag: unknown key; did you mean min_coverage?" in said
 

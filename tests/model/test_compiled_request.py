@@ -115,3 +115,28 @@ def test_an_exact_search_that_is_too_large_is_the_requests_fault(spec: ServingSp
     with pytest.raises(RequestError, match="400000 are eligible") as caught:
         compiled.plan(large, None)
     assert caught.value.field == "search.exact"
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("", {"rated", "liked"}),
+        ("score", set()),
+        ("popularity * 2", set()),
+        ("liked > 0.5", {"liked"}),
+        ("where(rated > 1, 2, freshness)", {"rated"}),
+    ],
+)
+def test_the_tasks_that_a_formula_reads_are_known(
+    spec: ServingSpec, value: str, read: set[str]
+) -> None:
+    assert compile_request(Request(value=value), spec).tasks_read == read
+
+
+def test_a_pinned_plan_must_not_leave_out_what_the_formula_reads(spec: ServingSpec) -> None:
+    plan = "probe(probes=3,ann_k=9,without=liked)"
+    with pytest.raises(RequestError, match="reads task 'liked', which the plan leaves out") as it:
+        compile_request(Request(plan=plan), spec)
+    assert it.value.field == "search.plan"
+    compiled = compile_request(Request(plan=plan, value="rated"), spec)
+    assert compiled.plan(spec, None) == Plan("probe", 3, 9, 0, ("liked",))

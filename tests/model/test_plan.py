@@ -165,3 +165,29 @@ def test_semantic_candidates_that_cannot_be_given_are_refused(
     if semantic_k > 0:
         with pytest.raises(PlanError, match=message):
             parse_plan(f"probe(probes=1,ann_k=1,semantic_k={semantic_k})", spec)
+
+
+TASKS = SPEC.model_copy(update={"item_schema": Schema(tasks=("liked", "rated", "shared"))})
+
+
+def test_a_plan_names_the_tasks_that_it_leaves_out() -> None:
+    plan = Plan(PROBE, 3, 5, 0, ("liked", "shared"))
+    assert str(plan) == "probe(probes=3,ann_k=5,without=liked+shared)"
+    assert parse_plan(str(plan), TASKS) == plan
+    # In whatever order they are named, it is the same plan.
+    assert parse_plan("probe(probes=3,ann_k=5,without=shared+liked)", TASKS) == plan
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ("bought", "unknown task 'bought' in without; the model has liked, rated, shared"),
+        ("liked+", "unknown task ''"),
+        ("liked+liked", "without must name each task once"),
+        ("", "expected kind"),
+        ("liked,rated", "expected kind"),
+    ],
+)
+def test_tasks_that_cannot_be_left_out_are_refused(without: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_plan(f"probe(probes=3,ann_k=5,without={without})", TASKS)

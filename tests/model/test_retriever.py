@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -190,3 +192,50 @@ def test_programs_of_a_batch_are_padded_with_nothing(retriever) -> None:
     assert work.scan[0].abs().sum() == 0
     assert work.exclude.tolist() == [[-1, -1, -1], [1, 2, 3]]
     assert work.ann_k.tolist() == [plan.ann_k for plan in plans]
+
+
+def test_a_task_that_the_plan_leaves_out_changes_nothing_but_its_own_scores(
+    generation, retriever
+) -> None:
+    requests = [
+        Request(features=history(generation, at, 6), k=30, value=value, plan=f"{plan}{left_out})")
+        for at, (value, plan, left_out) in enumerate(
+            (value, "probe(probes=4,ann_k=90", left_out)
+            for value, left_out in (
+                ("score", ",without=rated+liked"),
+                ("liked", ",without=rated"),
+                ("rated + liked", ""),
+                ("score", ""),
+            )
+        )
+    ]
+    together = retriever(requests)
+    kept = [set(answer.task_scores) for answer in together]
+    assert kept == [set(), {"liked"}, {"rated", "liked"}, {"rated", "liked"}]
+    for request, answer in zip(requests, together, strict=True):
+        whole = request.plan.split(",without")[0].rstrip(")") + ")"
+        for other in (retriever([request])[0], retriever([replace(request, plan=whole)])[0]):
+            assert torch.equal(answer.item_ids, other.item_ids)
+            assert torch.equal(answer.scores, other.scores)
+            for name, scores in answer.task_scores.items():
+                assert torch.equal(scores, other.task_scores[name])
+
+
+@pytest.mark.parametrize("stage", ["semantic", "rerank", "value"])
+def test_a_stage_that_is_not_worth_running_is_not_run(retriever, stage: str) -> None:
+    compiled = compile_request(Request(k=3), retriever.spec)
+    plan = compiled.plan(retriever.spec, None)
+    work = assemble([compiled], [plan], *retriever.encode([{}])[:2])
+    stages: list[str] = []
+
+    def proceed(name: str) -> None:
+        stages.append(name)
+        if name == stage:
+            raise TimeoutError(name)
+
+    with pytest.raises(TimeoutError, match=stage):  # noqa: PT012  # either round may be the one
+        first, candidates = retriever.open(work, proceed)
+        cutoffs = retriever.merge.cutoffs([first], work.ann_k, work.semantic_k)
+        retriever.close(work, candidates, cutoffs, proceed)
+    assert stages == ["semantic", "rerank", "value"][: len(stages)]
+    assert stages[-1] == stage
