@@ -92,12 +92,14 @@ class HttpServer:
         )
         is_up.set()
         await ended.wait()
-        server.close()
+        # A server that is closed forgets, and leaves open, what it has accepted a moment before.
+        loop.remove_reader(listener)
         for _ in range(_TURNS):
             await asyncio.sleep(0)
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
+        server.close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import socket
 import threading
@@ -172,14 +173,17 @@ def test_an_address_that_others_can_reach_needs_a_word(server: HttpServer) -> No
 
 
 def test_after_the_end_the_port_is_free_and_nobody_is_connected() -> None:
-    server = HttpServer({})
-    server.stop()
-    server.start("[::1]:0")
-    assert server.address.startswith("[::1]:")
-    port = port_of(server)
-    with socket.create_connection(("::1", port), timeout=10) as waiting:
+    # Connected at the very end: some are accepted by then, some are not.
+    for _ in range(20):
+        server = HttpServer({})
         server.stop()
-        server.stop()
-        assert waiting.recv(100) == b""
-    bind_http(f"[::1]:{port}").close()
+        server.start("[::1]:0")
+        assert server.address.startswith("[::1]:")
+        port = port_of(server)
+        with socket.create_connection(("::1", port), timeout=10) as waiting:
+            server.stop()
+            server.stop()
+            with contextlib.suppress(ConnectionResetError):
+                assert waiting.recv(100) == b""
+        bind_http(f"[::1]:{port}").close()
     assert "http" not in {one.name for one in threading.enumerate()}
