@@ -99,7 +99,14 @@ class ItemHistory:
             if write.op == "upsert" and write.ttl_s is not None:
                 _expire(by_version, one, write)
         self.versions = [by_version[key] for key in sorted(by_version)]
-        self._numbers = [one.version for one in self.versions]
+        self.first_s = {
+            op: min(
+                (one.invoked_s for one in self.versions if one.write.op == op),
+                default=float("inf"),
+            )
+            for op in ("upsert", "patch", "delete")
+        }
+        """When the first update of each kind was sent."""
         # From each version on, when the first was sent: none of them was before.
         self._earliest = [float("inf")] * len(self.versions)
         least = float("inf")

@@ -162,9 +162,8 @@ class World:
             if self.shard_of(query, item) != shard:
                 continue
             base = self.base(query.generation, item)
-            sent = [one for one in own.versions if one.invoked_s <= query.done_s]
-            fewest -= base.is_there and any(one.write.op == "delete" for one in sent)
-            most += not base.is_there and any(one.write.op == "upsert" for one in sent)
+            fewest -= base.is_there and own.first_s["delete"] <= query.done_s
+            most += not base.is_there and own.first_s["upsert"] <= query.done_s
         return fewest, most
 
 

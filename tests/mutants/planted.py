@@ -68,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "cluster/rounds.py",
         "                link.release(self._batch.key)\n",
         "                del link\n",
-        "tests/cluster/test_rounds.py",
+        "tests/cluster/test_rounds.py::test_shards_may_be_lost_one_after_the_other",
     ),
     _one(
         "the cut of an answer is that of its fastest shard",
@@ -109,10 +109,10 @@ MUTANTS: tuple[Mutant, ...] = (
         HISTORY,
     ),
     _one(
-        "lists of shards are padded in front of the best",
+        "a result has the payload of another shard",
         "model/merge.py",
-        '        values = _stack([one.values for one in rounds], float("-inf"))  # (S, B, K)\n',
-        '        values = _stack([one.values for one in rounds], float("inf"))  # (S, B, K)\n',
+        "            flat = _stack(lists, fill).transpose(0, 1)",
+        "            flat = _stack(lists[::-1], fill).transpose(0, 1)",
         "tests/model/test_merge.py::test_results_keep_their_own_payload_and_padding_stays_padding",
     ),
     # Shard.
@@ -149,10 +149,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "::test_a_generation_is_loaded_catches_up_and_only_then_serves",
     ),
     _one(
-        "the end of the log counts as applied before it is",
+        "the cut is moved before its updates are committed",
         "cluster/hosting.py",
-        "        cut = executor.cut or (0,) * len(follower.lag.cut)\n",
-        "        cut = follower.lag.ends\n",
+        "        committed: Future[Rejected] = self._run_on_model(",
+        "        executor.cut = executor.cut if cut is None else cut\n"
+        "        committed: Future[Rejected] = self._run_on_model(",
         HISTORY,
     ),
     _one(
