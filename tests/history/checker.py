@@ -189,12 +189,10 @@ def _strangers(world: World, answer: QueryEvent) -> dict[int, int]:
 
 def _begun_s(world: World, answer: QueryEvent) -> float:
     """Return when the generation of an answer was made live at the earliest, -inf for always."""
-    pinned = answer.request.get("generation") is not None or answer.request.get("alias")
-    if pinned or not world.activations:
+    if not world.activations or answer.is_pinned or answer.generation == world.first_generation:
         return float("-inf")
-    first = min(world.catalogues, default=answer.generation)
     begun = [one.begin_s for one in world.activations if one.generation == answer.generation]
-    return float("-inf") if answer.generation == first else min(begun, default=float("inf"))
+    return min(begun, default=float("inf"))
 
 
 def items_are_right(

@@ -76,6 +76,11 @@ class QueryEvent:
         return self.code == "OK"
 
     @property
+    def is_pinned(self) -> bool:
+        """Return whether the request says which generation is to answer."""
+        return self.request.get("generation") is not None or bool(self.request.get("alias"))
+
+    @property
     def is_full(self) -> bool:
         """Return whether all documents are said to have answered."""
         return self.coverage is None or self.coverage >= 1.0
@@ -160,7 +165,7 @@ class CatalogueEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivateEvent:
-    """A generation that was made the one that serves; the first one is so from the start."""
+    """A generation that was made the one that serves; what answers first was so from the start."""
 
     generation: int
     begin_s: float

@@ -87,6 +87,7 @@ def test_an_item_that_only_another_generation_holds_is_mixed_in(said: Any) -> No
 def test_a_generation_answers_only_once_somebody_made_it_live(said: Any) -> None:
     said.catalogue(1)
     said.catalogue(2)
+    said.query([1], ["G1"])
     early = said.query([1], ["G2"], generation=2)
     activated = said.activate(2)
     said.query([1], ["G2"], generation=2)
@@ -97,10 +98,21 @@ def test_a_generation_answers_only_once_somebody_made_it_live(said: Any) -> None
 def test_a_generation_that_a_request_pins_may_answer_before(said: Any) -> None:
     said.catalogue(1)
     said.catalogue(2)
+    said.query([1], ["G1"])
     said.query([1], ["G2"], generation=2, request={"k": 1, "generation": 2})
     said.query([1], ["G2"], generation=2, request={"k": 1, "alias": "canary"})
     said.activate(2)
     assert said.wrong() == []
+
+
+def test_the_generation_that_serves_first_may_be_any(said: Any) -> None:
+    said.catalogue(1)
+    said.catalogue(2)
+    said.query([1], ["G2"], generation=2)
+    line = said.query([1], ["G1"])
+    activated = said.activate(1)
+    said.query([1], ["G1"])
+    assert said.wrong() == [(MIXED, (line, activated), ())]
 
 
 def test_an_updated_item_has_no_generation(said: Any) -> None:

@@ -29,6 +29,10 @@ class World:
             kinds.get(QueryEvent, ()), key=lambda one: one.done_s
         )
         self.answers = [one for one in self.queries if one.is_answer]
+        self.first_generation: int | None = next(
+            (one.generation for one in self.answers if not one.is_pinned), None
+        )
+        """The one that served when the history began."""
         self.faults: list[FaultEvent] = sorted(
             kinds.get(FaultEvent, ()), key=lambda one: one.begin_s
         )
