@@ -7,7 +7,9 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +40,12 @@ from silvershard.model.two_tower_config import (
     TwoTowerConfig,
 )
 from silvershard.shard.publish import publish_generation
+
+# The root stays off sys.path, and so do the folders of tests; that of histories is shared by many.
+if "history" not in sys.modules:
+    _package = types.ModuleType("history")
+    _package.__path__ = [str(Path(__file__).resolve().with_name("history"))]
+    sys.modules["history"] = _package
 
 # Triton reads this once, when it is imported.
 if not torch.cuda.is_available():

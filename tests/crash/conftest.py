@@ -10,7 +10,6 @@ import random
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from history.checker import check
+from history.recorder import Recorder, RecordingClient
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.consistency import UpdateToken, newest
@@ -31,6 +32,7 @@ from silvershard.model.spec import SearchDefaults
 from silvershard.shard.errors import RetrievalError
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.publish import publish_generation
+from silvershard.shard.snapshot import open_snapshot
 
 WAIT_S = 120.0
 OWN_ITEMS = 200
@@ -76,15 +78,6 @@ class Acked(NamedTuple):
 NOTHING = Acked(0, None)
 
 
-class View(NamedTuple):
-    """What was acked at one moment."""
-
-    items: dict[int, Acked]
-    doubtful: set[int]
-    """Items whose updates are sent and not answered; they may be there or not."""
-    tokens: tuple[UpdateToken, ...]
-
-
 @dataclass
 class Ledger:
     """What was acked of the items of one writer."""
@@ -96,25 +89,26 @@ class Ledger:
     """Sent and not answered; they may be there or not until they are sent again."""
     tokens: tuple[UpdateToken, ...] = ()
     acked: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def view(self) -> View:
-        with self.lock:
-            doubtful = {one.item_id for one in self.in_doubt}
-            return View(dict(self.items), doubtful, self.tokens)
 
 
 class Writer(threading.Thread):
     """Changes items one call after another; what is not answered is sent again until it is."""
 
     def __init__(
-        self, address: Callable[[], str], seed: int, *, number: int = 0, pause_s: float = PAUSE_S
+        self,
+        address: Callable[[], str],
+        recorder: Recorder,
+        seed: int,
+        *,
+        number: int = 0,
+        pause_s: float = PAUSE_S,
     ) -> None:
-        super().__init__(name="writer", daemon=True)
+        super().__init__(name=f"writer {number}", daemon=True)
         self.ledger = Ledger(FIRST_ITEM + number * OWN_ITEMS)
         self.failures = 0
         self.rejected: list[str] = []
         self._address = address
+        self._recorder = recorder
         self._pause_s = pause_s
         self._draw = random.Random(seed)
         self._ended = threading.Event()
@@ -122,31 +116,33 @@ class Writer(threading.Thread):
     def run(self) -> None:
         while not self._ended.is_set():
             try:
-                with Client(self._address(), timeout_s=5.0) as client:
+                with self._client() as client:
                     while not self._ended.wait(self._pause_s):
                         self._write(client)
             except LOST:
                 self.failures += 1
                 self._ended.wait(LOST_PAUSE_S)
 
-    def _write(self, client: Client) -> None:
+    def _client(self) -> RecordingClient:
+        client = Client(self._address(), timeout_s=5.0)
+        return RecordingClient(client, self._recorder, session=self.name)
+
+    def _write(self, client: RecordingClient) -> None:
         ledger = self.ledger
         if not ledger.in_doubt:
-            with ledger.lock:
-                ledger.in_doubt = self._draw_updates()
+            ledger.in_doubt = self._draw_updates()
         result = client.apply(ledger.in_doubt)
         refused = {one.index: one for one in result.rejected}
-        with ledger.lock:
-            sent, ledger.in_doubt = ledger.in_doubt, []
-            ledger.tokens = newest((*ledger.tokens, *result.tokens))
-            for at, update in enumerate(sent):
-                if at not in refused:
-                    self._take(update)
-                elif refused[at].code == "RESOURCE_EXHAUSTED":
-                    # A shard that has just started has not said yet how much room it has.
-                    ledger.in_doubt.append(update)
-                else:
-                    self.rejected.append(refused[at].reason)
+        sent, ledger.in_doubt = ledger.in_doubt, []
+        ledger.tokens = newest((*ledger.tokens, *result.tokens))
+        for at, update in enumerate(sent):
+            if at not in refused:
+                self._take(update)
+            elif refused[at].code == "RESOURCE_EXHAUSTED":
+                # A shard that has just started has not said yet how much room it has.
+                ledger.in_doubt.append(update)
+            else:
+                self.rejected.append(refused[at].reason)
 
     def _take(self, update: Update) -> None:
         title = None if isinstance(update, ItemDelete) else str(update.fields["title"])
@@ -187,7 +183,7 @@ class Writer(threading.Thread):
         while self.ledger.in_doubt:
             assert time.monotonic() < give_up_s, "the last updates found nobody"
             try:
-                with Client(self._address(), timeout_s=5.0) as client:
+                with self._client() as client:
                     self._write(client)
             except LOST:
                 time.sleep(0.01)
@@ -204,13 +200,8 @@ def working(*threads: "Writer | Reader") -> Iterator[None]:
         yield
 
 
-def audit(client: Client, ledger: Ledger) -> tuple[float, list[str]]:
-    """Read what was written; return the coverage of the answer, and what it does not hold true.
-
-    An item that nobody changes meanwhile must be as it was acked last before the question, which
-    demands its token; any other must not be older than that.
-    """
-    before = ledger.view()
+def audit(client: RecordingClient, ledger: Ledger, *, settled: bool = False) -> float:
+    """Read what was written, on its tokens unless all is settled; return the coverage."""
     low = ledger.first - FIRST_ITEM
     result = client.retrieve(
         Query(
@@ -219,30 +210,21 @@ def audit(client: Client, ledger: Ledger) -> tuple[float, list[str]]:
             filter=f"genre:own AND year >= {low} AND year < {low + OWN_ITEMS}",
             exact=True,
             return_fields=["title"],
-            after=before.tokens,
-        )
+            after=() if settled else ledger.tokens,
+        ),
+        settled=settled,
     )
-    after = ledger.view()
-    ids, coverage = result.item_ids.tolist(), result.coverage.documents
-    found = dict(zip(ids, map(str, result.fields["title"]), strict=True))
-    wrong = [f"item {one} is there twice" for one, count in Counter(ids).items() if count > 1]
-    for item in before.items.keys() | found.keys():
-        acked, there = before.items.get(item, NOTHING), found.get(item)
-        if item in before.doubtful | after.doubtful or after.items.get(item, NOTHING) != acked:
-            if there is not None and int(there.split()[1]) < acked.version:
-                wrong.append(f"item {item} is {there}, acked was {acked}")
-        elif there != acked.title and (there is not None or coverage == 1.0):
-            wrong.append(f"item {item} is {there}, acked was {acked}")
-    return coverage, wrong
+    return result.coverage.documents
 
 
 class Reader(threading.Thread):
-    """Asks one question after another and checks what every answer must hold."""
+    """Asks one question after another, for the history of the test."""
 
     def __init__(
         self,
         address: Callable[[], str],
-        history: list[int],
+        recorder: Recorder,
+        liked: list[int],
         ledgers: Sequence[Ledger] = (),
         *,
         timeout_s: float = 2.0,
@@ -252,53 +234,34 @@ class Reader(threading.Thread):
         """Answers that held an item which names its generation."""
         self.audits = 0
         """Answers that held all that was acked."""
-        self.failed: list[str] = []
-        self.wrong: list[str] = []
         self.generations: set[int] = set()
         self._address = address
-        self._history = history
+        self._recorder = recorder
+        self._liked = liked
         self._ledgers = ledgers
         self._timeout_s = timeout_s
         self._ended = threading.Event()
 
     def run(self) -> None:
-        query = Query(features={"history": self._history}, k=40, return_fields=["title"], nprobe=16)
+        query = Query(features={"history": self._liked}, k=40, return_fields=["title"], nprobe=16)
         asked = 0
         while not self._ended.is_set():
             try:
-                with Client(self._address(), timeout_s=self._timeout_s) as client:
+                client = Client(self._address(), timeout_s=self._timeout_s)
+                with RecordingClient(client, self._recorder, session=self.name) as own:
                     while not self._ended.wait(PAUSE_S):
                         asked += 1
                         if self._ledgers and asked % AUDIT_EVERY == 0:
-                            self._audit(client, self._ledgers[asked % len(self._ledgers)])
+                            ledger = self._ledgers[asked % len(self._ledgers)]
+                            self.audits += audit(own, ledger) == 1.0
                         else:
-                            self._check(client.retrieve(query))
-            except LOST as error:
-                self.failed.append(f"{type(error).__name__}: {error}")
+                            self._count(own.retrieve(query))
+            except LOST:
                 self._ended.wait(LOST_PAUSE_S)
 
-    def _audit(self, client: Client, ledger: Ledger) -> None:
-        coverage, wrong = audit(client, ledger)
-        self.wrong += wrong
-        self.audits += coverage == 1.0
-        if coverage < 1.0:
-            self.failed.append(f"an audit covered {coverage}")
-
-    def _check(self, result: Result) -> None:
+    def _count(self, result: Result) -> None:
         self.generations.add(result.generation)
-        if result.coverage.documents < 1.0:
-            self.failed.append(f"coverage {result.coverage.documents}: {result.coverage.reasons}")
-        titles = set(map(str, result.fields["title"]))
-        self.marked += f"generation {result.generation}" in titles
-        strange = {
-            one
-            for one in titles
-            if one.startswith("generation") and one != f"generation {result.generation}"
-        }
-        if strange:
-            self.wrong.append(f"an answer of generation {result.generation} holds {strange}")
-        if len(set(result.item_ids.tolist())) < len(result.item_ids):
-            self.wrong.append("an answer holds an item twice")
+        self.marked += f"generation {result.generation}" in set(map(str, result.fields["title"]))
 
     def stop(self) -> None:
         self._ended.set()
@@ -403,8 +366,10 @@ def running(root: Path, generations: list[Path], **options: Any) -> Iterator[Clu
         assert not left
 
 
-def assert_kept(cluster: Cluster, *ledgers: Ledger) -> None:
-    """Every acked item is there once as it was acked last, every deleted one is gone.
+def look_at_all(
+    cluster: Cluster, recorder: Recorder, *ledgers: Ledger, settled: bool = False
+) -> None:
+    """Read all that was acked, for the history: every item must be as it was acked last.
 
     That is so at once for who shows the tokens of the acks; who waits is only for a cluster that
     does not answer from every document yet.
@@ -414,16 +379,18 @@ def assert_kept(cluster: Cluster, *ledgers: Ledger) -> None:
         assert ledger.acked
         coverage = 0.0
         while coverage < 1.0:
+            assert time.monotonic() < give_up_s, "no answer holds all documents"
+            client = Client(cluster.address(), timeout_s=10.0)
             try:
-                with Client(cluster.address(), timeout_s=10.0) as client:
-                    coverage, wrong = audit(client, ledger)
-            except LOST as error:
-                if time.monotonic() > give_up_s:
-                    pytest.fail(f"nobody answers: {error}")
+                with RecordingClient(client, recorder, session="all") as own:
+                    coverage = audit(own, ledger, settled=settled)
+            except LOST:
                 time.sleep(0.01)
-                continue
-            assert not wrong
-            assert coverage == 1.0 or time.monotonic() < give_up_s, "an answer lacks documents"
+
+
+def assert_right(recorder: Recorder, *names: str) -> None:
+    """Check the history of the test; these properties had something to look at."""
+    check(recorder.events()).require(*names)
 
 
 class Crash:
@@ -436,12 +403,35 @@ class Crash:
     until = staticmethod(until)
     amount = staticmethod(amount)
     audit = staticmethod(audit)
-    assert_kept = staticmethod(assert_kept)
+    look_at_all = staticmethod(look_at_all)
+    assert_right = staticmethod(assert_right)
 
 
 @pytest.fixture(scope="session")
 def crash() -> type[Crash]:
     return Crash
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Iterator[Recorder]:
+    """The history of the test."""
+    with Recorder(tmp_path / "history.jsonl") as made:
+        yield made
+
+
+@pytest.fixture
+def marked_recorder(
+    recorder: Recorder, marked_generations: list[Path], generation: Any
+) -> Recorder:
+    """The history of a test on ``marked_generations``."""
+    for number, path in enumerate(marked_generations, start=1):
+        recorder.catalogue(
+            number,
+            generation.catalogue,
+            num_partitions=open_snapshot(path).spec.num_partitions,
+            marker=("title", f"generation {number}"),
+        )
+    return recorder
 
 
 @pytest.fixture(scope="session")

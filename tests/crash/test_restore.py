@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from history.recorder import Recorder, RecordingClient
 
 from silvershard.cluster import Client, Query
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert, Update
@@ -16,6 +17,7 @@ from silvershard.deploy.errors import ExitCode
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir, list_generations
+from silvershard.shard.snapshot import open_snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -39,13 +41,13 @@ def run(state: StateDir, *words: str) -> None:
 
 
 @contextmanager
-def up(state: StateDir, shards: int) -> Iterator[Client]:
+def up(state: StateDir, shards: int, recorder: Recorder) -> Iterator[RecordingClient]:
     run(state, "up", "--shards", str(shards))
     try:
         record = state.read_record()
         assert record is not None
         assert len(record.shards) == shards
-        with Client(record.address, timeout_s=20.0) as client:
+        with RecordingClient(Client(record.address, timeout_s=20.0), recorder) as client:
             yield client
     finally:
         run(state, "down")
@@ -69,7 +71,7 @@ def directory(root: Path, log: Path) -> StateDir:
     return state
 
 
-def apply(client: Client, updates: Sequence[Update]) -> Any:
+def apply(client: RecordingClient, updates: Sequence[Update]) -> Any:
     while True:
         result = client.apply(updates)
         if not result.rejected:
@@ -89,15 +91,16 @@ def updates(catalogue: Any, start: int) -> list[Update]:
                 signals={"popularity": at / 20, "freshness": 0.5},
                 fields={"title": f"own {at}", "year": at},
                 features={"movie": [films[at]], "genres": ["Drama", "Crime"][: at % 3]},
+                version=1,
             )
             for at in range(20)
         ],
-        *[ItemPatch(film, signals={"popularity": 0.75}) for film in films[:12]],
-        *[ItemDelete(film, urgent=film % 2 == 0) for film in films[12:]],
+        *[ItemPatch(film, signals={"popularity": 0.75}, version=1) for film in films[:12]],
+        *[ItemDelete(film, urgent=film % 2 == 0, version=1) for film in films[12:]],
     ]
 
 
-def asked(client: Client, history: list[int], tokens: Any) -> list[Answer]:
+def asked(client: RecordingClient, history: list[int], tokens: Any) -> list[Answer]:
     """Ask one question of every kind, of which all documents must answer."""
     kinds: list[dict[str, Any]] = [
         {},
@@ -129,15 +132,19 @@ def asked(client: Client, history: list[int], tokens: Any) -> list[Answer]:
 
 @pytest.mark.timeout(600)
 def test_another_number_of_shards_answers_bit_for_bit_at_the_same_cut(
-    tmp_path: Path, generation: Any
+    tmp_path: Path, crash: Any, recorder: Recorder, generation: Any
 ) -> None:
+    for number in (1, 2):
+        partitions = open_snapshot(generation.path).spec.num_partitions
+        recorder.catalogue(number, generation.catalogue, num_partitions=partitions)
     log, url = tmp_path / "log.sqlite", f"file://{tmp_path}/copies"
     state = directory(tmp_path / "first", log)
     shutil.copytree(generation.path, generation_dir(state.generations, 1))
     history = generation.catalogue.item_ids[100:106].tolist()
-    with up(state, 2) as client:
+    with up(state, 2, recorder) as client:
         apply(client, updates(generation.catalogue, 0))
-        run(state, "publish", "--recluster", "--activate")
+        with recorder.activation(2):
+            run(state, "publish", "--recluster", "--activate")
         # The copy does not hold these: they come from the log.
         tokens = apply(client, updates(generation.catalogue, 20))
         expected = asked(client, history, tokens)
@@ -147,10 +154,11 @@ def test_another_number_of_shards_answers_bit_for_bit_at_the_same_cut(
     other = directory(tmp_path / "second", log)
     run(other, "restore", url, "2")
     assert list_generations(other.generations) == [2]
-    with up(other, 3) as client:
+    with up(other, 3, recorder) as client:
         found = asked(client, history, tokens)
     assert found == expected
     assert [one.cut for one in found] == [tokens] * len(found)
     assert all(one.item_ids for one in found)
+    crash.assert_right(recorder, "no_resurrected_delete", "read_your_writes", "no_ineligible_item")
     own = [one for one in found[3].item_ids if one >= OWN + 20]
     assert len(own) == 15

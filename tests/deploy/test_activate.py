@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -5,11 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from history.checker import PROPERTIES, check
+from history.recorder import Recorder, RecordingClient
 
 from silvershard.cluster import Client, Query, Result, retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.update_log import open_log
@@ -93,9 +97,22 @@ def latest(state: StateDir) -> ClusterRecord:
 
 
 class Cluster:
+    """A running cluster; what its clients do and see is a history."""
+
     def __init__(self, state: StateDir, config: Config) -> None:
         self.state, self.config = state, config
         self.said: list[str] = []
+        self.recorder = Recorder(state.root.with_name("history.jsonl"))
+        self._versions = itertools.count(1)
+
+    def client(self) -> RecordingClient:
+        address = latest(self.state).address
+        return RecordingClient(Client(address, timeout_s=10.0), self.recorder)
+
+    def assert_right(self) -> None:
+        """Check all that was seen; who asked while a process was dead may have been refused."""
+        names = PROPERTIES.keys() - {"no_failed_request", "bounded_recovery"}
+        check(self.recorder.events(), names=names).require("no_duplicate", "read_your_writes")
 
     def ask(self, **changes: Any) -> Result:
         """Ask for the items of this test, which all of the documents must answer."""
@@ -108,7 +125,7 @@ class Cluster:
             "min_coverage": 1.0,
             **changes,
         }
-        with Client(latest(self.state).address, timeout_s=10.0) as client:
+        with self.client() as client:
             return client.retrieve(Query(**query))
 
     def titles(self, **changes: Any) -> dict[int, str]:
@@ -117,9 +134,10 @@ class Cluster:
 
     def apply(self, *updates: Any) -> Any:
         give_up_s = time.monotonic() + WAIT_S
-        with Client(latest(self.state).address, timeout_s=10.0) as client:
+        numbered = [replace(one, version=next(self._versions)) for one in updates]
+        with self.client() as client:
             while True:
-                result = client.apply(list(updates))
+                result = client.apply(numbered)
                 if not result.rejected:
                     return result.tokens
                 # For a moment nobody knows how much room a shard has that has just come.
@@ -169,7 +187,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, generation: Any) -> Iterat
     state = directory(tmp_path_factory.mktemp("activate") / "s", generation)
     config = settings(**{"sharding.shards": 2})
     with running(state, config):
-        yield Cluster(state, config)
+        made = Cluster(state, config)
+        for number in (1, 2):
+            partitions = open_snapshot(generation.path).spec.num_partitions
+            made.recorder.catalogue(number, generation.catalogue, num_partitions=partitions)
+        with made.recorder:
+            yield made
+    made.assert_right()
 
 
 @pytest.mark.ray
@@ -247,7 +271,7 @@ def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) 
     stop = threading.Event()
 
     def read() -> None:
-        with Client(latest(cluster.state).address, timeout_s=10.0) as client:
+        with cluster.client() as client:
             query = Query(features={}, k=5, min_coverage=1.0)
             while not stop.is_set():
                 try:
@@ -387,7 +411,7 @@ def test_replicas_change_one_after_the_other_where_both_generations_do_not_fit(
         stop = threading.Event()
 
         def read() -> None:
-            with Client(latest(state).address, timeout_s=10.0) as client:
+            with one.client() as client:
                 while not stop.is_set():
                     try:
                         client.retrieve(Query(features={}, k=5, min_coverage=1.0))
@@ -411,7 +435,9 @@ def test_replicas_change_one_after_the_other_where_both_generations_do_not_fit(
         held.add(tuple(row.generation for row in latest(state).generations))
         assert failed == []
         assert held == {(2,)}
-        assert one.titles(after=tokens) == {OWN: "first"}
+        with one.recorder:
+            assert one.titles(after=tokens) == {OWN: "first"}
+        one.assert_right()
 
 
 @pytest.fixture

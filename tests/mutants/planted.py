@@ -1,0 +1,246 @@
+"""Bugs as people make them, each a small change of the source, and who must notice it.
+
+They are applied to a copy of the tree only.
+"""
+
+from dataclasses import dataclass
+
+HISTORY = "tests/history/test_live_cluster.py"
+"""The checker of histories, over what a small cluster did."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A text of a file that stands there once, and what stands there instead."""
+
+    path: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted bug."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    caught_by: str
+    """A test, or ``HISTORY``."""
+
+
+def _one(name: str, path: str, before: str, after: str, caught_by: str) -> Mutant:
+    return Mutant(name, (Edit(path, before, after),), caught_by)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # Router.
+    _one(
+        "cutoffs are made with the candidates of a shard that is lost",
+        "cluster/rounds.py",
+        "            rounds = [self._opened[shard].value for shard in self._fanout.alive]\n",
+        "            rounds = [one.value for one in self._opened.values()]\n",
+        "tests/cluster/test_rounds.py"
+        "::test_the_cutoffs_are_computed_again_without_a_shard_lost_in_round_two",
+    ),
+    _one(
+        "coverage is weighed by shards instead of documents",
+        "cluster/fanout.py",
+        "        return answered / addressed if addressed else 1.0\n",
+        "        return len(shards) / len(self.documents) if addressed else 1.0\n",
+        HISTORY,
+    ),
+    _one(
+        "an answer that lacks a shard says that it has looked everywhere",
+        "cluster/rounds.py",
+        "            whole = coverage.shards_failed == 0\n",
+        "            whole = coverage.shards_full > 0\n",
+        HISTORY,
+    ),
+    _one(
+        "an answer below its minimum is given all the same",
+        "cluster/rounds.py",
+        "    if coverage.shards_full and coverage.documents >= minimum:\n",
+        "    if coverage.shards_full:\n",
+        "tests/cluster/test_rounds.py::test_the_minimum_is_a_share_of_the_documents",
+    ),
+    _one(
+        "candidates are not released",
+        "cluster/rounds.py",
+        "                link.release(self._batch.key)\n",
+        "                del link\n",
+        "tests/cluster/test_rounds.py::test_shards_may_be_lost_one_after_the_other",
+    ),
+    _one(
+        "the cut of an answer is that of its fastest shard",
+        "cluster/freshness.py",
+        "    cut = [min(positions) for positions in zip(",
+        "    cut = [max(positions) for positions in zip(",
+        HISTORY,
+    ),
+    _one(
+        "a token is met by the position before it",
+        "cluster/freshness.py",
+        "seen.cut[token.partition] < token.position:",
+        "seen.cut[token.partition] < token.position - 1:",
+        HISTORY,
+    ),
+    _one(
+        "a replica that is behind answers who demands more",
+        "cluster/hosting.py",
+        "        if self._is_met(hosted, consistency, arrived_s):\n"
+        "            return\n"
+        "        until_s",
+        "        if hosted.serves:\n            return\n        until_s",
+        HISTORY,
+    ),
+    # Merge.
+    _one(
+        "ties at the cut go to the larger id",
+        "model/merge.py",
+        "((scores == cut_scores) & (item_ids <= cut_ids))",
+        "((scores == cut_scores) & (item_ids >= cut_ids))",
+        "tests/model/test_merge.py::test_ties_at_the_cutoff_go_to_the_smaller_id",
+    ),
+    _one(
+        "the lists of the heads are united with their duplicates",
+        "model/retriever.py",
+        "    ordered = ordered.masked_fill(repeated | (ordered != later), -1)\n",
+        "    ordered = ordered.masked_fill(ordered != later, -1)\n",
+        HISTORY,
+    ),
+    _one(
+        "a result has the payload of another shard",
+        "model/merge.py",
+        "            flat = _stack(lists, fill).transpose(0, 1)",
+        "            flat = _stack(lists[::-1], fill).transpose(0, 1)",
+        "tests/model/test_merge.py::test_results_keep_their_own_payload_and_padding_stays_padding",
+    ),
+    # Shard.
+    _one(
+        "the absence of a Bloom term is concluded from its planes",
+        "model/filter.py",
+        "    if isinstance(expr, Not) and _is_bloom_term(expr.operand, dictionary):\n"
+        "        return AnyItem()\n",
+        "    if isinstance(expr, Not) and _is_bloom_term(expr.operand, dictionary):\n"
+        "        return expr\n",
+        HISTORY,
+    ),
+    _one(
+        "what passes the planes is not verified",
+        "model/filter.py",
+        "    return CompiledFilter(scan, _program(exact, dictionary, lists), True)\n",
+        "    return CompiledFilter(scan, _tensor([]), True)\n",
+        HISTORY,
+    ),
+    _one(
+        "a shard answers in the generation that it has for the one that was asked",
+        "cluster/hosting.py",
+        "        if found is not None and found.serves:\n            return found\n",
+        "        if found is not None and found.serves:\n            return found\n"
+        "        if self.served:\n            return self.served[-1]\n",
+        HISTORY,
+    ),
+    _one(
+        "a generation serves before it has caught up",
+        "cluster/hosting.py",
+        "                hosted.follower.catch_up()\n",
+        "                pass\n",
+        "tests/cluster/test_hosting.py"
+        "::test_a_generation_is_loaded_catches_up_and_only_then_serves",
+    ),
+    _one(
+        "the cut is moved before its updates are committed",
+        "cluster/hosting.py",
+        "        committed: Future[Rejected] = self._run_on_model(",
+        "        executor.cut = executor.cut if cut is None else cut\n"
+        "        committed: Future[Rejected] = self._run_on_model(",
+        HISTORY,
+    ),
+    _one(
+        "the slot of a deleted item stays live",
+        "shard/live_index.py",
+        "        self._rows.show(taken, old_slots[old_slots >= 0])\n",
+        "        self._rows.show(taken, old_slots[(old_slots >= 0) & (slots[kept] >= 0)])\n",
+        HISTORY,
+    ),
+    _one(
+        "an older update that comes late wins",
+        "shard/live_index.py",
+        "        fresh = versions > known.versions\n",
+        "        fresh = versions != known.versions\n",
+        "tests/shard/test_live_index.py::test_the_last_version_wins_in_whatever_order_changes_come",
+    ),
+    _one(
+        "a delete is followed by the older upsert of its batch",
+        "shard/coalesce.py",
+        "        if last is not None and mutation.version <= last.version:\n",
+        "        if last is not None and mutation.version == last.version:\n",
+        "tests/shard/test_coalesce.py::test_an_older_version_that_comes_again_is_ignored",
+    ),
+    _one(
+        "slots are taken again that an open query reads",
+        "shard/executor.py",
+        "            part.reclaim(min((epochs[at] for epochs in opened), default=part.epoch))\n",
+        "            part.reclaim(part.epoch)\n",
+        "tests/shard/test_executor.py::test_slots_are_reused_as_soon_as_no_query_reads_them",
+    ),
+    _one(
+        "fields are those of now and not those of the query",
+        "shard/executor.py",
+        "        query = None if key is None else self._open.get(key)\n",
+        "        query = None\n",
+        "tests/shard/test_executor.py::test_an_open_query_reads_the_fields_that_its_items_had",
+    ),
+    _one(
+        "the cut moves with the first half of a batch",
+        "cluster/follower.py",
+        "            self._apply_all(mutations[:middle], None if cut is None else self._lag.cut)\n",
+        "            self._apply_all(mutations[:middle], cut)\n",
+        "tests/cluster/test_follower.py"
+        "::test_a_batch_that_finds_no_room_in_one_piece_is_applied_in_halves",
+    ),
+    # Log.
+    _one(
+        "a fenced sequencer still appends",
+        "cluster/sqlite_log.py",
+        "            if epoch != current:\n"
+        "                raise Fenced(partition, epoch, current)\n"
+        "            first =",
+        "            first =",
+        "tests/cluster/test_update_log.py::test_a_later_writer_fences_the_earlier_one",
+    ),
+    Mutant(
+        "updates are acked before they are synced",
+        (
+            Edit("cluster/sqlite_log.py", "_FULL = 2\n", "_FULL = 1\n"),
+            Edit(
+                "cluster/sqlite_log.py",
+                '            one.execute("PRAGMA synchronous=FULL")\n',
+                '            one.execute("PRAGMA synchronous=NORMAL")\n',
+            ),
+        ),
+        "tests/cluster/test_sqlite_log.py::test_what_was_acknowledged_survives_a_power_cut",
+    ),
+    _one(
+        "the log is trimmed beyond a cut that is kept",
+        "cluster/sqlite_log.py",
+        "min(bounds if lowest is None else [*bounds, lowest])",
+        "min(bounds)",
+        "tests/cluster/test_update_log.py::test_trimming_never_passes_a_pin",
+    ),
+    _one(
+        "a version below the newest is accepted",
+        "cluster/sequencer.py",
+        "        if write.version and write.version < now.version:\n",
+        "        if write.version and write.version < 0:\n",
+        "tests/cluster/test_sequencer.py"
+        "::test_a_version_below_the_newest_is_refused_with_the_newest",
+    ),
+    _one(
+        "an append without an answer is forgotten",
+        "cluster/sequencer.py",
+        "        self._unanswered.add(partition)\n        try:\n",
+        "        try:\n",
+        "tests/cluster/test_sequencer.py::test_nothing_gets_into_the_log_behind_a_decision",
+    ),
+)
