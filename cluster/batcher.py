@@ -91,7 +91,7 @@ class Batcher:
     @property
     def num_waiting(self) -> int:
         """Return how many requests wait for a batch; any thread may ask."""
-        return len(self._waiting)
+        return len(self._line)
 
     async def submit(self, queries: Sequence[Query], run: Run) -> list[Fate]:
         """Return the fates of requests that came in together, in order.

@@ -19,6 +19,7 @@ from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.codec import (
     RequestRefused,
     code_name,
+    counts_from,
     coverage_from,
     refused,
     request_to,
@@ -469,7 +470,6 @@ class Client:
 
 
 def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
-    counts = reply.counts
     freshness = freshness_from(reply.version)
     return Result(
         item_ids=np.array(reply.item_ids, dtype=np.int64),
@@ -486,14 +486,7 @@ def _result_of(reply: retrieval_pb2.RetrieveResponse) -> Result:
         shard_map_version=reply.version.shard_map_version,
         plan=reply.plan,
         exhausted=reply.exhausted,
-        counts=Counts(
-            addressed=counts.addressed,
-            probed=counts.probed,
-            eligible=counts.eligible if counts.HasField("eligible") else None,
-            ann_kept=counts.ann_kept,
-            reranked=counts.reranked,
-            semantic_kept=counts.semantic_kept,
-        ),
+        counts=counts_from(reply.counts),
         timings_us=dict(reply.timings_us),
         warnings=tuple(reply.warnings),
         request_id=reply.request_id,

@@ -21,6 +21,7 @@ from silvershard.cluster.outcome import (
     ShardOutcome,
 )
 from silvershard.cluster.updates import ApplyResult, LoggedNotApplied, result_from, result_to
+from silvershard.model.counts import Counts
 from silvershard.model.dtypes import INT64_MAX, INT64_MIN
 from silvershard.model.request import (
     FeatureValues,
@@ -255,6 +256,18 @@ def coverage_to(coverage: Coverage) -> retrieval_pb2.Coverage:
             hedged=one.hedged,
         )
     return message
+
+
+def counts_from(counts: retrieval_pb2.StageCounts) -> Counts:
+    """Return what the stages counted, from its message."""
+    return Counts(
+        addressed=counts.addressed,
+        probed=counts.probed,
+        eligible=counts.eligible if counts.HasField("eligible") else None,
+        ann_kept=counts.ann_kept,
+        reranked=counts.reranked,
+        semantic_kept=counts.semantic_kept,
+    )
 
 
 def coverage_from(message: retrieval_pb2.Coverage) -> Coverage:

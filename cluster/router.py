@@ -304,7 +304,7 @@ class Router:
         links = Links(self._connections, number, linger_s=query.deadline_max_ms / 1e3)
         # Every batch that runs may count and encode at the same time, and a host that is lost may
         # hold a replica of every shard.
-        self._extra.allow_burst(2 * query.max_running * num_shards)
+        self._extra.allow_burst(2 * self._config.admission.concurrency.max * num_shards)
         coordinator = Coordinator(
             spec,
             num_shards,

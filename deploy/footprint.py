@@ -290,7 +290,8 @@ def _query_bytes(spec: ServingSpec, config: Config) -> int:
     """
     heads, defaults, query = len(spec.item_schema.heads), spec.defaults, config.query
     per_request = heads * defaults.ann_k + defaults.semantic_k
-    open_bytes = query.max_running * query.max_batch * per_request * _CANDIDATE_BYTES
+    batches = config.admission.concurrency.max
+    open_bytes = batches * query.max_batch * per_request * _CANDIDATE_BYTES
     tasks = len(spec.item_schema.tasks)
     # A batch that is reranked has the candidates of all its requests with their embeddings.
     running = query.max_batch * per_request * (4 * spec.dim + 4 * heads + 8 * tasks + 32)

@@ -452,13 +452,10 @@ class _Branches:
 
     def run(self) -> _Ints | None:
         """Return the best complete assignment; None if none is known."""
-        if self._totals_fit():
+        problem = self._problem
+        if (problem.needs.sum(0) <= problem.rooms.sum(0)).all():
             self._descend(0, 0)
         return self._best
-
-    def _totals_fit(self) -> bool:
-        problem = self._problem
-        return bool((problem.needs.sum(0) <= problem.rooms.sum(0)).all())
 
     def _descend(self, depth: int, cost: int) -> None:
         state = self._state
@@ -498,9 +495,5 @@ class _Branches:
 
     def _is_twin(self, copy: int, other: int) -> bool:
         problem = self._problem
-        return bool(
-            problem.shards[copy] == problem.shards[other]
-            and (problem.needs[copy] == problem.needs[other]).all()
-            and (problem.costs[copy] == problem.costs[other]).all()
-            and (problem.usable[copy] == problem.usable[other]).all()
-        )
+        rows = (problem.shards, problem.needs, problem.costs, problem.usable)
+        return all(np.array_equal(one[copy], one[other]) for one in rows)

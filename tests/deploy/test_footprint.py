@@ -97,7 +97,7 @@ def test_open_queries_grow_with_batches_and_remote_rows_with_the_cache(
             read_footprint(generation.path, config(**options)).shards[0].components["open queries"]
         )
 
-    assert queries(query__max_running=32) > queries() > queries(query__max_batch=8)
+    assert queries(admission__concurrency={"max": 128}) > queries() > queries(query__max_batch=8)
     remote = publish_model("int8", remote=("history",))
     found = read_footprint(remote.path, config(tables__remote=["history"], tables__cache_mib=7))
     assert found.shards[0].components["remote rows cache"] == 7 << 20
