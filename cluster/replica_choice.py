@@ -143,6 +143,8 @@ class Call:
     """A call on its way, for what its end will tell."""
 
     link: ShardLink
+    known: _Replica
+    """What is known of it."""
     latencies: Latencies
     started_s: float
 
@@ -226,8 +228,11 @@ class ReplicaChoice:
             outrun: those that were too slow for the same request before.
             proven: as for ``standing``.
         """
-        self._set_outliers_aside(replicas)
-        ejected = self._ejected(replicas)
+        ejected: Collection[ShardLink] = ()
+        if most := self._num_ejectable(replicas):
+            self._set_outliers_aside(replicas, most)
+            bad = [link for link in replicas if self._is_bad(link)]
+            ejected = sorted(bad, key=self._badness, reverse=True)[:most]
         standings: dict[ShardLink, Standing] = {}
         for link in left:
             standing = self.standing(link, proven=proven)
@@ -248,13 +253,15 @@ class ReplicaChoice:
                 return link
         if len(group) == 1:
             return group[0]
-        one, other = self._rng.sample(group, 2)
+        one = group.pop(int(self._rng.random() * len(group)))
+        other = group[int(self._rng.random() * len(group))]
         return other if self._load(other) * _NEAR < self._load(one) else one
 
     def begin(self, link: ShardLink, latencies: Latencies) -> Call:
         """Count a call; exactly one of the methods below ends it."""
-        self._of(link).in_flight += 1
-        return Call(link, latencies, self._clock())
+        known = self._of(link)
+        known.in_flight += 1
+        return Call(link, known, latencies, self._clock())
 
     def answered(self, call: Call) -> None:
         """Learn from an answer."""
@@ -301,7 +308,7 @@ class ReplicaChoice:
 
     def is_silent(self, call: Call) -> bool:
         """Return whether the replica has answered nothing for long while this call waits."""
-        since_s = max(call.started_s, self._of(call.link).answered_s)
+        since_s = max(call.started_s, call.known.answered_s)
         return self._clock() - since_s >= _SILENT * call.latencies.delay_s - _SOON_S
 
     def _of(self, link: ShardLink) -> _Replica:
@@ -311,9 +318,8 @@ class ReplicaChoice:
         return known
 
     def _end(self, call: Call) -> _Replica:
-        known = self._of(call.link)
-        known.in_flight -= 1
-        return known
+        call.known.in_flight -= 1
+        return call.known
 
     def _ratio(self, call: Call, latency_s: float) -> float:
         """Return a latency / what is typical, and count it."""
@@ -338,28 +344,17 @@ class ReplicaChoice:
 
     def _num_ejectable(self, replicas: Collection[ShardLink]) -> int:
         """Return how many may be ejected; those that cannot be asked anyway count among them."""
-        down = sum(link.state is LinkState.DOWN for link in replicas)
         # A share such as 0.34 of 50 must not be 16.999.
-        return max(math.floor(self._health.max_ejected * len(replicas) + 1e-9) - down, 0)
+        most = math.floor(self._health.max_ejected * len(replicas) + 1e-9)
+        return most and max(most - sum(link.state is LinkState.DOWN for link in replicas), 0)
 
     def _is_bad(self, link: ShardLink) -> bool:
         if link.state is LinkState.EJECTED:
             return True
         return link.state is not LinkState.DOWN and self._clock() < self._of(link).aside_until_s
 
-    def _ejected(self, replicas: Collection[ShardLink]) -> Collection[ShardLink]:
-        """Return the worst replicas, which are not asked at all."""
-        most = self._num_ejectable(replicas)
-        if not most:
-            return ()
-        bad = [link for link in replicas if self._is_bad(link)]
-        return sorted(bad, key=self._badness, reverse=True)[:most]
-
-    def _set_outliers_aside(self, replicas: Collection[ShardLink]) -> None:
-        """Set replicas aside that are much slower than their peers, as far as the cap allows."""
-        most = self._num_ejectable(replicas)
-        if not most:
-            return
+    def _set_outliers_aside(self, replicas: Collection[ShardLink], most: int) -> None:
+        """Set replicas aside that are much slower than their peers, until ``most`` are bad."""
         now_s = self._clock()
         most -= sum(self._is_bad(link) for link in replicas)
         slowness = {

@@ -593,6 +593,8 @@ def test_another_replica_answers_for_one_that_hangs_and_the_answer_is_the_same(
     bench = make_bench(2, replicas=2)
     hung, other = bench.links[1]
     hung.faults[op] = [HANG] * 9
+    released: list[str] = []
+    other.faults["fields"] = [lambda: released.extend(hung.released)]
     wanted = bench.request(filter="year > 1960", return_fields=("title",))
     answer = ask_whole(wanted)
     before_s = virtual.time()
@@ -607,7 +609,7 @@ def test_another_replica_answers_for_one_that_hangs_and_the_answer_is_the_same(
     )
     if op != "count":
         # As soon as it is outrun, and once.
-        assert hung.released == hung.opened
+        assert hung.released == hung.opened == released
     bench.assert_nothing_is_open()
     assert asyncio.all_tasks(virtual) == set()
 
@@ -623,6 +625,8 @@ def test_a_hedge_of_round_two_runs_both_rounds_at_once(make_bench: Any, virtual:
     assert fate.coverage.documents == 1.0
     # The same cutoffs came out again, so that nobody was asked for anything else.
     assert [link.calls.count("close") for link in bench.all_links] == [1, 0, 1, 1, 1, 0]
+    # Once to encode, and every shard in either round.
+    assert bench.coordinator._choice.extra.counts.calls == 1 + 3 + 3
     bench.assert_nothing_is_open()
 
 
