@@ -22,14 +22,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from silvershard.deploy.errors import Refused
-from silvershard.deploy.placement_search import (
-    NOWHERE,
-    STAYS,
-    Found,
-    Problem,
-    search,
-    spread_load,
-)
+from silvershard.deploy.placement_search import Found, search, spread_load
+from silvershard.deploy.placement_state import NOWHERE, STAYS, Problem
 
 HostState = Literal["up", "maintenance", "retired", "down"]
 Spread = Literal["host", "zone"]

@@ -9,8 +9,8 @@ goes on from there.
 
 Shapes: n copies, m hosts, u units of capacity.
 
-Source: Ahuja, Magnanti and Orlin, "Network Flows", 1993, sections 9.7 (successive shortest paths),
-9.6 (cycle cancelling) and 14.3 (convex costs).
+Source: Ahuja, Magnanti and Orlin, "Network Flows", 1993, chapters 9 (successive shortest paths,
+cancelling of cycles) and 14 (convex costs).
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,47 +19,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from silvershard.deploy.placement_state import (
+    ALWAYS_LESS,
+    NEVER,
+    NOWHERE,
+    SHARED_HOST,
+    SHARED_ZONE,
+    STAYS,
+    Problem,
+    State,
+)
+
 _Ints = NDArray[np.int64]
 _Mask = NDArray[np.bool_]
 
-NOWHERE = -1
-SHARED_HOST = 1 << 40
-"""Cost of a pair of copies of a shard on one host."""
-SHARED_ZONE = 1 << 20
-"""Cost of a pair of copies of a shard in one zone, where zones count."""
-STAYS = 1 << 50
-"""Cost of a copy on a host that it shall leave."""
-_NEVER = 1 << 60
-_ALWAYS_LESS = 1 << 59
-"""No path costs as much, even one that also has a step that is never taken costs more."""
-_NO_COPIES: _Ints = np.zeros(0, dtype=np.int64)
 _STEPS = 6_000
 """Branches that are tried where needs differ: a third of a second at 256 copies on 64 hosts."""
-
-
-class Problem(NamedTuple):
-    """What is to be placed where."""
-
-    shards: _Ints
-    """``(n,)`` which shard each copy is of."""
-    needs: _Ints
-    """``(n, u)`` what each copy takes."""
-    weights: _Ints
-    """``(n,)`` load of each copy, at least 1."""
-    rooms: _Ints
-    """``(m, u)`` what each host has."""
-    strengths: NDArray[np.float64]
-    """``(m,)`` load that is fair for each host, relative to the others, more than 0."""
-    zones: _Ints
-    """``(m,)`` zone of each host."""
-    zones_count: bool
-    """Whether copies of a shard shall lie in different zones."""
-    usable: _Mask
-    """``(n, m)`` where each copy may be."""
-    costs: _Ints
-    """``(n, m)`` what that costs: 1 for a move, or ``STAYS``."""
-    at: _Ints
-    """``(n,)`` where each copy is kept to begin with, or ``NOWHERE``."""
 
 
 class Found(NamedTuple):
@@ -77,9 +52,9 @@ def search(problem: Problem) -> Found:
     The result depends on the order of copies and hosts alone.
     """
     problem, uniform = _counted(problem)
-    best = _improved(_State(problem, problem.at))
+    best = _improved(State(problem, problem.at))
     if not uniform and not best.is_complete:
-        fresh = _improved(_State(problem, np.full_like(problem.at, NOWHERE)))
+        fresh = _improved(State(problem, np.full_like(problem.at, NOWHERE)))
         if fresh.is_complete:
             best = fresh
     if uniform:
@@ -89,7 +64,7 @@ def search(problem: Problem) -> Found:
     branches = _Branches(problem, best.at if best.is_complete else None)
     found = branches.run()
     if found is not None:
-        best = _improved(_State(problem, found))
+        best = _improved(State(problem, found))
     return Found(best.at, is_proven=branches.has_ended)
 
 
@@ -125,7 +100,7 @@ def spread_load(problem: Problem, at: _Ints, sources: _Mask, targets: _Mask) -> 
         sources: ``(m,)`` hosts that may give.
         targets: ``(m,)`` hosts that may receive.
     """
-    state = _State(problem, at)
+    state = State(problem, at)
     for _ in range(4 * len(at)):
         move = state.evening_move(sources, targets)
         if move is None:
@@ -134,105 +109,7 @@ def spread_load(problem: Problem, at: _Ints, sources: _Mask, targets: _Mask) -> 
     return state.at
 
 
-class _State:
-    """An assignment with its sums, changed copy by copy."""
-
-    def __init__(self, problem: Problem, at: _Ints) -> None:
-        self.problem = problem
-        num_shards = int(problem.shards.max(initial=-1)) + 1
-        hosts, zones = len(problem.rooms), int(problem.zones.max(initial=-1)) + 1
-        self.at = np.full(len(at), NOWHERE, dtype=np.int64)
-        self.free = problem.rooms.copy()
-        self.on_host = np.zeros((num_shards, hosts), dtype=np.int64)
-        self.in_zone = np.zeros((num_shards, zones), dtype=np.int64)
-        self.load = np.zeros(hosts, dtype=np.float64)
-        # What does not fit where it is kept is left out, the largest first.
-        order = np.lexsort((np.arange(len(at)), problem.needs[:, 0]))
-        for copy in order.tolist():
-            host = int(at[copy])
-            if host != NOWHERE and (self.free[host] >= problem.needs[copy]).all():
-                self.move(copy, host)
-
-    @property
-    def is_complete(self) -> bool:
-        """Return whether every copy has a host."""
-        return bool((self.at != NOWHERE).all())
-
-    def move(self, copy: int, host: int) -> None:
-        """Put a copy onto a host, or ``NOWHERE``, without looking at the room there."""
-        problem = self.problem
-        shard = problem.shards[copy]
-        for target, sign in ((int(self.at[copy]), -1), (host, 1)):
-            if target == NOWHERE:
-                continue
-            self.free[target] -= sign * problem.needs[copy]
-            self.on_host[shard, target] += sign
-            self.in_zone[shard, problem.zones[target]] += sign
-            self.load[target] += sign * problem.weights[copy]
-        self.at[copy] = host
-
-    def violations(self) -> int:
-        """Return what the pairs that share hosts and zones cost."""
-        cost = SHARED_HOST * _pairs(self.on_host)
-        return cost + (SHARED_ZONE * _pairs(self.in_zone) if self.problem.zones_count else 0)
-
-    def cost(self) -> int:
-        """Return what the assignment costs."""
-        placed = np.flatnonzero(self.at != NOWHERE)
-        return self.violations() + int(self.problem.costs[placed, self.at[placed]].sum())
-
-    def step_costs(self, *, with_places: bool = True) -> _Ints:
-        """Return what putting each copy onto each host costs more, ``(n, m)``.
-
-        Args:
-            with_places: count what a copy costs on its host, and not only pairs that share.
-        """
-        problem, at = self.problem, self.at
-        shards = problem.shards
-        placed = at != NOWHERE
-        here = np.where(placed, at, 0)
-        costs = SHARED_HOST * self.on_host[shards]
-        leaves = SHARED_HOST * (self.on_host[shards, here] - 1)
-        if problem.zones_count:
-            own_zone = problem.zones[here]
-            same = (problem.zones[None, :] == own_zone[:, None]) & placed[:, None]
-            costs = costs + SHARED_ZONE * (self.in_zone[shards][:, problem.zones] - same)
-            leaves = leaves + SHARED_ZONE * (self.in_zone[shards, own_zone] - 1)
-        if with_places:
-            costs = costs + problem.costs
-            leaves = leaves + problem.costs[np.arange(len(at)), here]
-        costs = costs - np.where(placed, leaves, 0)[:, None]
-        costs[~problem.usable] = _NEVER
-        costs[placed, at[placed]] = _NEVER
-        return costs
-
-    def fits(self) -> _Mask:
-        """Return which copies fit onto which hosts as they are, ``(n, m)``."""
-        enough = self.free[None, :, :] >= self.problem.needs[:, None, :]  # (n, m, u)
-        return np.asarray(enough.all(2), dtype=np.bool_)
-
-    def evening_move(self, sources: _Mask, targets: _Mask) -> tuple[int, int] | None:
-        """Return the move of a copy that evens the load the most; None if there is none."""
-        problem = self.problem
-        allowed = self.fits() & (self.step_costs(with_places=False) <= 0) & targets[None, :]
-        ratio = self.load / problem.strengths
-        for source in np.lexsort((np.arange(len(ratio)), -ratio)).tolist():
-            copies = np.flatnonzero(self.at == source) if sources[source] else _NO_COPIES
-            after = (self.load[None, :] + problem.weights[copies, None]) / problem.strengths
-            left = (self.load[source] - problem.weights[copies]) / problem.strengths[source]
-            worst = np.maximum(after, left[:, None])
-            worst[~allowed[copies] | (after >= ratio[source])] = np.inf
-            if worst.size and worst.min() < np.inf:
-                copy, host = divmod(int(worst.argmin()), worst.shape[1])
-                return int(copies[copy]), host
-        return None
-
-
-def _pairs(counts: _Ints) -> int:
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _improved(state: _State) -> _State:
+def _improved(state: State) -> State:
     """Return a state with every copy placed that a path leads to, and no cheaper neighbour."""
     problem = state.problem
     _cancel_all(state)
@@ -245,7 +122,7 @@ def _improved(state: _State) -> _State:
     return state
 
 
-def _relabel(state: _State) -> None:
+def _relabel(state: State) -> None:
     """Let copies of a shard that need the same exchange places as long as that costs less.
 
     In the cost of a step another copy of the shard counts that leaves at the same time; here none
@@ -271,7 +148,7 @@ def _relabel(state: _State) -> None:
         state.move(other, host)
 
 
-def _place(state: _State, copy: int) -> None:
+def _place(state: State, copy: int) -> None:
     """Place one copy if it can be, moving others out of its way along the cheapest path."""
     for _ in range(len(state.at)):
         steps, fits = state.step_costs(), state.fits()
@@ -285,15 +162,15 @@ def _place(state: _State, copy: int) -> None:
             if _follow(state, cycle, NOWHERE):
                 continue
             break
-        total = dist + np.where(fits, steps, _NEVER).min(1, initial=_NEVER)
-        total[state.at == NOWHERE] = _NEVER
-        if total.min() < min(cost, _ALWAYS_LESS):
+        total = dist + np.where(fits, steps, NEVER).min(1, initial=NEVER)
+        total[state.at == NOWHERE] = NEVER
+        if total.min() < min(cost, ALWAYS_LESS):
             path = _path_to(int(total.argmin()), parent)
             last, _ = _cheapest_end(state, path[-1], steps, fits)
             if _follow(state, [copy, *path], last):
                 return
         break
-    if cost < _NEVER:
+    if cost < NEVER:
         state.move(copy, host)
 
 
@@ -304,20 +181,20 @@ def _path_to(last: int, parent: _Ints) -> list[int]:
     return path[::-1]
 
 
-def _cheapest_end(state: _State, copy: int, steps: _Ints, fits: _Mask) -> tuple[int, int]:
+def _cheapest_end(state: State, copy: int, steps: _Ints, fits: _Mask) -> tuple[int, int]:
     """Return the cheapest host with room for a copy, the least loaded among equals, and the cost.
 
-    The cost is at least ``_NEVER`` where there is none.
+    The cost is at least ``NEVER`` where there is none.
     """
-    costs = np.where(fits[copy], steps[copy], _NEVER)
-    least = int(costs.min(initial=_NEVER))
+    costs = np.where(fits[copy], steps[copy], NEVER)
+    least = int(costs.min(initial=NEVER))
     problem = state.problem
     ratio = (state.load + problem.weights[copy]) / problem.strengths
     ratio[costs > least] = np.inf
     return int(ratio.argmin()), least
 
 
-def _swap_costs(state: _State, steps: _Ints) -> _Ints:
+def _swap_costs(state: State, steps: _Ints) -> _Ints:
     """Return what it costs that a copy takes the place of another, which then needs one, (n, n)."""
     problem, at = state.problem, state.at
     placed = at != NOWHERE
@@ -328,8 +205,8 @@ def _swap_costs(state: _State, steps: _Ints) -> _Ints:
     costs = costs - np.where(same, SHARED_HOST, 0)
     room = state.free[here] + problem.needs  # (n, u) where each placed copy leaves
     fits = (room[None, :, :] >= problem.needs[:, None, :]).all(2)
-    costs[~fits | (steps[:, here] >= _NEVER) | ~placed[None, :]] = _NEVER
-    np.fill_diagonal(costs, _NEVER)
+    costs[~fits | (steps[:, here] >= NEVER) | ~placed[None, :]] = NEVER
+    np.fill_diagonal(costs, NEVER)
     return costs
 
 
@@ -340,7 +217,7 @@ def _shortest(dist: _Ints, parent: _Ints, costs: _Ints) -> tuple[_Ints, _Ints, l
         through = dist[:, None] + costs
         best = through.argmin(0)
         value = through[best, everyone]
-        better = value < np.minimum(dist, _ALWAYS_LESS)
+        better = value < np.minimum(dist, ALWAYS_LESS)
         if not better.any():
             break
         dist = np.where(better, value, dist)
@@ -365,20 +242,20 @@ def _cycle_in(parent: _Ints) -> list[int]:
     return cycle[::-1]
 
 
-def _cancel_all(state: _State) -> None:
+def _cancel_all(state: State) -> None:
     for _ in range(4 * len(state.at)):
         if not _cancel(state):
             return
 
 
-def _cancel(state: _State) -> bool:
+def _cancel(state: State) -> bool:
     """Follow one path or cycle of negative cost; return whether there was one."""
     steps, fits = state.step_costs(), state.fits()
     swaps = _swap_costs(state, steps)
     placed = state.at != NOWHERE
-    ends = np.where(fits & placed[:, None], steps, _NEVER).min(1, initial=_NEVER)
+    ends = np.where(fits & placed[:, None], steps, NEVER).min(1, initial=NEVER)
     nobody = np.full(len(state.at), NOWHERE)
-    dist, parent, cycle = _shortest(np.where(placed, 0, _NEVER), nobody, swaps)
+    dist, parent, cycle = _shortest(np.where(placed, 0, NEVER), nobody, swaps)
     if cycle:
         return _follow(state, cycle, NOWHERE)
     total = dist + ends
@@ -389,7 +266,7 @@ def _cancel(state: _State) -> bool:
     return _follow(state, path, host)
 
 
-def _follow(state: _State, path: Sequence[int], last_host: int) -> bool:
+def _follow(state: State, path: Sequence[int], last_host: int) -> bool:
     """Let each copy of a path take the place of the next one, the last one that of a host.
 
     Args:
@@ -439,9 +316,9 @@ class _Branches:
 
     def __init__(self, problem: Problem, best: _Ints | None) -> None:
         self._problem = problem
-        self._state = _State(problem, np.full_like(problem.at, NOWHERE))
+        self._state = State(problem, np.full_like(problem.at, NOWHERE))
         self._best = best
-        self._best_cost = _NEVER if best is None else _State(problem, best).cost()
+        self._best_cost = NEVER if best is None else State(problem, best).cost()
         self._least = _least_violations(problem)
         # The largest first, and copies of a shard one after the other.
         keys = (np.arange(len(problem.at)), problem.shards, *(-problem.needs.T[::-1]))

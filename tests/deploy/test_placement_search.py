@@ -3,14 +3,8 @@ import pytest
 from numpy.typing import NDArray
 
 from silvershard.deploy import placement_search
-from silvershard.deploy.placement_search import (
-    NOWHERE,
-    SHARED_HOST,
-    STAYS,
-    Problem,
-    search,
-    spread_load,
-)
+from silvershard.deploy.placement_search import search, spread_load
+from silvershard.deploy.placement_state import NOWHERE, SHARED_HOST, STAYS, Problem
 
 
 def ints(*values: object) -> NDArray[np.int64]:
