@@ -55,6 +55,8 @@ WINDOW_S = 1.0
 """Over which that percentile is taken."""
 OVERLOAD = 3.0
 _PATIENCE_S = 60.0
+_BUSY_CORES = 0.2
+"""That others may take of the processors before figures are doubted."""
 _STEP_S = 0.02
 
 _NOT_ANSWERED = {one.value for one in FAILED}
@@ -107,11 +109,16 @@ class Running:
     """A cluster of sleeping shards behind a router."""
 
     def __init__(
-        self, address: str, shards: dict[tuple[int, int], "subprocess.Popen[str]"]
+        self,
+        address: str,
+        shards: dict[tuple[int, int], "subprocess.Popen[str]"],
+        pids: Sequence[int],
     ) -> None:
         self.address = address
         self.shards = shards
         """By shard and replica."""
+        self.pids = pids
+        """Of all processes."""
 
     def target(self, service: Service, ann_k: int) -> tuple[Target, list[list[int]]]:
         """Return requests of that service time, and what each must be answered with."""
@@ -195,7 +202,7 @@ def cluster(
             address = str(first_line(process)["address"])
         with Client(address) as client:
             client.wait_until_ready(_PATIENCE_S)
-        yield Running(address, shards)
+        yield Running(address, shards, [one.pid for one in running])
     finally:
         for process in running:
             # One that was stopped does not end otherwise.
@@ -209,6 +216,26 @@ def cluster(
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def busy_s() -> float:
+    """Return the seconds that the processors have been busy, all together, since the boot."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, fields)
+    ticks = user + nice + system + interrupts + soft_interrupts + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def taken_s(pids: Sequence[int]) -> float:
+    """Return the seconds that processes have taken of the processors; one that ended took none."""
+    ticks = 0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -283,6 +310,15 @@ class Bench:
         self._record = folder / "record.jsonl"
         self._ann_k = ann_k
         self._cpus = () if pin is None else (pin,)
+        self.other_cores = 0.0
+        """That processes of nobody here took during the last load."""
+
+    def doubts(self, report: LoadReport) -> list[str]:
+        """Return what makes the figures of the last load doubtful."""
+        said = report.warnings()
+        if self.other_cores > _BUSY_CORES:
+            said.append(f"other processes took {self.other_cores:.2f} cores meanwhile")
+        return said
 
     @contextlib.contextmanager
     def asking(self, service: Service) -> Iterator[Callable[..., Any]]:
@@ -294,6 +330,8 @@ class Bench:
             def put(
                 rate: float, seconds: float, *, warmup_s: float = 1.0, poisson: bool = False
             ) -> tuple[LoadReport, list[dict[str, Any]]]:
+                began_s, pids = time.monotonic(), self.running.pids
+                others_s = busy_s() - taken_s(pids)
                 report, interrupted = generators.run(
                     Load(
                         stretches=(Stretch(seconds, rate, rate),),
@@ -304,6 +342,9 @@ class Bench:
                         record=self._record,
                     )
                 )
+                others_s = busy_s() - taken_s(pids) - others_s
+                others_s -= sum(one.cpu_s for one in report.generators)
+                self.other_cores = max(others_s / (time.monotonic() - began_s), 0.0)
                 if interrupted:
                     raise KeyboardInterrupt
                 return report, read_record(self._record, answers)
@@ -330,8 +371,9 @@ def measure_overhead(bench: Bench, service: Service, rate: float, seconds: float
         **over,
         "overhead_service_ms": service.total_s * 1e3,
         "overhead_rate": rate,
+        "overhead_other_cores": round(bench.other_cores, 2),
         "overhead_lag_p50_ms": (report.total.lag.quantile(0.5) or 0.0) * 1e3,
-        "warnings": report.warnings(),
+        "warnings": bench.doubts(report),
     }
 
 
@@ -369,7 +411,8 @@ def measure_fault(
         "ratio": None if math.isinf(first_s) else first_s / normal_s,
         "recovery_s": recovery(points, fault_s, normal_s),
         "causes": dict(codes),
-        "warnings": report.warnings(),
+        "other_cores": round(bench.other_cores, 2),
+        "warnings": bench.doubts(report),
     }
 
 
@@ -408,8 +451,9 @@ def measure_overload(
         "overload_requests": tally.count(),
         "overload_p99_ms": tally.quantile_ms(0.99),
         "overload_codes": dict(tally.codes),
+        "overload_other_cores": round(bench.other_cores, 2),
         "overload_reasons": dict(tally.reasons),
-        "warnings": report.warnings(),
+        "warnings": bench.doubts(report),
     }
 
 

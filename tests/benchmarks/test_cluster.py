@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,13 @@ def test_every_row_stands_beside_its_goal() -> None:
     assert [one.endswith("missed") for one in lines[:-1]] == [
         row.key in ("killed_failed", "hung_ratio", "overload_goodput") for row in cluster.ROWS
     ]
+
+
+def test_what_a_process_takes_of_the_processors_is_part_of_all_that_is_taken() -> None:
+    mine_s, all_s = cluster.taken_s([os.getpid()]), cluster.busy_s()
+    until_s = time.process_time() + 0.1
+    while time.process_time() < until_s:
+        pass
+    spent_s = cluster.taken_s([os.getpid()]) - mine_s
+    assert 0.05 < spent_s <= cluster.busy_s() - all_s + 0.05
+    assert cluster.taken_s([1 << 30]) == 0
