@@ -22,7 +22,6 @@ from history.recorder import Recorder, RecordingClient
 from silvershard.cluster.client import Client, Query, RequestRefused
 from silvershard.cluster.config import ListenSection, PingSection, QuerySection, RouterConfig
 from silvershard.cluster.consistency import UpdateToken, newest
-from silvershard.cluster.feed_block import FeedBlock
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.router import Router
@@ -30,7 +29,6 @@ from silvershard.cluster.sequencer import Sequencer
 from silvershard.cluster.sequencer_server import SequencerServer
 from silvershard.cluster.shard_loader import ShardLoader
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.cluster.shard_reports import ShardReports
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.update_log import UpdateLog, open_log
 from silvershard.cluster.updates import ItemDelete, ItemPatch, ItemUpsert, Update
@@ -93,12 +91,8 @@ class LiveCluster:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
-        feed = FeedBlock(0.9, 0.05)
-        self._sequencer = SequencerServer(
-            Sequencer(self._log, load_live_generation(snapshots[1]), num_shards=SHARDS, feed=feed),
-            reports=ShardReports(self._map_path, every_s=0.01),
-            feed=feed,
-        )
+        live = load_live_generation(snapshots[1])
+        self._sequencer = SequencerServer(Sequencer(self._log, live, num_shards=SHARDS))
         self.run(self._sequencer.start())
         for shard in range(SHARDS):
             for replica in range(REPLICAS):
