@@ -2,7 +2,6 @@ import contextlib
 import http.client
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -140,14 +139,9 @@ def test_more_clients_than_it_has_room_for_are_cut_off(
     monkeypatch.setattr(http_server, "_MAX_CONNECTIONS", 1)
     with socket.create_connection(("127.0.0.1", port_of(server)), timeout=10) as first:
         first.sendall(b"GET ")
-        give_up_s = time.monotonic() + 10
-        while True:
-            try:
-                if raw(server, b"GET /a HTTP/1.1\r\n\r\n") == b"":
-                    break
-            except ConnectionResetError:
-                break
-            assert time.monotonic() < give_up_s
+        # It may be cut off at any step.
+        with contextlib.suppress(OSError):
+            assert raw(server, b"GET /a HTTP/1.1\r\n\r\n") == b""
         first.sendall(b"/a HTTP/1.1\r\n\r\n")
         assert first.recv(100).startswith(b"HTTP/1.1 200")
 
