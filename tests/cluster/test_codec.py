@@ -116,7 +116,9 @@ def test_an_error_crosses_as_its_status(error: Exception, code: str, reason: str
     expected = error.message if isinstance(error, RemoteError) else str(error)
     assert refused.message == expected
     assert refused.coverage == getattr(error, "coverage", None)
-    assert refused.retry_after_s == getattr(error, "retry_after_s", None)
+    # Whoever is refused for want of room learns when to come again.
+    default_s = 1.0 if code == "RESOURCE_EXHAUSTED" else None
+    assert refused.retry_after_s == getattr(error, "retry_after_s", default_s)
     violations = ()
     if isinstance(error, RequestError):
         violations = ((error.field, error.message),)

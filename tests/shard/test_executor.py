@@ -132,9 +132,9 @@ def test_warming_runs_every_batch_size_twice_and_leaves_nothing_open(
     retriever = executor._retriever
     opened, closed = retriever.open, retriever.close
 
-    def open_(work: Work) -> Any:
+    def open_(work: Work, *others: Any) -> Any:
         rounds.append(("one", len(work.embedding)))
-        return opened(work)
+        return opened(work, *others)
 
     def close(work: Work, *others: Any) -> Any:
         rounds.append(("two", len(work.embedding)))
