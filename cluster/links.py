@@ -5,8 +5,6 @@ Shapes: B requests, H heads.
 
 import asyncio
 import contextlib
-import itertools
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -25,9 +23,6 @@ from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.errors import ShardUnavailable
 from silvershard.shard.fields import FieldValue
-
-_PROCESS = uuid.uuid4().hex[:12]
-_CALLS = itertools.count(1)
 
 # Between two looks at whether a connection that is to be closed is idle.
 _LOOK_S = 0.02
@@ -181,15 +176,7 @@ class GrpcShardLink:
                 call.fresh.after.add(partition=token.partition, position=token.position)
             if most_s is not None:
                 call.fresh.max_staleness_us = int(most_s * 1e6)
-        if call.key or call.HasField("fields"):
-            return await self.connection.call(call, self.generation, remaining_s)
-        # Whoever has candidates open releases them; what else nobody waits for is given up here.
-        call.key = f"{_PROCESS}/call/{next(_CALLS)}"
-        try:
-            return await self.connection.call(call, self.generation, remaining_s)
-        except asyncio.CancelledError:
-            self.release(call.key)
-            raise
+        return await self.connection.call(call, self.generation, remaining_s)
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:

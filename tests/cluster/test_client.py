@@ -369,6 +369,6 @@ def test_a_stream_to_nobody_is_unavailable() -> None:
 def test_a_query_says_how_fresh_its_answer_must_be() -> None:
     with Client("127.0.0.1:1") as client:
         token = UpdateToken(9, 0, 5)
-        message = client._message(Query(after=(token,), max_staleness_s=0.5))
+        message = client.message(Query(after=(token,), max_staleness_s=0.5))
         assert consistency_from(message.consistency) == Consistency((token,), 0.5)
-        assert not client._message(Query()).HasField("consistency")
+        assert not client.message(Query()).HasField("consistency")

@@ -658,9 +658,9 @@ def test_a_call_that_nobody_waits_for_is_given_up(run: Any) -> None:
                 await until(lambda: bool(shard.calls))
                 task.cancel()
                 await until(lambda: len(shard.calls) == 2)
-                asked, released = shard.calls
-                assert released.WhichOneof("op") == "release"
-                assert released.key == asked.key != ""
+                asked, cancelled = shard.calls
+                assert cancelled.WhichOneof("op") == "cancel"
+                assert cancelled.cancel == asked.call_id
                 assert task.cancelled()
 
     run(scene())

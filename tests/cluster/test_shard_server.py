@@ -543,7 +543,7 @@ def test_generations_are_prepared_asked_and_retired_side_by_side(
 ) -> None:
     first, second = make_executors(2)[0], make_executors(2)[0]
 
-    def load(path: Any) -> Loaded:
+    def load(path: Any, _: Any) -> Loaded:
         return loaded(second, int(path.name))[2]
 
     async def state(caller: Caller) -> dict[int, int]:

@@ -631,6 +631,7 @@ def test_a_url_that_names_no_log_is_refused(wrong: str, said: str) -> None:
 
 def test_redis_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "silvershard.cluster.redis_log", raising=False)
+    for name in ("redis_log", "redis_server"):
+        monkeypatch.delitem(sys.modules, f"silvershard.cluster.{name}", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'silvershard\[redis\]'"):
         open_log("redis://127.0.0.1:1/0")
