@@ -614,4 +614,6 @@ def test_a_client_that_gives_up_in_the_queue_frees_its_place_and_its_shard_never
         let_go.set()
         assert len(another.result(10).item_ids) == 3
     assert batcher.dropped.cancelled == {"queue": 1, "run": 1}
-    assert executors[0].num_open == 0
+    # The shard is told to release what the answer has taken.
+    while executors[0].num_open:
+        threading.Event().wait(0.001)
