@@ -28,6 +28,7 @@ from torch import Tensor
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.deploy.processes import die_with_parent
 from silvershard.model.merge import passes
+from silvershard.model.stages import Proceed, always
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.errors import CandidatesExpired
@@ -82,8 +83,11 @@ class SleepingExecutor:
         _sleep(ids[:, 1])
         return Encoded(embedding, torch.zeros(len(features), 1), ((),) * len(features))
 
-    def open(self, key: str, work: Work, expires_at_s: float) -> RoundOne:
+    def open(
+        self, key: str, work: Work, expires_at_s: float, proceed: Proceed = always
+    ) -> RoundOne:
         """Return the best candidates of each request, in the order of their places."""
+        proceed("ann")
         places = self._places[: int(work.ann_k.max())]
         item_ids = work.embedding[:, :, :1].long() * CANDIDATES + places  # (B, H, R)
         scores = (-places).float().expand(item_ids.shape).contiguous()
@@ -100,7 +104,7 @@ class SleepingExecutor:
             times={"ann": spent_us},
         )
 
-    def close(self, key: str, cutoffs: Cutoffs) -> RoundTwo:
+    def close(self, key: str, cutoffs: Cutoffs, proceed: Proceed = always) -> RoundTwo:
         """Return what passes the cut, ordered by value.
 
         Raises:
@@ -108,6 +112,7 @@ class SleepingExecutor:
         """
         if key not in self._open:
             raise CandidatesExpired(key)
+        proceed("rerank")
         work, scores, item_ids = self._open[key]
         kept = passes(scores, item_ids, cutoffs)[:, 0]  # (B, R)
         values = (item_ids[:, 0] * _STRIDE % CANDIDATES).float().masked_fill(~kept, float("-inf"))

@@ -40,6 +40,7 @@ def work(executor: SleepingExecutor, numbers: list[int], k: int) -> Work:
         ann_k=torch.full((batch,), ANN_K),
         semantic_k=torch.zeros(batch, dtype=torch.int64),
         k=torch.full((batch,), k),
+        tasks=torch.ones(batch, len(live.schema().tasks), dtype=torch.int8),
     )
 
 

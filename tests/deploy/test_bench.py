@@ -3,6 +3,7 @@ import json
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_the_limit_of_requests_in_flight_is_said_aloud(run: Any, fake_router: An
     assert "WARNING: 15 requests were not sent" in out
 
 
+@pytest.fixture
+def may_be_interrupted() -> Iterator[None]:
+    # Whoever is started in the background of a shell ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("may_be_interrupted")
 def test_a_ctrl_c_shows_what_was_measured(run: Any, fake_router: Any) -> None:
     def interrupt() -> None:
         while len(fake_router.asked) < 10:

@@ -74,6 +74,15 @@ def test_processes_share_a_load_and_their_record_is_one(fake_router: Any, tmp_pa
 
 
 @pytest.mark.usefixtures("nobody_is_left")
+@pytest.fixture
+def may_be_interrupted() -> Iterator[None]:
+    # Whoever is started in the background of a shell ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("may_be_interrupted")
 def test_a_ctrl_c_ends_a_load_with_what_was_measured(fake_router: Any, tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
 

@@ -161,7 +161,7 @@ def test_settings_with_hosts_are_shown_so_that_they_load_to_themselves(tmp_path:
     config = tmp_path / "c.yaml"
     config.write_text(
         "hosts:\n  members:\n  - {name: a, cpus: 2, memory: 1GiB, labels: {rack: '7'}}\n"
-        "replicas: {standby: {count: 1}, placement: {spread: zone, labels: {rack: '7'}}}\n"
+        "replicas: {placement: {spread: zone, labels: {rack: '7'}}}\n"
     )
     loaded = load_with_sources(config, environ={})
     shown = tmp_path / "shown.yaml"
