@@ -73,7 +73,6 @@ def test_processes_share_a_load_and_their_record_is_one(fake_router: Any, tmp_pa
     assert list(tmp_path.iterdir()) == [record]
 
 
-@pytest.mark.usefixtures("nobody_is_left")
 @pytest.fixture
 def may_be_interrupted() -> Iterator[None]:
     # Whoever is started in the background of a shell ignores it.
@@ -82,7 +81,7 @@ def may_be_interrupted() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("may_be_interrupted")
+@pytest.mark.usefixtures("nobody_is_left", "may_be_interrupted")
 def test_a_ctrl_c_ends_a_load_with_what_was_measured(fake_router: Any, tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
 
