@@ -237,7 +237,7 @@ class DegradeFloors(BaseModel):
     )
     ann_k: int = Field(default=200, ge=1, description="candidates per head")
     required_tasks: tuple[str, ...] = Field(
-        default=(), description="tasks that are always computed, where the model has them"
+        default=(), description="tasks that keep the reranker from being skipped"
     )
 
 

@@ -157,10 +157,12 @@ class Ladder:
                 *policy.required_tasks,
                 *self._floors.required_tasks,
             }
-            without = tuple(name for name in compiled.tasks if name not in needed)
-            found = found._replace(without=without)
-            if without and returns_tasks:
-                reasons.append(DegradeReason.TASKS_SKIPPED)
+            # A reranker that computes one task has computed nearly all of every other one, so
+            # work is only saved where none is needed.
+            if compiled.tasks and needed.isdisjoint(compiled.tasks):
+                found = found._replace(without=compiled.tasks)
+                if returns_tasks:
+                    reasons.append(DegradeReason.TASKS_SKIPPED)
         return Reduced(found, tuple(reasons))
 
     def _probes_floor(self, plan: Plan, spec: ServingSpec) -> int:

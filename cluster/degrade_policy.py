@@ -28,7 +28,7 @@ class DegradePolicy:
     min_ann_k: int = 0
     """Candidates per head that are kept at least, where the plan has as many."""
     required_tasks: tuple[str, ...] = ()
-    """Tasks that are computed in any case."""
+    """Tasks that the answer must tell; with one of them, all are computed."""
 
 
 UNDEMANDING = DegradePolicy()
