@@ -24,10 +24,10 @@ from silvershard.shard.outline import read_outline
 Report = Callable[[str], None]
 
 HEAD_BYTES = 1100 << 20
-"""What the host with the control plane needs beside shards: Ray's head, driver, guard, router and
-sequencer."""
+"""What is kept for the control plane on its host: some 400 MiB that an idle Ray head was measured
+to take, and an allowance for driver, guard, router and sequencer."""
 NODE_BYTES = 200 << 20
-"""What Ray needs on every other host."""
+"""What is kept for Ray on every other host: an idle node was measured to take 182 MiB."""
 
 SECONDS = 2.0
 """How long the speed of this machine is measured."""
