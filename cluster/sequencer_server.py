@@ -64,8 +64,8 @@ class Reports(Protocol):
     async def run(self) -> None:
         """Keep it true until cancelled."""
 
-    async def changed(self) -> None:
-        """Return as soon as there is something new."""
+    def changed(self) -> Coroutine[Any, Any, object]:
+        """Return what ends as soon as there is something new since this was called."""
 
     def room(self, page_slots: int, num_clusters: int) -> list[RoomReport]:
         """Return the room of every replica that has reported."""

@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -74,9 +74,12 @@ class ShardReports:
                 task.cancel()
             await asyncio.gather(*self._askers.values(), return_exceptions=True)
 
-    async def changed(self) -> None:
-        """Return as soon as there is something new since this was called."""
-        await self._changed.wait()
+    def changed(self) -> Coroutine[Any, Any, object]:
+        """Return what ends as soon as there is something new since this was called.
+
+        A task that is made of it begins later than that.
+        """
+        return self._changed.wait()
 
     def room(self, page_slots: int, num_clusters: int) -> list[RoomReport]:
         """Return the room of every replica of the map that has reported on its generation.

@@ -231,3 +231,15 @@ def test_the_last_map_is_kept_where_there_is_none(run: Any, tmp_path: Path) -> N
             assert len(one.reports.room(64, 2)) == 1
 
     run(scene())
+
+
+def test_a_report_that_comes_before_a_task_begins_to_wait_is_noticed(tmp_path: Path) -> None:
+    async def notice() -> None:
+        reports = ShardReports(tmp_path / "map.json")
+        waiting = asyncio.create_task(reports.changed())
+        # Whoever was ready to run before the task tells it first.
+        reports._tell()
+        async with asyncio.timeout(5):
+            await waiting
+
+    asyncio.run(notice())
