@@ -292,6 +292,7 @@ class Admission(Generic[T]):
         self._running = 0
         self._batch_s = 0.0
         """Typical time of a batch; 0 before the first one."""
+        self._largest = max_batch
         self._load, self._load_at_s = 0.0, clock()
 
     @property
@@ -303,6 +304,15 @@ class Admission(Generic[T]):
     def running(self) -> int:
         """Return the batches that run, but for those that may have to wait for updates."""
         return self._running
+
+    @property
+    def largest(self) -> int:
+        """Return the most requests that a batch may have now.
+
+        Half of what was too many to be answered in time, and one more with each batch of as many
+        that was: a shard may take as long for a batch as for its requests one after the other.
+        """
+        return self._largest
 
     @property
     def load(self) -> float:
@@ -367,15 +377,22 @@ class Admission(Generic[T]):
         self._turn(1)
         return self._clock()
 
-    def ended(self, size: int, started_s: float, *, answered: bool) -> None:
+    def ended(self, size: int, started_s: float, *, answered: bool, late: bool = False) -> None:
         """Take note that a batch no longer runs.
 
         Args:
             size: requests in it.
             started_s: what ``started`` returned.
             answered: whether it came to its end by itself and without an error.
+            late: whether none of its requests was answered in time.
         """
         self._turn(-1)
+        if late:
+            # Of a small one, its size was not the reason.
+            if 2 * size > self._largest:
+                self._largest = max(size // 2, 1)
+        elif answered and size >= self._largest:
+            self._largest = min(self._largest + 1, self._max_batch)
         if not answered:
             return
         spent_s = self._clock() - started_s

@@ -210,7 +210,7 @@ class Batcher:
             if own == kind:
                 self._line.remove(one)
                 batch.append(one)
-                if len(batch) == self._max_batch:
+                if len(batch) == self._admission.largest:
                     break
         return batch
 
@@ -227,20 +227,21 @@ class Batcher:
 
         for one in batch:
             one.fate.add_done_callback(stop_if_nobody_waits)
-        answered = False
+        answered = late = False
         try:
             with contextlib.suppress(asyncio.CancelledError):
                 fates: Sequence[Fate]
                 try:
                     fates = await work
                     answered = any(_took_its_time(fate) for fate in fates)
+                    late = all(isinstance(fate, DeadlineExceeded) for fate in fates)
                 except Exception as error:  # noqa: BLE001  # the server logs it, once per request
                     fates = [error] * len(batch)
                 for one, fate in zip(batch, fates, strict=True):
                     one.end(fate)
         finally:
             if not batch[0].demands:
-                self._admission.ended(len(batch), started_s, answered=answered)
+                self._admission.ended(len(batch), started_s, answered=answered, late=late)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

@@ -262,6 +262,30 @@ def test_a_router_is_hot_after_it_was_busy_for_a_while_and_cools_down(clock: Clo
     assert admission.load < 0.01
 
 
+def test_batches_that_are_too_large_to_be_in_time_become_smaller_and_grow_again(
+    clock: Clock,
+) -> None:
+    admission: Admission[Ticket] = Admission(
+        AdmissionSection(), max_batch=8, target_delay_s=0.005, clock=clock
+    )
+
+    def ended(size: int, *, late: bool) -> int:
+        clock.now_s += 0.01
+        admission.ended(size, admission.started(), answered=True, late=late)
+        return admission.largest
+
+    assert admission.largest == 8
+    assert ended(8, late=True) == 4
+    # Others of that size were on their way.
+    assert ended(8, late=True) == 4
+    assert [ended(3, late=False), ended(4, late=False), ended(5, late=False)] == [4, 5, 6]
+    assert [ended(size, late=True) for size in (6, 3, 1, 1)] == [3, 1, 1, 1]
+    assert [ended(size, late=False) for size in (1, 2, 3, 4, 5, 6, 7, 8)][-2:] == [8, 8]
+    # The size of a small one was not the reason.
+    assert [ended(1, late=True), ended(4, late=True)] == [8, 8]
+    assert ended(5, late=True) == 2
+
+
 def test_the_delay_is_the_time_until_those_that_wait_are_served(clock: Clock) -> None:
     admission = admission_of(clock)
     assert admission.retry_after_s() == 0.01

@@ -130,6 +130,34 @@ def test_a_full_batch_starts_at_once_and_none_is_larger(virtual: Any, runner: Ru
     virtual.run_until_complete(scene())
 
 
+def test_shards_that_take_as_long_as_each_request_alone_are_sent_smaller_batches(
+    virtual: Any,
+) -> None:
+    batcher = make(virtual, max_running=1, queue=64, max_batch=16, max_delay_s=0.0)
+    sizes: list[int] = []
+
+    async def run(queries: Sequence[Query]) -> list[Any]:
+        sizes.append(len(queries))
+        until_s = virtual.time() + 0.5 * len(queries)
+        await asyncio.sleep(min(until_s, queries[0].deadline_s) - virtual.time())
+        is_late = until_s > queries[0].deadline_s
+        return [DeadlineExceeded("too late") if is_late else 0 for _ in queries]
+
+    async def scene() -> int:
+        answered = 0
+        for _ in range(8):
+            asked = [batcher.submit([query(virtual, k)], run) for k in range(16)]
+            found = await asyncio.gather(*asked)
+            answered += found.count([0])
+        return answered
+
+    # Four take 2 s, which is all that a request has.
+    answered = virtual.run_until_complete(scene())
+    assert sizes[:4] == [1, 15, 1, 7]
+    assert max(sizes[4:]) <= 4
+    assert answered >= 16
+
+
 def test_a_full_queue_refuses_with_a_delay_and_runs_nothing(virtual: Any, runner: Runner) -> None:
     batcher = make(virtual, max_running=1, queue=2)
 
