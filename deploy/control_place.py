@@ -61,7 +61,9 @@ def move_control(root: Path, url: str) -> None:
         _write(root, url)
         return
     mine, theirs = old.read(), new.read()
-    is_same = mine.state_id == theirs.state_id and mine.state_id != ""
+    # A move that was interrupted has been done but for the last step.
+    is_copy = mine.model_copy(update={"version": theirs.version}) == theirs
+    is_same = is_copy or mine.state_id == theirs.state_id != ""
     if not theirs.version and mine.version:
         # The number of its first change is 1, whatever it was before.
         try:

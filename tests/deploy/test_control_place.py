@@ -60,12 +60,15 @@ def test_the_store_of_another_cluster_is_not_overwritten(tmp_path: Path, server:
     assert control_store(tmp_path).read().live == 3
 
 
-def test_a_move_that_was_interrupted_is_finished(tmp_path: Path, server: Any) -> None:
-    control_store(tmp_path).write(Control(live=3, state_id="mine"))
+@pytest.mark.parametrize("state_id", ["mine", ""])
+def test_a_move_that_was_interrupted_is_finished(
+    tmp_path: Path, server: Any, state_id: str
+) -> None:
+    control_store(tmp_path).write(Control(live=3, state_id=state_id))
     move_control(tmp_path, server.url())
     (tmp_path / URL_FILE).unlink()
     move_control(tmp_path, server.url())
-    assert control_store(tmp_path).read() == Control(version=1, live=3, state_id="mine")
+    assert control_store(tmp_path).read() == Control(version=1, live=3, state_id=state_id)
 
 
 def test_without_the_client_of_redis_it_says_what_to_install(
