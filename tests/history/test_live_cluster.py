@@ -8,6 +8,7 @@ import asyncio
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -185,7 +186,7 @@ class LiveCluster:
         self.loop.close()
 
 
-class Load(threading.Thread):
+class Load(threading.Thread, ABC):
     """Does one thing after another, until it is stopped or fails."""
 
     def __init__(self, cluster: LiveCluster, seed: int, films: list[int]) -> None:
@@ -206,8 +207,9 @@ class Load(threading.Thread):
         except Exception as error:  # noqa: BLE001  # told by the test
             self.error = error
 
+    @abstractmethod
     def step(self, client: RecordingClient) -> None:
-        raise NotImplementedError
+        """Do one thing."""
 
     def stop(self) -> None:
         self._ended.set()
