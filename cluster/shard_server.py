@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -210,8 +210,7 @@ class ShardServer:
             writer.cancel()
             for job in stream.jobs:
                 job.dropped = True
-            for key in stream.keys:
-                self._give_up(key)
+            self._give_up(tuple(stream.keys))
 
     async def ping(self, context: grpc.aio.ServicerContext) -> None:
         """Answer every beat with the identity of this incarnation."""
@@ -257,9 +256,10 @@ class ShardServer:
 
     def _accept(self, call: shard_pb2.ShardCall, stream: _Stream) -> None:
         """Queue a call, or answer it at once if it cannot be served."""
+        if call.released:
+            self._release(call.released, stream)
         op = call.WhichOneof("op")
-        if op == "release":
-            self._release(call.key, stream)
+        if op is None and call.released:
             return
         if op == "cancel":
             for job in stream.jobs:
@@ -285,18 +285,26 @@ class ShardServer:
         stream.tasks.add(task)
         task.add_done_callback(stream.tasks.discard)
 
-    def _release(self, key: str, stream: _Stream) -> None:
+    def _release(self, keys: Iterable[str], stream: _Stream) -> None:
         # What has not started yet would only open the candidates again.
-        for job in self._by_key.get(key, ()):
-            job.dropped = True
-        stream.keys.discard(key)
-        self._give_up(key)
+        for key in keys:
+            for job in self._by_key.get(key, ()):
+                job.dropped = True
+            stream.keys.discard(key)
+        self._give_up(tuple(keys))
 
-    def _give_up(self, key: str) -> None:
+    def _give_up(self, keys: Sequence[str]) -> None:
         """Release candidates on the thread of the model, unless the server has ended."""
-        if self._server is not None:
-            for hosted in self.hosting.served:
-                self._thread.submit(hosted.executor_in_service.release, key)
+        if self._server is None:
+            return
+        executors = [hosted.executor_in_service for hosted in self.hosting.served]
+
+        def release() -> None:
+            for executor in executors:
+                for key in keys:
+                    executor.release(key)
+
+        self._thread.submit(release)
 
     def _refusal(self, call: shard_pb2.ShardCall) -> shard_pb2.ShardReply | None:
         if call.epoch and call.epoch != self.epoch:

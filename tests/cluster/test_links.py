@@ -177,7 +177,7 @@ def test_calls_share_a_stream_and_answers_may_come_in_any_order(run: Any) -> Non
         if len(held) < 3:
             return []
         return [
-            answering(tensors=counts(one.call_id, one.count.tensors[0].shape[0]))(one)[0]
+            answering(tensors=counts(one.call_id, int(one.count.layout.split()[2])))(one)[0]
             for one in reversed(held)
         ]
 
@@ -520,7 +520,7 @@ def test_a_replica_without_the_generation_is_suspect_until_it_has_it(run: Any) -
     async def scene() -> None:
         async with shard.serving(), linked(entry(shard.address), ping=PATIENT) as link:
             two = GrpcShardLink(link.connection, 2)
-            await until(lambda: link.seen is not None)
+            await until(lambda: link.seen is not None and link.connection.reached)
             assert (link.state, two.state) == (LinkState.UP, LinkState.SUSPECT)
             assert two.seen is None
             assert (link.reached, two.reached) == (True, False)
