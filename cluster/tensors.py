@@ -118,10 +118,10 @@ def from_map(message: shard_pb2.TensorMap, forms: Mapping[str, _Form]) -> dict[s
         raise TensorError(f"tensors {shapes} need {size} bytes, got {len(data)}")
     return {
         # It refuses an empty one.
-        name: torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
-        if count
+        name: torch.frombuffer(data, dtype=dtype, count=length, offset=offset).view(shape)
+        if length
         else torch.empty(shape, dtype=dtype)
-        for name, dtype, shape, count, offset in places
+        for name, dtype, shape, length, offset in places
     }
 
 
@@ -129,7 +129,7 @@ class _Place(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    count: int
+    length: int
     """Of its values."""
     offset: int
     """Of its first byte."""
@@ -157,9 +157,9 @@ def _places(layout: str, forms: tuple[tuple[str, _Form], ...]) -> tuple[tuple[_P
             raise TensorError(f"tensor {name!r}: {line[:80]!r} tells no shape")
         shape = tuple(map(int, dims))
         _check_form(name, dtype, shape, form, sizes)
-        count = math.prod(shape)
-        found[name] = _Place(name, form.dtype, shape, count, end)
-        end += -(count * form.dtype.itemsize // -_ALIGNMENT) * _ALIGNMENT
+        length = math.prod(shape)
+        found[name] = _Place(name, form.dtype, shape, length, end)
+        end += -(length * form.dtype.itemsize // -_ALIGNMENT) * _ALIGNMENT
     for name in wanted:
         if name not in found:
             raise TensorError(f"tensor {name!r} is missing")

@@ -73,7 +73,9 @@ def test_what_arrives_may_be_changed_without_changing_the_message() -> None:
 def line(change: Callable[[str], str]) -> Any:
     def apply(message: shard_pb2.TensorMap) -> None:
         lines = message.layout.split("\n")
-        message.layout = "\n".join(change(one) if one.startswith("scores") else one for one in lines)
+        message.layout = "\n".join(
+            change(one) if one.startswith("scores") else one for one in lines
+        )
 
     return apply
 
