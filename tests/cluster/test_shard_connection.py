@@ -124,7 +124,7 @@ def test_what_is_given_up_is_said_soon_where_no_call_follows(run: Any) -> None:
 
 def test_what_is_given_up_while_there_is_no_connection_is_forgotten(run: Any) -> None:
     async def scene() -> None:
-        entry = ShardEntry(shard=2, replica=1, address="", epoch=7, documents=1, pid=1)
+        entry = ShardEntry(shard=2, replica=1, address="127.0.0.1:1", epoch=7, documents=1, pid=1)
         connection = ShardConnection(entry, PING)
         connection.release("a")
         await until(lambda: not connection._released)
