@@ -22,6 +22,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
 from silvershard.cluster.client import Client, RequestRefused
 from silvershard.cluster.config import (
+    AdmissionSection,
+    ConcurrencySection,
     ListenSection,
     ObservabilitySection,
     PingSection,
@@ -760,3 +762,9 @@ def test_a_replica_of_two_that_is_stopped_or_killed_fails_no_request(
     for one in asked:
         assert one.result().item_ids.tolist() == expected
         assert one.result().coverage.documents == 1.0
+
+
+def test_retries_burst_to_the_batches_that_may_run(tmp_path: Path) -> None:
+    admission = AdmissionSection(concurrency=ConcurrencySection(min=1, max=7))
+    router = Router(RouterConfig(map_path=str(tmp_path / "map.json"), admission=admission))
+    assert sum(router._extra.may_retry(refused=False) for _ in range(100)) == 7
