@@ -1,7 +1,10 @@
 """The verb ``chaos``: faults on purpose, in a cluster that serves."""
 
 import argparse
+import tempfile
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, get_args
 
 from google.protobuf.json_format import MessageToDict
@@ -9,7 +12,8 @@ from google.protobuf.json_format import MessageToDict
 from silvershard.cluster import RequestRefused, admin_pb2
 from silvershard.cluster.admin_client import AdminClient
 from silvershard.cluster.faults import FaultKind
-from silvershard.deploy.arguments import AddVerb, Parents, positive, show, state_of
+from silvershard.deploy.arguments import AddVerb, Parents, positive, reporter, show, state_of
+from silvershard.deploy.ask import address_of
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import table
@@ -17,6 +21,9 @@ from silvershard.deploy.tables import table
 _KINDS: Final = get_args(FaultKind)
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DEFAULT_S: Final = 30.0
+_RUN_S: Final = 60.0
+_DEADLINE_S: Final = 2.0
+"""Of the queries of a game day."""
 
 
 def add_verb(verb: AddVerb, shared: Parents) -> None:
@@ -31,9 +38,9 @@ def add_verb(verb: AddVerb, shared: Parents) -> None:
     chaos.set_defaults(wrong_usage=chaos.error)
     chaos.add_argument(
         "what",
-        choices=(*_KINDS, "list", "stop"),
+        choices=(*_KINDS, "list", "stop", "run"),
         metavar="WHAT",
-        help=f"{', '.join(_KINDS)}; list; stop",
+        help=f"{', '.join(_KINDS)}; list; stop; run: one drawn fault after another, under load",
     )
     chaos.add_argument(
         "target",
@@ -47,7 +54,7 @@ def add_verb(verb: AddVerb, shared: Parents) -> None:
         dest="seconds",
         type=duration,
         metavar="TIME",
-        help=f"how long it lasts: 10s, 5m (default {_DEFAULT_S:g}s)",
+        help=f"how long it lasts: 10s, 5m (default {_DEFAULT_S:g}s, of run {_RUN_S:g}s)",
     )
     chaos.add_argument(
         "--ms", type=int, metavar="N", help="of slow: added to every call (default 100)"
@@ -70,6 +77,17 @@ def add_verb(verb: AddVerb, shared: Parents) -> None:
         "--allow-outage", action="store_true", help="also where no other copy of a shard answers"
     )
     chaos.add_argument("--dry-run", action="store_true", help="say what would be done only")
+    chaos.add_argument("--plan", default="standard", help="of run: standard or reads")
+    chaos.add_argument("--seed", type=int, default=0, metavar="N", help="of run (default 0)")
+    chaos.add_argument(
+        "--rate", type=positive, default=20.0, metavar="R", help="of run: queries a second"
+    )
+    chaos.add_argument(
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help="of run: queries as JSON lines, as of bench (default: the golden requests)",
+    )
 
 
 def duration(text: str) -> float:
@@ -100,6 +118,8 @@ def admin_address(state: StateDir) -> str:
 
 
 def _chaos(options: argparse.Namespace) -> int:
+    if options.what in ("list", "run") and options.target:
+        options.wrong_usage(f"{options.what} takes no target")
     with AdminClient(admin_address(state_of(options))) as client:
         try:
             return _carried_out(options, client)
@@ -110,8 +130,8 @@ def _chaos(options: argparse.Namespace) -> int:
 
 
 def _carried_out(options: argparse.Namespace, client: AdminClient) -> int:
-    if options.what == "list" and options.target:
-        options.wrong_usage("list takes no target")
+    if options.what == "run":
+        return _run(options, client)
     if options.what in ("list", "stop"):
         stops = options.what == "stop"
         faults = client.clear_faults(*options.target) if stops else client.list_faults()
@@ -132,6 +152,62 @@ def _carried_out(options: argparse.Namespace, client: AdminClient) -> int:
     document = document_of(fault)
     show(options, document, lambda: _said(document))
     return ExitCode.OK
+
+
+def _run(options: argparse.Namespace, client: AdminClient) -> int:
+    from silvershard.cluster.arrivals import Stretch
+    from silvershard.deploy import game_day
+    from silvershard.deploy.bench_requests import of_file, of_golden
+    from silvershard.deploy.generators import Generators, Load, Target
+
+    if options.plan not in game_day.PLANS:
+        options.wrong_usage(f"--plan must be {' or '.join(game_day.PLANS)}, got {options.plan!r}")
+    state, seconds = state_of(options), options.seconds or _RUN_S
+    # What is not allowed is said before anything is sent.
+    client.list_faults()
+    asked = (
+        of_golden(state, k=10, filter_text="")
+        if options.requests is None
+        else of_file(options.requests, k=10, filter_text="")
+    )
+    target = Target((address_of(state, ""),), asked.messages, asked.described)
+    stop, report = threading.Event(), reporter(options)
+    day = game_day.GameDay(
+        client,
+        state.read_record,
+        plan=options.plan,
+        seed=options.seed,
+        allow_outage=options.allow_outage,
+        report=report,
+    )
+    thread = threading.Thread(target=day.run, args=(seconds, stop), name="game-day")
+    with tempfile.TemporaryDirectory() as folder, Generators(target) as generators:
+        generators.connect()
+        record = Path(folder) / "record.jsonl"
+        load = Load(
+            (Stretch(seconds, options.rate, options.rate),),
+            deadline_s=_DEADLINE_S,
+            seed=options.seed,
+            record=record,
+        )
+        try:
+            thread.start()
+            generators.run(load)
+        finally:
+            stop.set()
+            thread.join()
+            client.clear_faults()
+        if day.failure is not None:
+            raise day.failure
+        document = {
+            "seed": options.seed,
+            "plan": options.plan,
+            **game_day.account(day.happened, game_day.read_lines(record)),
+        }
+    show(options, document, lambda: game_day.render(document))
+    if document["failed"] or document["wrong"]:
+        return ExitCode.FAILED
+    return ExitCode.DEGRADED if document["partial"] else ExitCode.OK
 
 
 def _seconds(options: argparse.Namespace) -> float:

@@ -31,11 +31,15 @@ class Echo(shard_pb2_grpc.ShardServicer):
         self.calls: list[shard_pb2.ShardCall] = []
         self.served: list[shard_pb2.ServedGeneration] = []
         self.epoch = 7
+        self.let_go: asyncio.Event | None = None
+        """Replies wait for it."""
 
     async def Execute(self, _: object, context: Any) -> None:
         await context.send_initial_metadata(())
         while (call := await context.read()) is not grpc.aio.EOF:
             self.calls.append(call)
+            if self.let_go is not None:
+                await self.let_go.wait()
             await context.write(
                 shard_pb2.ShardReply(
                     call_id=call.call_id,
@@ -239,9 +243,11 @@ def test_what_a_partition_separates_gets_no_call_no_reply_and_no_beat(
             assert (await connection.call(shard_pb2.ShardCall(), 3, 5)).generation == 3
             assert [call.key for call in shard.calls] == [""]
             # What was sent before is answered into the void.
+            shard.let_go = asyncio.Event()
             waiting = asyncio.create_task(connection.call(shard_pb2.ShardCall(), 3, 0.2))
-            await until(lambda: connection.is_idle is False)
+            await until(lambda: len(shard.calls) == 2)
             suffer("partition", "shard 2.1")
+            shard.let_go.set()
             with pytest.raises(DeadlineExceeded):
                 await waiting
 

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import time
@@ -11,7 +12,7 @@ from silvershard.cluster import Client, ItemDelete, ItemUpsert, Query, RequestRe
 from silvershard.cluster.admin_client import AdminClient
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.faults import FaultRecord, read_faults, write_faults
-from silvershard.deploy import launch
+from silvershard.deploy import launch, verbs
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.fault_injector import FaultInjector
@@ -470,3 +471,23 @@ def test_what_happened_is_in_the_log_of_the_cluster(chaotic: StateDir, admin: Ad
     log = chaotic.daemon_log.read_text()
     assert "fault audited begins: slow shard 0.0 by 7 ms for 60 s" in log
     assert "fault audited is cleared" in log
+
+
+@on_a_cluster
+def test_a_game_day_tells_what_users_noticed(
+    chaotic: StateDir, admin: AdminClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"features": {"history": [1, 2]}}\n{"features": {}}\n')
+    words = ["chaos", "run", "--for", "15s", "--seed", "4", "--plan", "reads", "--rate", "10"]
+    words += ["--requests", str(requests), "--state", str(chaotic.root), "--output", "json"]
+    code = verbs.run(words)
+    document = json.loads(capsys.readouterr().out)
+    # How long a busy machine takes is nobody's promise, what it answers is.
+    assert document["wrong"] == document["partial"] == 0
+    assert code == (ExitCode.FAILED if document["failed"] else ExitCode.OK)
+    assert set(document["errors"]) <= {"LATE", "DEADLINE_EXCEEDED", "OK"}
+    assert document["requests"] > 100
+    assert document["faults"]
+    assert document["refused"] == []
+    assert all(one.state != 1 for one in admin.list_faults())

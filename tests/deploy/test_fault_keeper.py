@@ -111,7 +111,7 @@ def test_the_keeper_outlives_whoever_ordered_the_fault(tmp_path: Path, victim: P
     orderer = (
         "import json, subprocess, sys; "
         "print(subprocess.Popen(json.loads(sys.argv[1]), start_new_session=True, "
-        "stdout=subprocess.DEVNULL).pid)"
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)"
     )
     done = subprocess.run(
         [sys.executable, "-c", orderer, json.dumps(command)],
