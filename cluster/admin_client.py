@@ -13,12 +13,15 @@ from google.protobuf.message import Message
 from silvershard.cluster import admin_pb2, admin_pb2_grpc
 from silvershard.cluster.admin_pb2 import Operation
 from silvershard.cluster.codec import RequestRefused, code_name
+from silvershard.cluster.faults import FaultKind
 from silvershard.cluster.service import refused_by
 from silvershard.shard.errors import DeadlineExceeded
 
 _WAIT_S = 20.0
 """Longest wait of one call; a longer one would not notice a cluster that hangs."""
 _ANSWER_S = 5.0
+_FAULT_S = 30.0
+"""Longest wait until a fault is there or over."""
 _PAUSE_S = 0.1
 """Time between two waits, of which a cluster may cut the first one short."""
 
@@ -249,6 +252,60 @@ class AdminClient:
         request = admin_pb2.FreshnessRequest()
         found: admin_pb2.FreshnessResponse = self._call(self._stub.Freshness, request)
         return found
+
+    def inject_fault(
+        self,
+        kind: FaultKind,
+        target: str,
+        seconds: float = 0.0,
+        *,
+        delay_ms: int = 0,
+        share: float = 1.0,
+        copy_url: str = "",
+        allow_outage: bool = False,
+        operation_id: str = "",
+        dry_run: bool = False,
+    ) -> admin_pb2.Fault:
+        """Return a fault once it is there.
+
+        Args:
+            kind: what happens.
+            target: what it happens to, such as ``shard 1.0``.
+            seconds: how long it lasts; 0 for a kill.
+            delay_ms: by how much calls take longer, of a slow shard.
+            share: of the messages that are dropped, or of the free slots that are filled, 0..1.
+            copy_url: where another copy of the generation is that is damaged.
+            allow_outage: do it also where no other copy of a shard answers.
+            operation_id: name of the fault; empty: a random one.
+            dry_run: say what would be done, and do nothing.
+        """
+        duration = Duration()
+        duration.FromNanoseconds(int(seconds * 1e9))
+        request = admin_pb2.InjectFaultRequest(
+            operation_id=_named(operation_id),
+            dry_run=dry_run,
+            kind=f"FAULT_KIND_{kind.upper()}",
+            target=target,
+            duration=duration,
+            delay_ms=delay_ms,
+            share=share,
+            copy_url=copy_url,
+            allow_outage=allow_outage,
+        )
+        found: admin_pb2.Fault = self._call(self._stub.InjectFault, request, _FAULT_S)
+        return found
+
+    def list_faults(self) -> list[admin_pb2.Fault]:
+        """Return the faults that are remembered, the oldest first."""
+        request = admin_pb2.ListFaultsRequest()
+        found: admin_pb2.ListFaultsResponse = self._call(self._stub.ListFaults, request)
+        return list(found.faults)
+
+    def clear_faults(self, *operation_ids: str) -> list[admin_pb2.Fault]:
+        """End faults before their time, by default all; return all that are remembered."""
+        request = admin_pb2.ClearFaultsRequest(operation_ids=operation_ids)
+        found: admin_pb2.ListFaultsResponse = self._call(self._stub.ClearFaults, request, _FAULT_S)
+        return list(found.faults)
 
     def _operation(
         self, method: Any, request: Message, timeout_s: float | None = None

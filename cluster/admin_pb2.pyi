@@ -36,6 +36,25 @@ class Checks(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CHECKS_ALL: _ClassVar[Checks]
     CHECKS_FILES: _ClassVar[Checks]
+
+class FaultKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAULT_KIND_UNSPECIFIED: _ClassVar[FaultKind]
+    FAULT_KIND_KILL: _ClassVar[FaultKind]
+    FAULT_KIND_HANG: _ClassVar[FaultKind]
+    FAULT_KIND_SLOW: _ClassVar[FaultKind]
+    FAULT_KIND_DROP: _ClassVar[FaultKind]
+    FAULT_KIND_PARTITION: _ClassVar[FaultKind]
+    FAULT_KIND_CORRUPT: _ClassVar[FaultKind]
+    FAULT_KIND_STALL: _ClassVar[FaultKind]
+    FAULT_KIND_FILL: _ClassVar[FaultKind]
+
+class FaultState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAULT_STATE_UNSPECIFIED: _ClassVar[FaultState]
+    FAULT_STATE_ACTIVE: _ClassVar[FaultState]
+    FAULT_STATE_OVER: _ClassVar[FaultState]
+    FAULT_STATE_CLEARED: _ClassVar[FaultState]
 OPERATION_KIND_UNSPECIFIED: OperationKind
 OPERATION_KIND_PLAN: OperationKind
 OPERATION_KIND_STAGE: OperationKind
@@ -53,6 +72,19 @@ OPERATION_STATE_CANCELLED: OperationState
 OPERATION_STATE_ABANDONED: OperationState
 CHECKS_ALL: Checks
 CHECKS_FILES: Checks
+FAULT_KIND_UNSPECIFIED: FaultKind
+FAULT_KIND_KILL: FaultKind
+FAULT_KIND_HANG: FaultKind
+FAULT_KIND_SLOW: FaultKind
+FAULT_KIND_DROP: FaultKind
+FAULT_KIND_PARTITION: FaultKind
+FAULT_KIND_CORRUPT: FaultKind
+FAULT_KIND_STALL: FaultKind
+FAULT_KIND_FILL: FaultKind
+FAULT_STATE_UNSPECIFIED: FaultState
+FAULT_STATE_ACTIVE: FaultState
+FAULT_STATE_OVER: FaultState
+FAULT_STATE_CLEARED: FaultState
 
 class Operation(_message.Message):
     __slots__ = ("operation_id", "kind", "dry_run", "state", "progress", "error", "began", "ended", "plan", "staged", "verified", "moved")
@@ -427,3 +459,69 @@ class ShardFreshness(_message.Message):
     error: str
     trouble: str
     def __init__(self, shard: _Optional[int] = ..., replica: _Optional[int] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., documents: _Optional[int] = ..., cut: _Optional[_Iterable[int]] = ..., lag: _Optional[int] = ..., staleness_s: _Optional[float] = ..., pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., rejected: _Optional[int] = ..., error: _Optional[str] = ..., trouble: _Optional[str] = ...) -> None: ...
+
+class InjectFaultRequest(_message.Message):
+    __slots__ = ("operation_id", "dry_run", "kind", "target", "duration", "delay_ms", "share", "copy_url", "allow_outage")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    COPY_URL_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_OUTAGE_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    dry_run: bool
+    kind: FaultKind
+    target: str
+    duration: _duration_pb2.Duration
+    delay_ms: int
+    share: float
+    copy_url: str
+    allow_outage: bool
+    def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., kind: _Optional[_Union[FaultKind, str]] = ..., target: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., delay_ms: _Optional[int] = ..., share: _Optional[float] = ..., copy_url: _Optional[str] = ..., allow_outage: _Optional[bool] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("operation_id", "dry_run", "kind", "target", "duration", "delay_ms", "share", "copy_url", "state", "began", "ended", "pids")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    COPY_URL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    PIDS_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    dry_run: bool
+    kind: FaultKind
+    target: str
+    duration: _duration_pb2.Duration
+    delay_ms: int
+    share: float
+    copy_url: str
+    state: FaultState
+    began: _timestamp_pb2.Timestamp
+    ended: _timestamp_pb2.Timestamp
+    pids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., kind: _Optional[_Union[FaultKind, str]] = ..., target: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., delay_ms: _Optional[int] = ..., share: _Optional[float] = ..., copy_url: _Optional[str] = ..., state: _Optional[_Union[FaultState, str]] = ..., began: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ListFaultsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListFaultsResponse(_message.Message):
+    __slots__ = ("faults",)
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    faults: _containers.RepeatedCompositeFieldContainer[Fault]
+    def __init__(self, faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ...) -> None: ...
+
+class ClearFaultsRequest(_message.Message):
+    __slots__ = ("operation_ids",)
+    OPERATION_IDS_FIELD_NUMBER: _ClassVar[int]
+    operation_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, operation_ids: _Optional[_Iterable[str]] = ...) -> None: ...

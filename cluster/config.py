@@ -287,6 +287,9 @@ class RouterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     map_path: str = Field(min_length=1, description="shard map file that the launcher keeps true")
+    faults_dir: str = Field(
+        default="", description="where faults of its links are written down; empty: there are none"
+    )
     poll_ms: int = Field(default=100, ge=1, description="time between two looks at the shard map")
     drain_s: float = Field(
         default=10.0, ge=0, description="longest wait for requests in flight on SIGTERM"

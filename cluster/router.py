@@ -18,6 +18,7 @@ from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
 from silvershard.cluster.degrade import Ladder
 from silvershard.cluster.extra_calls import ExtraCalls
+from silvershard.cluster.faults import faults_of_router
 from silvershard.cluster.http_server import HttpServer
 from silvershard.cluster.links import Connections, Links
 from silvershard.cluster.listen import bind, server_options
@@ -83,7 +84,7 @@ class Router:
         self._held: dict[int, _Held] = {}
         self._offer: Offer | None = None
         self._ready = False
-        self._connections = Connections(config.ping)
+        self._connections = Connections(config.ping, faults_of_router(config.faults_dir))
         self._retired: set[asyncio.Task[None]] = set()
         self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(

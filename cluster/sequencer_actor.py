@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import ray
 from ray._private.state import state as ray_state
 
+from silvershard.cluster.faults import faults_of_sequencer
 from silvershard.cluster.feed_block import FeedBlock
 from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.logs import log_to_stderr
@@ -51,6 +52,7 @@ class SequencerActor:
         expiry_every_s: float = 1.0,
         host: str = "127.0.0.1",
         insecure: bool = False,
+        faults_dir: str = "",
     ) -> None:
         """Become the writer of every partition of a log, once it can be reached; open a free port.
 
@@ -64,6 +66,7 @@ class SequencerActor:
             expiry_every_s: time between two looks for items whose time is over.
             host: address to bind.
             insecure: allow an address that other machines can reach.
+            faults_dir: where its faults are written down; empty: there are none.
 
         Raises:
             SnapshotError: if the generation is damaged.
@@ -71,11 +74,11 @@ class SequencerActor:
         """
         log_to_stderr()
         os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), _NICENESS))
-        feed = FeedBlock(feed_block, hysteresis)
+        feed, faults = FeedBlock(feed_block, hysteresis), faults_of_sequencer(faults_dir)
         live = load_live_generation(_snapshot_of(Path(map_path), snapshot))
         self._log = _reached(lambda: open_log(log_url, None, create=False))
         self._server = SequencerServer(
-            _reached(lambda: Sequencer(self._log, live, feed=feed)),
+            _reached(lambda: Sequencer(self._log, live, feed=feed, faults=faults)),
             reports=ShardReports(Path(map_path)),
             feed=feed,
             host=host,

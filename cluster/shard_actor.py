@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from silvershard.cluster.faults import faults_of_shard
 from silvershard.cluster.follower import MAX_BATCH
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.log_reach import reach_log
@@ -49,6 +50,7 @@ class ShardActor:
         log_url: str = "",
         headroom: float = 0.1,
         max_batch: int = MAX_BATCH,
+        faults_dir: str = "",
     ) -> None:
         """Load a shard, let it catch up with the update log, and open a free port.
 
@@ -67,13 +69,14 @@ class ShardActor:
             log_url: update log to follow; empty: none.
             headroom: free pages for updates, as a share of those in use.
             max_batch: most updates that are applied at once.
+            faults_dir: where its faults are written down; empty: there are none.
         """
         log_to_stderr()
         torch.set_num_threads(num_threads)
         if log_url:
             sys.setswitchinterval(_TURN_S)
         settings = settings_of(ShardTables.model_validate(tables or {}))
-        gaps = QueryGaps()
+        gaps, faults = QueryGaps(), faults_of_shard(faults_dir, shard, replica)
         load = ShardLoader(
             shard,
             num_shards,
@@ -83,6 +86,7 @@ class ShardActor:
             headroom=headroom,
             max_batch=max_batch,
             gaps=gaps,
+            faults=faults,
         )
         first, further = wanted_generations(map_path, snapshot)
         sources = settings.sources
@@ -100,6 +104,7 @@ class ShardActor:
             insecure=insecure,
             lookups=sources.counts if isinstance(sources, RemoteSources) else dict,
             gaps=gaps,
+            faults=faults,
         )
         for generation, path in further.items():
             self._server.hosting.prepare(generation, path)

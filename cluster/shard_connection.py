@@ -15,6 +15,7 @@ import grpc.aio
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.codec import Refusal, code_name
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.listen import LINK_OPTIONS
@@ -42,13 +43,20 @@ _MAX_UNSENT = 1024
 class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
 
-    def __init__(self, entry: ShardEntry, ping: PingSection) -> None:
-        """Make a connection that does not connect yet; ``start`` does."""
+    def __init__(self, entry: ShardEntry, ping: PingSection, faults: Faults | None = None) -> None:
+        """Make a connection that does not connect yet; ``start`` does.
+
+        Args:
+            entry: the replica.
+            ping: when it counts as hung.
+            faults: say which messages are lost on their way; None: none.
+        """
         super().__init__(entry.address, f"shard {entry.shard}", ping)
         self.entry = entry
         self.served: dict[int, Seen] | None = None
         """The generations that it serves, by its last word; None: it has not said yet."""
         self._fenced = False
+        self._faults = faults
 
     @property
     def state(self) -> LinkState:
@@ -76,7 +84,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
 
     def send(self, call: shard_pb2.ShardCall, generation: int) -> None:
         """Send a call that has no reply; never waits, never fails."""
-        if self._connection is not None:
+        if self._connection is not None and not self._lost():
             self._connection.outgoing.put_nowait(self._addressed(call, generation, 0.0))
 
     async def call(
@@ -103,7 +111,10 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             raise ShardUnavailable(shard, f"it has stopped reading at {self.entry.address}")
         call_id = self._addressed(call, generation, remaining_s).call_id
         future: _Reply = asyncio.get_running_loop().create_future()
-        self._post(connection, call, future)
+        if self._lost():
+            connection.pending[call_id] = future
+        else:
+            self._post(connection, call, future)
         try:
             async with asyncio.timeout(remaining_s):
                 reply = await future
@@ -163,10 +174,17 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     def _receive(
         self, connection: Connection[shard_pb2.ShardCall, _Reply], reply: shard_pb2.ShardReply
     ) -> None:
+        if self._lost():
+            return
         self._heard = True
         future = connection.pending.get(reply.call_id)
         if future is not None and not future.done():
             future.set_result(reply)
+
+    def _lost(self) -> bool:
+        """Return whether a message is lost on its way by a fault."""
+        entry, faults = self.entry, self._faults
+        return faults is not None and faults.loses(entry.shard, entry.replica, entry.address)
 
     def _fail(self, waiting: _Reply, message: str) -> None:
         if not waiting.done():
@@ -191,7 +209,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             try:
                 async for beat in stub.Ping(self._beats()):
                     # Another incarnation on the same address is not a sign of life of this one.
-                    if beat.epoch == self.entry.epoch:
+                    if beat.epoch == self.entry.epoch and not self._lost():
                         self._heard = True
                         self.served = {one.generation: seen_from(one.seen) for one in beat.served}
             except grpc.aio.AioRpcError as error:

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import code_number, status_row, values_from
 from silvershard.cluster.consistency import Consistency, UpdateToken
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.field_columns import column_to
 from silvershard.cluster.freshness import Demand
 from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, seen_to
@@ -85,6 +86,7 @@ class ShardServer:
         clock: Callable[[], float] = time.monotonic,
         lookups: Callable[[], Mapping[str, TableCounts]] = dict,
         gaps: QueryGaps | None = None,
+        faults: Faults | None = None,
     ) -> None:
         """Make a server that does not listen yet.
 
@@ -102,6 +104,7 @@ class ShardServer:
             clock: the clock of ``executor``.
             lookups: returns what was looked up in each remote table so far; any thread may call it.
             gaps: is told of the calls of queries; None: nothing gives way to them.
+            faults: say how slow it shall be and how full; None: neither.
         """
         first = executor if isinstance(executor, Loaded) else Loaded(executor)
         self.shard = first.executor.shard
@@ -114,6 +117,7 @@ class ShardServer:
         self._clock = clock
         self._lookups = lookups
         self._gaps = QueryGaps() if gaps is None else gaps
+        self._faults = faults
         self._pending = 0
         self._gate = StageGate(clock)
         self._by_key: dict[str, set[_Job]] = {}
@@ -237,6 +241,8 @@ class ShardServer:
             expired=self._gate.expired,
             cancelled=self._gate.cancelled,
         )
+        if self._faults is not None:
+            self._faults.fill(report)
         for name, counts in self._lookups().items():
             report.tables.add(
                 table=name,
@@ -346,6 +352,8 @@ class ShardServer:
     def _run(self, job: _Job) -> shard_pb2.ShardReply | None:
         """Answer a call on the thread of the model; None if nobody waits for it any more."""
         call = job.call
+        if self._faults is not None and (delay_s := self._faults.delay_s()):
+            time.sleep(delay_s)
         try:
             self._gate.check(job, call.WhichOneof("op") or "")
             return self._dispatch(call, job)

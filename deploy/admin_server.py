@@ -29,6 +29,8 @@ from silvershard.deploy.admin_messages import (
 from silvershard.deploy.admin_runner import AdminRunner
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.fault_injector import FaultInjector
+from silvershard.deploy.fault_messages import fault_from, fault_to, faults_to
 from silvershard.deploy.state import StateDir
 from silvershard.model.request import RequestError
 
@@ -45,15 +47,17 @@ _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
 class AdminService:
     """``silvershard.v1.Admin`` on top of a runner."""
 
-    def __init__(self, state: StateDir, runner: AdminRunner) -> None:
+    def __init__(self, state: StateDir, runner: AdminRunner, injector: FaultInjector) -> None:
         """Make the service.
 
         Args:
             state: of the cluster.
             runner: carries out the operations.
+            injector: of the faults.
         """
         self._state = state
         self._runner = runner
+        self._injector = injector
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server that is not started yet."""
@@ -71,6 +75,9 @@ class AdminService:
             "ListOperations": (self._list, admin_pb2.ListOperationsRequest),
             "ListShards": (self._shards, admin_pb2.ListShardsRequest),
             "Freshness": (self._freshness, admin_pb2.FreshnessRequest),
+            "InjectFault": (self._inject, admin_pb2.InjectFaultRequest),
+            "ListFaults": (self._faults, admin_pb2.ListFaultsRequest),
+            "ClearFaults": (self._clear, admin_pb2.ClearFaultsRequest),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -115,6 +122,17 @@ class AdminService:
         # It asks one process after the other, each for up to some seconds.
         document, code = await asyncio.to_thread(freshness, self._state)
         return freshness_to(document, degraded=code != ExitCode.OK)
+
+    async def _inject(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        request = fault_from(name_of(message), message)
+        fault = await asyncio.to_thread(self._injector.inject, request)
+        return fault_to(fault, dry_run=request.dry_run)
+
+    async def _faults(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        return faults_to(await asyncio.to_thread(self._injector.all))
+
+    async def _clear(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        return faults_to(await asyncio.to_thread(self._injector.clear, message.operation_ids))
 
 
 async def _guarded(
@@ -188,7 +206,8 @@ class AdminServer:
         loop = asyncio.get_running_loop()
         runner = self._make_runner(self._state, self._config)
         server = grpc.aio.server(options=server_options(_MAX_REQUEST_BYTES))
-        AdminService(self._state, runner).add_to(server)
+        injector = FaultInjector(self._state, self._config)
+        AdminService(self._state, runner, injector).add_to(server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -204,6 +223,7 @@ class AdminServer:
         finally:
             await runner.close()
             await server.stop(_DRAIN_S)
+            injector.close()
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -30,6 +30,7 @@ from silvershard.cluster.config import (
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
     AdminSection,
+    ChaosSection,
     ControlSection,
     IndexSection,
     ModelSection,
@@ -99,6 +100,9 @@ class Config(BaseModel):
     )
     observability: ObservabilitySection = Field(
         default=ObservabilitySection(), description="where a router answers probes"
+    )
+    chaos: ChaosSection = Field(
+        default=ChaosSection(), description="faults that are injected on purpose"
     )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"

@@ -189,6 +189,17 @@ class ControlSection(BaseModel):
     )
 
 
+class ChaosSection(BaseModel):
+    """Whether faults may be injected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(
+        default=False,
+        description="let `silvershard chaos` and the admin plane inject faults into this cluster",
+    )
+
+
 class RuntimeSection(BaseModel):
     """How the processes of a cluster are started, watched and stopped."""
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
+from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
@@ -193,6 +194,7 @@ class LocalCluster:
             feed_block=updates.feed_block,
             hysteresis=updates.feed_block_hysteresis,
             expiry_every_s=updates.expiry_every_ms / 1e3,
+            faults_dir=faults_dir(self._state, self._config),
         )
         return RayShard(actor, SequencerEntry)
 
@@ -214,6 +216,7 @@ class LocalCluster:
             log_url=self._log_url,
             headroom=self._config.updates.headroom,
             max_batch=self._config.updates.max_batch,
+            faults_dir=faults_dir(self._state, self._config),
         )
         return RayShard(actor, ShardEntry)
 

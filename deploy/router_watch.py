@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from silvershard.cluster.config import RouterConfig
 from silvershard.deploy.config import Config
 from silvershard.deploy.crash_loop import CrashLoop
+from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
 
@@ -79,6 +80,7 @@ class RouterWatch:
             observability=self._config.observability.model_copy(update={"http": self._http}),
             admission=self._config.admission,
             degrade=self._config.degrade,
+            faults_dir=faults_dir(self._state, self._config),
         )
         self._state.router_file.write_text(settings.model_dump_json(indent=1))
         with self._state.router_log.open("ab") as log:

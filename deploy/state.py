@@ -18,6 +18,7 @@ Layout::
       tables/                where the rows of each remote table are, read by the shards
       router.json            settings of the router process
       ray.token              secret of the embedded Ray, mode 0600
+      faults/                faults that were injected, and who suffers them
       log/                   daemon.log, router.log
 """
 
@@ -46,7 +47,7 @@ _LAYOUT = frozenset(
     {
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
-        *("ray.token", "log", "tables", "control.url"),
+        *("ray.token", "log", "tables", "control.url", "faults"),
         *(f"control.sqlite{suffix}" for suffix in ("", "-journal")),
         *(f"updates.sqlite{suffix}" for suffix in ("", "-wal", "-shm")),
     }
@@ -243,6 +244,11 @@ class StateDir:
     def tables_dir(self) -> Path:
         """Return where the maps of remote tables are, which the shards follow."""
         return self.root / "tables"
+
+    @property
+    def faults_dir(self) -> Path:
+        """Return where injected faults are written down, which their targets follow."""
+        return self.root / "faults"
 
     @property
     def router_file(self) -> Path:

@@ -19,7 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from silvershard.deploy import bench, change, doctor_verb, generation_verbs, ingest, plan_verb
+from silvershard.deploy import (
+    bench,
+    change,
+    chaos_verb,
+    doctor_verb,
+    generation_verbs,
+    ingest,
+    plan_verb,
+)
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
@@ -154,6 +162,7 @@ def _arguments() -> argparse.ArgumentParser:
     generation_verbs.add_verbs(verb, shared)
     bench.add_verbs(verb, shared)
     plan_verb.add_verb(verb, shared)
+    chaos_verb.add_verb(verb, shared)
     text = "ask a running cluster the requests its generation was published with, and compare"
     golden = verb("golden", text, _golden, state, timeout)
     golden.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")

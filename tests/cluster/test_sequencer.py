@@ -640,3 +640,14 @@ def test_threads_on_the_same_items_lose_no_ack_and_versions_only_grow(make_scene
             assert one.version == versions.get(one.item_id, 0) + 1
             versions[one.item_id] = one.version
     assert total == 8 * 40 * 5
+
+
+def test_nothing_is_logged_while_the_log_is_stalled(make_scene: Any, suffer: Any) -> None:
+    scene = make_scene(faults=suffer("stall", "sequencer"))
+    with pytest.raises(LogUnavailable, match="stalled by fault a"):
+        scene.apply(ItemUpsert(NEW))
+    with pytest.raises(LogUnavailable, match="stalled by fault a"):
+        scene.sequencer.expire(0)
+    suffer("stall", "sequencer", state="cleared")
+    # Its epoch is the same: no append was without an answer.
+    assert scene.accept(ItemUpsert(NEW)) == 1
