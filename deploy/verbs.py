@@ -19,7 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from silvershard.deploy import bench, change, doctor_verb, generation_verbs, ingest, plan_verb
+from silvershard.deploy import (
+    bench,
+    change,
+    doctor_verb,
+    generation_verbs,
+    ingest,
+    plan_verb,
+    scale_verbs,
+)
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
@@ -152,6 +160,7 @@ def _arguments() -> argparse.ArgumentParser:
 
         module.add_options(change_verb)
     generation_verbs.add_verbs(verb, shared)
+    scale_verbs.add_verbs(verb, shared)
     bench.add_verbs(verb, shared)
     plan_verb.add_verb(verb, shared)
     text = "ask a running cluster the requests its generation was published with, and compare"
