@@ -61,6 +61,7 @@ class CheckWatch:
 
     def end(self) -> None:
         """Kill it, if it still runs."""
-        if self._process.poll() is None:
+        if self._found is None:
             self._process.kill()
-        self._process.communicate()
+            self._process.communicate()
+            self._found = "it was ended"

@@ -63,7 +63,7 @@ def is_shard(pid: int) -> bool:
 
 
 def same_as_the_module(cluster: Any, path: Path, history: list[int]) -> None:
-    retriever = load_retriever(path)
+    retriever, _ = load_retriever(path)
     with Client(cluster.address(), timeout_s=10.0) as client:
         for request in PUBLISHED:
             for features in ({}, {"history": history}):
