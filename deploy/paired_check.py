@@ -86,7 +86,8 @@ def _difference(old: Ask, new: Ask, question: Query) -> str:
         found = new(replace(exact, after=wanted.cut))
     except RetrievalError as error:
         return str(error)
-    said = difference(found, wanted)
+    # The plan of an exact search names how many items there are, which updates change all the time.
+    said = difference(replace(found, plan=wanted.plan), wanted)
     if said is None and dict(found.fields) != dict(wanted.fields):
         said = "the stored fields of the items are not the same"
     return f"generation {wanted.generation}: {said}" if said else ""

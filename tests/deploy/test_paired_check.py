@@ -73,7 +73,7 @@ def compared(old: Asked, new: Asked, questions: int = 1) -> str:
 
 
 def test_equal_answers_to_all_questions() -> None:
-    old, new = Asked(answer()), Asked(answer(shard_map_version=2, plan="all_pages"))
+    old, new = Asked(answer()), Asked(answer(shard_map_version=2, plan="all_pages(ann_k=9)"))
     assert compared(old, new, 3) == ""
     assert [one.exact for one in old.queries] == [True] * 3
     # The new set is asked for what the old one had applied.
