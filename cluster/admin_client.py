@@ -180,6 +180,33 @@ class AdminClient:
         )
         return self._operation(self._stub.SetAlias, request)
 
+    def scale(
+        self,
+        *,
+        shards: int | None = None,
+        replicas: int | None = None,
+        standby: int | None = None,
+        operation_id: str = "",
+        dry_run: bool = False,
+    ) -> Operation:
+        """Begin to give the cluster another number of shards or of their copies.
+
+        Args:
+            shards: how many there shall be; None: as now. Also below.
+            replicas: processes of each shard that are asked.
+            standby: further ones, kept warm.
+            operation_id: name of the operation.
+            dry_run: plan, and change nothing.
+        """
+        request = admin_pb2.ScaleRequest(
+            operation_id=_named(operation_id),
+            dry_run=dry_run,
+            shards=shards,
+            replicas=replicas,
+            standby=standby,
+        )
+        return self._operation(self._stub.Scale, request)
+
     def get_operation(self, operation_id: str) -> Operation:
         """Return an operation as it is now."""
         request = admin_pb2.GetOperationRequest(operation_id=operation_id)

@@ -21,6 +21,7 @@ class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_KIND_ACTIVATE: _ClassVar[OperationKind]
     OPERATION_KIND_ROLLBACK: _ClassVar[OperationKind]
     OPERATION_KIND_SET_ALIAS: _ClassVar[OperationKind]
+    OPERATION_KIND_SCALE: _ClassVar[OperationKind]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -63,6 +64,7 @@ OPERATION_KIND_WARM: OperationKind
 OPERATION_KIND_ACTIVATE: OperationKind
 OPERATION_KIND_ROLLBACK: OperationKind
 OPERATION_KIND_SET_ALIAS: OperationKind
+OPERATION_KIND_SCALE: OperationKind
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_WAITING: OperationState
 OPERATION_STATE_RUNNING: OperationState
@@ -87,7 +89,7 @@ FAULT_STATE_OVER: FaultState
 FAULT_STATE_CLEARED: FaultState
 
 class Operation(_message.Message):
-    __slots__ = ("operation_id", "kind", "dry_run", "state", "progress", "error", "began", "ended", "plan", "staged", "verified", "moved")
+    __slots__ = ("operation_id", "kind", "dry_run", "state", "progress", "error", "began", "ended", "plan", "staged", "verified", "moved", "scaled")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +102,7 @@ class Operation(_message.Message):
     STAGED_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    SCALED_FIELD_NUMBER: _ClassVar[int]
     operation_id: str
     kind: OperationKind
     dry_run: bool
@@ -112,7 +115,8 @@ class Operation(_message.Message):
     staged: StagedSnapshot
     verified: VerifiedSnapshot
     moved: MovedAlias
-    def __init__(self, operation_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., dry_run: _Optional[bool] = ..., state: _Optional[_Union[OperationState, str]] = ..., progress: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[OperationError, _Mapping]] = ..., began: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., staged: _Optional[_Union[StagedSnapshot, _Mapping]] = ..., verified: _Optional[_Union[VerifiedSnapshot, _Mapping]] = ..., moved: _Optional[_Union[MovedAlias, _Mapping]] = ...) -> None: ...
+    scaled: ScaledCluster
+    def __init__(self, operation_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., dry_run: _Optional[bool] = ..., state: _Optional[_Union[OperationState, str]] = ..., progress: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[OperationError, _Mapping]] = ..., began: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., staged: _Optional[_Union[StagedSnapshot, _Mapping]] = ..., verified: _Optional[_Union[VerifiedSnapshot, _Mapping]] = ..., moved: _Optional[_Union[MovedAlias, _Mapping]] = ..., scaled: _Optional[_Union[ScaledCluster, _Mapping]] = ...) -> None: ...
 
 class OperationError(_message.Message):
     __slots__ = ("code", "reason", "message")
@@ -202,6 +206,36 @@ class MovedAlias(_message.Message):
     mode: str
     def __init__(self, alias: _Optional[str] = ..., generation: _Optional[int] = ..., before: _Optional[int] = ..., done: _Optional[bool] = ..., seconds: _Optional[float] = ..., mode: _Optional[str] = ...) -> None: ...
 
+class ScaledCluster(_message.Message):
+    __slots__ = ("before", "after", "done", "seconds", "starts", "ends", "new_bytes", "free_bytes")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    before: ClusterSize
+    after: ClusterSize
+    done: bool
+    seconds: float
+    starts: int
+    ends: int
+    new_bytes: int
+    free_bytes: int
+    def __init__(self, before: _Optional[_Union[ClusterSize, _Mapping]] = ..., after: _Optional[_Union[ClusterSize, _Mapping]] = ..., done: _Optional[bool] = ..., seconds: _Optional[float] = ..., starts: _Optional[int] = ..., ends: _Optional[int] = ..., new_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+
+class ClusterSize(_message.Message):
+    __slots__ = ("shards", "replicas", "standby")
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    shards: int
+    replicas: int
+    standby: int
+    def __init__(self, shards: _Optional[int] = ..., replicas: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+
 class PlanRequest(_message.Message):
     __slots__ = ("operation_id", "dry_run", "generation")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +323,20 @@ class SetAliasRequest(_message.Message):
     allow_schema: bool
     alias: str
     def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., generation: _Optional[int] = ..., checks: _Optional[_Union[Checks, str]] = ..., allow_schema: _Optional[bool] = ..., alias: _Optional[str] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("operation_id", "dry_run", "shards", "replicas", "standby")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    dry_run: bool
+    shards: int
+    replicas: int
+    standby: int
+    def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., shards: _Optional[int] = ..., replicas: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
 
 class GetOperationRequest(_message.Message):
     __slots__ = ("operation_id",)

@@ -72,6 +72,11 @@ class AdminStub:
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/silvershard.v1.Admin/Scale',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/silvershard.v1.Admin/GetOperation',
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.GetOperationRequest.SerializeToString,
@@ -166,6 +171,13 @@ class AdminServicer:
 
     def SetAlias(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Gives the cluster another number of shards or of their copies, beside those that serve.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -267,6 +279,11 @@ def add_AdminServicer_to_server(servicer, server):
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
                     request_deserializer=silvershard_dot_cluster_dot_admin__pb2.SetAliasRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.Operation.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.ScaleRequest.FromString,
                     response_serializer=silvershard_dot_cluster_dot_admin__pb2.Operation.SerializeToString,
             ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
@@ -506,6 +523,33 @@ class Admin:
             target,
             '/silvershard.v1.Admin/SetAlias',
             silvershard_dot_cluster_dot_admin__pb2.SetAliasRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/Scale',
+            silvershard_dot_cluster_dot_admin__pb2.ScaleRequest.SerializeToString,
             silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
             options,
             channel_credentials,

@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+_MEET_S = 2.0
+"""Longest wait for the first connection to every shard of a new cut of the catalogue, for which the
+old one goes on serving."""
 _RETRY_S = 1.0
 """Time between two tries of a map that was refused: reading its snapshot may take long."""
 
@@ -82,6 +85,10 @@ class Router:
         self._refused: tuple[_Stamp, str] | None = None
         self._retry_at_s = 0.0
         self._held: dict[int, _Held] = {}
+        self._coming: dict[int, _Held] = {}
+        """Of a map with another number of shards, whose processes are being met."""
+        self._take_at_s = 0.0
+        """When it is taken although not all of them were met."""
         self._offer: Offer | None = None
         self._ready = False
         self._connections = Connections(config.ping, faults_of_router(config.faults_dir))
@@ -245,7 +252,8 @@ class Router:
         if known and self._clock() < self._retry_at_s:
             return
         try:
-            await self._take(ShardMap.read(path))
+            if not await self._take(ShardMap.read(path)):
+                return
         except (StateError, SnapshotError, ValueError) as error:
             if self._refused != (stamp, str(error)):
                 _log.error("the last good shard map is kept: %s", error)
@@ -254,8 +262,10 @@ class Router:
             return
         self._map_stamp, self._refused = stamp, None
 
-    async def _take(self, shard_map: ShardMap) -> None:
-        """Serve by another map, from one request to the next.
+    async def _take(self, shard_map: ShardMap) -> bool:
+        """Serve by another map, from one request to the next; return False while it is too early.
+
+        One with another number of shards names processes that this router has not met yet.
 
         Raises:
             SnapshotError: if its live generation cannot be read.
@@ -263,9 +273,10 @@ class Router:
         """
         held: dict[int, _Held] = {}
         for number, snapshot in shard_map.hosted.items():
-            known = self._held.get(number)
-            if known is not None and known[3:] == (snapshot, shard_map.num_shards):
-                held[number] = known
+            for known in (self._held.get(number), self._coming.get(number)):
+                if known is not None and known[3:] == (snapshot, shard_map.num_shards):
+                    held[number] = known
+            if number in held:
                 continue
             try:
                 held[number] = await self._hold(number, snapshot, shard_map.num_shards)
@@ -275,6 +286,14 @@ class Router:
                 _log.error("generation %d is not offered: %s", number, error)
         for one in held.values():
             one.links.update(shard_map)
+        is_new_cut = self._map is not None and self._map.num_shards != shard_map.num_shards
+        coming, self._coming = self._coming, held if is_new_cut else {}
+        for number, before in coming.items():
+            if held.get(number) is not before:
+                self._retire(before.links)
+        if is_new_cut and not self._has_met(held[shard_map.generation], bool(coming)):
+            return False
+        self._coming = {}
         for number, before in self._held.items():
             if held.get(number) is not before:
                 self._retire(before.links)
@@ -293,6 +312,17 @@ class Router:
             shard_map.num_shards,
             shard_map.version,
         )
+        return True
+
+    def _has_met(self, held: _Held, was_coming: bool) -> bool:
+        """Return whether some replica of every shard was met, or was waited for long enough."""
+        if not was_coming:
+            self._take_at_s = self._clock() + _MEET_S
+        met = [
+            any(link.reached for link in held.links.replicas(shard))
+            for shard in range(held.num_shards)
+        ]
+        return all(met) or self._clock() >= self._take_at_s
 
     async def _hold(self, number: int, snapshot: str, num_shards: int) -> _Held:
         """Return a generation without links yet; reads its manifest beside the event loop."""

@@ -133,6 +133,9 @@ class Sequencer:
         """Check updates against another generation from now on."""
         if live is not self.live:
             self._followed = live, MutationCheck(live.spec, live.tables)
+        if num_shards != self._num_shards and self._feed is not None:
+            # Other shards hold other items: what is known of their room is of no use.
+            self._feed.forget()
         self._num_shards = num_shards
 
     @property

@@ -5,10 +5,10 @@ does it. The command waits for that and says how far it is.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
+from silvershard.deploy.carry_out import Report, awaited, refuse_if_busy
 from silvershard.deploy.checks import run_checks
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import (
@@ -19,7 +19,7 @@ from silvershard.deploy.control_store import (
     Operation,
     wanted,
 )
-from silvershard.deploy.errors import CheckFailed, CommandError, ExitCode, Refused, TimedOut
+from silvershard.deploy.errors import CheckFailed, CommandError, ExitCode, Refused
 from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.memory_plan import (
@@ -35,10 +35,6 @@ from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
-
-_POLL_S = 0.05
-
-Report = Callable[[str], None]
 
 
 def activate(
@@ -257,66 +253,31 @@ def _carried_out(
                     f"generation {now.live} has just become live, so generation {generation} is "
                     "not the one before it: ask again"
                 )
-            if going is not None and going.kind == "activate":
-                called_off = f"activate of generation {going.generation} is called off"
+            if going is not None and going.kind in ("activate", "scale"):
+                called_off = f"{going.what} is called off"
                 now = now.replaced(going.ended("cancelled", "a rollback called it off"))
-                going = None
         if compared_with and now.live != compared_with:
             raise Refused(
                 f"generation {now.live} has become live meanwhile, and generation {generation} was "
                 f"checked against generation {compared_with}: ask again"
             )
-        if going is not None:
-            raise Refused(
-                f"{going.kind} of generation {going.generation} is going on since "
-                f"{time.time() - going.began_unix_s:.0f} s: wait until it has ended"
-            )
+        refuse_if_busy(now)
         return now.with_operation(operation)
 
     store.change(make)
     if called_off:
         report(called_off)
-    with _cancelled_if_interrupted(store, operation.operation_id):
-        ended = _wait(state, store, operation, began_s + timeout_s, report)
+    ended = awaited(
+        state,
+        store,
+        operation,
+        until_s=began_s + timeout_s,
+        report=report,
+        unless=f"generation {generation} is not {alias}",
+    )
     if ended.state != "done":
         raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
     return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
-
-
-def _wait(
-    state: StateDir, store: ControlStore, operation: Operation, until_s: float, report: Report
-) -> Operation:
-    said = ""
-    while True:
-        found = store.read().operation(operation.operation_id)
-        if found is not None and found.progress and found.progress != said:
-            said = found.progress
-            report(said)
-        if found is None or found.has_ended:
-            return found or operation.ended("abandoned", "it was forgotten")
-        record = state.read_record()
-        if record is None or not is_alive(record.driver):
-            raise CommandError(
-                "the cluster ended before it was done; its live generation is as was"
-            )
-        if time.monotonic() > until_s:
-            raise TimedOut(
-                f"generation {operation.generation} is not {operation.alias} yet"
-                f"{f', {said}' if said else ''}: it goes on, see `silvershard status`"
-            )
-        time.sleep(_POLL_S)
-
-
-@contextmanager
-def _cancelled_if_interrupted(store: ControlStore, operation_id: str) -> Iterator[None]:
-    """End an operation whose command a person ends; one that times out goes on."""
-    try:
-        yield
-    except Exception:
-        raise
-    except BaseException:
-        store.call_off(operation_id, "its command was interrupted")
-        raise
 
 
 def render_done(document: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from silvershard.cluster import admin_pb2
 from silvershard.cluster.codec import code_number
 from silvershard.deploy.admin_store import AdminOperation, AdminTask
+from silvershard.deploy.cluster_size import SIZE_LIMITS
 from silvershard.deploy.control_store import CANARY, LIVE, WARM
 from silvershard.deploy.state import ClusterRecord
 from silvershard.model.request import RequestError
@@ -21,7 +22,12 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_GENERATION = 10**12
 _MAX_URL = 2048
 
-_RESULTS: Final[Mapping[str, str]] = {"plan": "plan", "stage": "staged", "verify": "verified"}
+_RESULTS: Final[Mapping[str, str]] = {
+    "plan": "plan",
+    "stage": "staged",
+    "verify": "verified",
+    "scale": "scaled",
+}
 """Where the result of each kind of operation goes; that of all others to ``moved``."""
 
 
@@ -71,6 +77,8 @@ def task_from(message: Message) -> AdminTask:
         return AdminTask(kind="warm", alias=WARM, generation=generation, **_checks(message))
     if isinstance(message, admin_pb2.ActivateRequest):
         return AdminTask(kind="activate", generation=_generation(message), **_checks(message))
+    if isinstance(message, admin_pb2.ScaleRequest):
+        return AdminTask(kind="scale", dry_run=message.dry_run, **_size(message))
     assert isinstance(message, admin_pb2.SetAliasRequest)
     if message.alias not in (LIVE, CANARY):
         raise RequestError("alias", f"must be {LIVE} or {CANARY}, got {message.alias[:80]!r}")
@@ -89,6 +97,20 @@ def _generation(message: Any, least: int = 1) -> int:
             "generation", f"must be in {least}..{_MAX_GENERATION}, got {message.generation}"
         )
     return int(message.generation)
+
+
+def _size(message: admin_pb2.ScaleRequest) -> dict[str, Any]:
+    given = {
+        name: getattr(message, name)
+        for name in ("shards", "replicas", "standby")
+        if message.HasField(name)
+    }
+    for name, (least, most) in SIZE_LIMITS.items():
+        if name in given and not least <= given[name] <= most:
+            raise RequestError(name, f"must be in {least}..{most}, got {given[name]}")
+    if not given:
+        raise RequestError("shards", "shards, replicas or standby must be given, got none")
+    return given
 
 
 def _checks(message: Any) -> dict[str, Any]:

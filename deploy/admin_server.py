@@ -69,6 +69,7 @@ class AdminService:
             "Activate": (self._submit, admin_pb2.ActivateRequest),
             "Rollback": (self._submit, admin_pb2.RollbackRequest),
             "SetAlias": (self._submit, admin_pb2.SetAliasRequest),
+            "Scale": (self._submit, admin_pb2.ScaleRequest),
             "GetOperation": (self._get, admin_pb2.GetOperationRequest),
             "WaitOperation": (self._wait, admin_pb2.WaitOperationRequest),
             "CancelOperation": (self._cancel, admin_pb2.CancelOperationRequest),

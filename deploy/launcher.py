@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.deploy.check_watch import CheckWatch, StartCheck
+from silvershard.deploy.cluster_size import size_from
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.fault_plan import faults_dir
@@ -22,8 +25,10 @@ from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
+from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
 from silvershard.deploy.shard_host import Connect, ShardHost
+from silvershard.deploy.shard_set import StartShard
 from silvershard.deploy.shard_watch import ActorWatch, ShardHandle, ShardWatch
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
 from silvershard.deploy.state_log import log_url, made_log
@@ -33,9 +38,6 @@ from silvershard.shard.outline import read_outline
 
 TICK_S = 0.1
 _CENSUS_S = 1.0
-
-StartShard = Callable[[int, int], ShardHandle]
-"""Starts the process of a shard and replica and returns its handle."""
 
 _CANARY_TIMEOUT_S = 30.0
 
@@ -75,6 +77,7 @@ class LocalCluster:
         start_tables: StartTables | None = None,
         start_sequencer: Callable[[], SequencerHandle] | None = None,
         connect: Connect = ShardHost,
+        start_check: StartCheck | None = None,
         canary: Callable[[str], None] = ask_canary,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -92,6 +95,8 @@ class LocalCluster:
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
             connect: opens the way to a shard process, to prepare generations there.
+            start_check: compares a new set of shards with the one that serves; by default a
+                process does.
             canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
@@ -104,21 +109,30 @@ class LocalCluster:
         self._driver = myself()
         self._guard = guard or self._driver
         self._ray_dir = ray_dir
-        self._start_shard = start_shard or self._start_actor
         self._canary = canary
         self._report = report
         self._router = RouterWatch(state, config)
         self._tables = TableTiers(state, config, start_tables)
         self._generations = GenerationWatch(state, config, generation, connect=connect)
+        self._scaling = Scaling(
+            state,
+            config,
+            self._generations,
+            start_shard or self._start_actor,
+            connect=connect,
+            draw_map=self._drawn,
+            start_check=start_check or partial(CheckWatch, state),
+        )
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None
-        self._shards: list[ShardWatch] = []
         self._map: ShardMap | None = None
         self._written: ClusterRecord | None = None
         self._family: dict[int, Process] = {}
         self._next_census_s = 0.0
         self._since_unix_s = time.time()
+        self._num_actors = 0
+        """Shard processes that were ever started: Ray wants names that nobody else has."""
 
     @property
     def address(self) -> str:
@@ -141,9 +155,15 @@ class LocalCluster:
         ]
 
     @property
+    def _shards(self) -> list[ShardWatch]:
+        """Return the processes of the shards that serve."""
+        return self._scaling.current.watches
+
+    @property
     def _num_named(self) -> int:
         """Return how many shard processes the map of a whole cluster names."""
-        return self._config.sharding.shards * self._config.sharding.replicas
+        sharding = self._scaling.current.sharding
+        return sharding.shards * sharding.replicas
 
     def start_router(self) -> None:
         """Start the router, which waits for its shards, so that both can start side by side."""
@@ -163,12 +183,7 @@ class LocalCluster:
         if self._log_url:
             self._make_log()
             self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
-        sharding, runtime = self._config.sharding, self._config.runtime
-        self._shards = [
-            ShardWatch(shard, self._start_shard(shard, replica), runtime, replica=replica)
-            for replica in range(sharding.copies)
-            for shard in range(sharding.shards)
-        ]
+        self._scaling.start()
 
     def _make_log(self) -> None:
         """Make the update log where there never was one; let it keep what generations need."""
@@ -198,16 +213,17 @@ class LocalCluster:
         )
         return RayShard(actor, SequencerEntry)
 
-    def _start_actor(self, shard: int, replica: int) -> ShardHandle:
+    def _start_actor(self, num_shards: int, shard: int, replica: int) -> ShardHandle:
         from silvershard.cluster import shard_actor
         from silvershard.deploy.ray_shard import RayShard
 
         # ray.remote turns the class into something that its type does not say.
         actor_class: Any = shard_actor.ShardActor
-        actor = actor_class.options(name=f"shard-{shard}-{replica}").remote(
+        self._num_actors += 1
+        actor = actor_class.options(name=f"shard-{shard}-{replica}-{self._num_actors}").remote(
             str(self._snapshot),
             shard,
-            self._config.sharding.shards,
+            num_shards,
             devices=self._config.sharding.devices,
             replica=replica,
             num_threads=threads_per_shard(self._config.sharding),
@@ -267,11 +283,11 @@ class LocalCluster:
         """Look at everything once, repair the router, and keep map and record true."""
         self._tables.hold(self._generations.wanted)
         self._tables.poll()
-        for one in self._shards:
-            one.poll()
+        self._scaling.current.poll()
         if self._sequencer is not None:
             self._sequencer.poll()
         self._generations.poll(self._shards)
+        self._scaling.poll()
         self._router.poll()
         self._write_map()
         self._write_record()
@@ -287,12 +303,22 @@ class LocalCluster:
         if self._map is None and len(entries) < self._num_named:
             # The first map is whole, so that the router never believes in a smaller catalogue.
             return
+        made = self._drawn(entries, self._scaling.current.sharding.shards)
+        if made == self._map:
+            return
+        if self._map is not None:
+            made = made.model_copy(update={"version": self._map.version + 1})
+        self._map = made
+        self._map.write_atomic(self._state.shard_map_file)
+
+    def _drawn(self, entries: tuple[ShardEntry, ...], num_shards: int) -> ShardMap:
+        """Return a map of these processes, of the version of the last one."""
         sequencer = self._sequencer.entry if self._sequencer else None
-        made = ShardMap(
+        return ShardMap(
             version=self._map.version if self._map else 1,
             generation=self._generations.live,
             snapshot=str(self._generations.path(self._generations.live)),
-            num_shards=self._config.sharding.shards,
+            num_shards=num_shards,
             entries=entries,
             snapshots=self._generations.snapshots,
             aliases=self._generations.aliases,
@@ -300,12 +326,6 @@ class LocalCluster:
             log_url=self._log_url,
             log_partitions=self._config.updates.partitions,
         )
-        if made == self._map:
-            return
-        if self._map is not None:
-            made = made.model_copy(update={"version": self._map.version + 1})
-        self._map = made
-        self._map.write_atomic(self._state.shard_map_file)
 
     def _write_record(self) -> None:
         now_s = time.monotonic()
@@ -326,6 +346,7 @@ class LocalCluster:
             tables=self._tables.records,
             sequencer=self._sequencer.record if self._sequencer else None,
             generations=self._generations.records,
+            size=size_from(self._scaling.current.sharding) if shards else None,
             admin=self.admin,
             http=self._router.http,
             ray_dir=self._ray_dir,
@@ -351,13 +372,12 @@ class LocalCluster:
         self._take_census()
         self._router.stop()
         with ExitStack() as rest:
-            for one in self._shards:
-                rest.callback(one.end)
+            rest.callback(self._scaling.close)
             rest.callback(self._tables.end)
             if self._sequencer is not None:
                 rest.callback(self._sequencer.end)
             rest.callback(self._generations.close)
-        self._shards, self._sequencer = [], None
+        self._sequencer = None
 
     def kill_leftovers(self) -> list[Process]:
         """Kill what this cluster started and still runs; return what cannot be killed."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, table_pb2, table_pb2_grpc
 from silvershard.deploy import launch
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.log_pins import check_log
@@ -100,7 +101,8 @@ def start(
         verify_log(state, config, path)
 
     def verify(path: Path) -> None:
-        verify_snapshot(path, config.sharding.shards)
+        scaled = state.control.read().scaled
+        verify_snapshot(path, in_force(config, scaled).sharding.shards)
 
     try:
         record = launch.start(

@@ -19,6 +19,10 @@ class Roster:
         """The copies that the map names."""
         self._replicas = replicas
 
+    def resize(self, replicas: int) -> None:
+        """Name another number of copies of each shard from the next filling on."""
+        self._replicas = replicas
+
     def fill(self, ready: Iterable[Iterable[Key]]) -> None:
         """Strike those that are not ready off the list, and fill it up with those that are.
 

@@ -14,6 +14,7 @@ from types import FrameType
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import die_with_parent, identify
@@ -134,7 +135,7 @@ def _model_of(snapshot: Path) -> str:
 
 
 def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller: _Teller) -> None:
-    config = launch.config
+    config = in_force(launch.config, state.control.read().scaled)
     teller.tell(Progress(phase="starting Ray"))
     prepare_ray(state.token_file, threads=threads_per_shard(config.sharding))
     # It imports ray, which reads the environment that was just set.
@@ -171,7 +172,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         signal.signal(signal.SIGTERM, _exit_now)
         stack.callback(cluster.stop)
         if config.admin.enabled:
-            cluster.admin = stack.enter_context(AdminServer(state, config)).address
+            cluster.admin = stack.enter_context(AdminServer(state, launch.config)).address
         cluster.start_shards()
         cluster.wait_until_ready(config.runtime.start_timeout_s)
         stop = threading.Event()

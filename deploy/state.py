@@ -34,6 +34,7 @@ from typing import Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.deploy.cluster_size import ClusterSize
 from silvershard.deploy.control_place import FILE, control_store
 from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
@@ -150,6 +151,9 @@ class ClusterRecord(BaseModel):
     generations: tuple[GenerationRecord, ...] = Field(
         default=(), description="every generation that a shard process holds"
     )
+    size: ClusterSize | None = Field(
+        default=None, description="how large it is; none before it has processes"
+    )
     admin: str = Field(default="", description="host:port of the admin plane; empty: none")
     http: str = Field(
         default="", description="host:port of probes and metrics of the router; empty: none"
@@ -239,6 +243,11 @@ class StateDir:
     def shard_map_file(self) -> Path:
         """Return the map that the router follows."""
         return self.root / "shard_map.json"
+
+    @property
+    def coming_map_file(self) -> Path:
+        """Return the map by which a new set of shards is checked before it takes over."""
+        return self.root / "shard_map.coming.json"
 
     @property
     def tables_dir(self) -> Path:
@@ -398,7 +407,13 @@ class StateDir:
 
     def clear_record(self) -> None:
         """Remove what describes a running cluster."""
-        for path in (self.record_file, self.shard_map_file, self.router_file, self.token_file):
+        for path in (
+            self.record_file,
+            self.shard_map_file,
+            self.coming_map_file,
+            self.router_file,
+            self.token_file,
+        ):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tables_dir, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from silvershard.deploy import (
     generation_verbs,
     ingest,
     plan_verb,
+    scale_verbs,
 )
 from silvershard.deploy.arguments import (
     generation_number,
@@ -160,6 +161,7 @@ def _arguments() -> argparse.ArgumentParser:
 
         module.add_options(change_verb)
     generation_verbs.add_verbs(verb, shared)
+    scale_verbs.add_verbs(verb, shared)
     bench.add_verbs(verb, shared)
     plan_verb.add_verb(verb, shared)
     chaos_verb.add_verb(verb, shared)

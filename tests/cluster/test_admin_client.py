@@ -30,7 +30,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         )
 
     Plan = StageSnapshot = VerifySnapshot = WarmSnapshot = Activate = begin
-    Rollback = SetAlias = GetOperation = CancelOperation = begin
+    Rollback = SetAlias = Scale = GetOperation = CancelOperation = begin
 
     def WaitOperation(self, request: Any, context: Any) -> admin_pb2.Operation:
         going_on = self.begin(request, context)
@@ -85,6 +85,7 @@ def test_every_call_says_what_it_was_given(admin: Admin, client: AdminClient) ->
     client.activate(2, operation_id="a", dry_run=True)
     client.rollback(operation_id="a")
     client.set_alias("canary", 2, load=False, operation_id="a")
+    client.scale(shards=3, standby=0, operation_id="a", dry_run=True)
     client.get_operation("a")
     client.cancel_operation("a")
     assert admin.asked == [
@@ -97,6 +98,7 @@ def test_every_call_says_what_it_was_given(admin: Admin, client: AdminClient) ->
         admin_pb2.ActivateRequest(operation_id="a", generation=2, dry_run=True),
         admin_pb2.RollbackRequest(operation_id="a"),
         admin_pb2.SetAliasRequest(operation_id="a", generation=2, alias="canary", checks=files),
+        admin_pb2.ScaleRequest(operation_id="a", dry_run=True, shards=3, standby=0),
         admin_pb2.GetOperationRequest(operation_id="a"),
         admin_pb2.CancelOperationRequest(operation_id="a"),
     ]

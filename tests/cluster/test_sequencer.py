@@ -527,6 +527,24 @@ def test_an_item_that_was_upserted_or_deleted_is_so_in_every_generation(
         assert scene.accept(ItemDelete(both)) == 7
 
 
+def test_another_number_of_shards_has_room_once_each_of_them_has_said_so(
+    make_scene: Any, live: LiveGeneration
+) -> None:
+    feed = FeedBlock(0.9, 0.1)
+    scene = make_scene(feed=feed, num_shards=2)
+    feed.report([RoomReport(shard, 0, 1000, 10, (0,)) for shard in range(2)])
+    scene.accept(ItemUpsert(NEW))
+    scene.sequencer.follow(live, 2)
+    scene.accept(ItemUpsert(NEW + 1))
+    scene.sequencer.follow(live, 3)
+    writes = [one for part in scene.writes(ItemUpsert(NEW + 2))[0].values() for one in part]
+    assert scene.sequencer.awaits_room(writes)
+    scene.refuse(ItemUpsert(NEW + 2), "RESOURCE_EXHAUSTED")
+    feed.report([RoomReport(shard, 0, 1000, 10, (0,)) for shard in range(3)])
+    assert not scene.sequencer.awaits_room(writes)
+    scene.accept(ItemUpsert(NEW + 2))
+
+
 def test_outcomes_are_counted_by_operation_and_code(scene: Scene) -> None:
     scene.apply(
         ItemUpsert(NEW, ttl_s=1),

@@ -50,6 +50,10 @@ FILES = admin_pb2.CHECKS_FILES
             admin_pb2.SetAliasRequest(alias="canary"),
             AdminTask(kind="set_alias", alias="canary"),
         ),
+        (
+            admin_pb2.ScaleRequest(shards=3, standby=0, dry_run=True),
+            AdminTask(kind="scale", shards=3, standby=0, dry_run=True),
+        ),
     ],
 )
 def test_a_request_is_a_task(message: Any, task: AdminTask) -> None:
@@ -69,6 +73,10 @@ def test_a_request_is_a_task(message: Any, task: AdminTask) -> None:
         (admin_pb2.SetAliasRequest(generation=1, alias="warm"), "alias", "got 'warm'"),
         (admin_pb2.SetAliasRequest(alias="live"), "generation", "got 0"),
         (admin_pb2.ActivateRequest(generation=1, checks=7), "checks", "unknown choice 7"),
+        (admin_pb2.ScaleRequest(), "shards", "shards, replicas or standby must be given, got none"),
+        (admin_pb2.ScaleRequest(shards=0), "shards", r"must be in 1\.\.1048576, got 0"),
+        (admin_pb2.ScaleRequest(replicas=17), "replicas", r"must be in 1\.\.16, got 17"),
+        (admin_pb2.ScaleRequest(shards=3, standby=5), "standby", r"must be in 0\.\.4, got 5"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_field(message: Any, field: str, words: str) -> None:
@@ -118,7 +126,7 @@ def test_an_operation_is_told_with_its_progress_and_times() -> None:
 
 
 def test_every_kind_and_state_has_its_number() -> None:
-    kinds = ("plan", "stage", "verify", "warm", "activate", "rollback", "set_alias")
+    kinds = ("plan", "stage", "verify", "warm", "activate", "rollback", "set_alias", "scale")
     numbers = {operation_to(operation(AdminTask(kind=kind))).kind for kind in kinds}
     assert numbers == set(admin_pb2.OperationKind.values()) - {0}
     states = ("waiting", "running", "done", "failed", "cancelled", "abandoned")
@@ -150,6 +158,7 @@ def test_every_kind_and_state_has_its_number() -> None:
             {"kind": "rollback", "alias": "live", "generation": 1, "before": 2, "seconds": 0.5},
             "moved",
         ),
+        (AdminTask(kind="scale"), {"starts": 3, "ends": 2, "done": True}, "scaled"),
     ],
 )
 def test_a_result_lies_where_its_kind_belongs(

@@ -15,6 +15,7 @@ from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.table_map import TableEntry, map_path
 from silvershard.cluster.update_log import open_log
 from silvershard.deploy import launcher
+from silvershard.deploy.cluster_size import ClusterSize, Scaled, size_of
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, TimedOut
@@ -131,13 +132,18 @@ class Setup:
         self.copies = [FakeShard(0, 1), FakeShard(1, 1)]
         self.phases: list[str] = []
         self.asked: list[str] = []
+        self.others: list[FakeShard] = []
+        """Those of another number of shards than two."""
+        self.checked: list[tuple[ShardMap, ShardMap]] = []
+        self.ended = 0
         self.sequencer = FakeShard(0)
         self.cluster = LocalCluster(
             self.state,
             load(None, environ={}, options=settings or {"updates.enabled": False}),
             generation=3,
             snapshot=snapshot,
-            start_shard=lambda shard, replica: (self.shards, self.copies)[replica][shard],
+            start_shard=self.start,
+            start_check=self.check,
             start_sequencer=lambda: self.sequencer,
             connect=FakeHost,
             canary=self.asked.append,
@@ -147,6 +153,23 @@ class Setup:
         router = self.cluster._router
         assert isinstance(router, FakeRouter)
         self.router = router
+
+    def start(self, num_shards: int, shard: int, replica: int) -> FakeShard:
+        if num_shards == 2:
+            return (self.shards, self.copies)[replica][shard]
+        self.others.append(FakeShard(shard, replica))
+        return self.others[-1]
+
+    def check(self, old: Path, new: Path) -> Any:
+        self.checked.append((ShardMap.read(old), ShardMap.read(new)))
+        return self
+
+    def poll(self) -> str:
+        """Return what differs: nothing."""
+        return ""
+
+    def end(self) -> None:
+        self.ended += 1
 
     @property
     def map(self) -> ShardMap:
@@ -431,6 +454,40 @@ def test_the_map_follows_a_swap_with_one_change(setup: Setup) -> None:
         (3, "previous"),
         (4, "live"),
     ]
+
+
+def test_the_map_follows_a_new_number_of_shards_with_one_change(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    setup.cluster.wait_until_ready(0.0)
+    store, config = setup.state.control, load(None, environ={})
+    size = ClusterSize(shards=3, replicas=1)
+    scaled = Scaled(size=size, instead_of=size_of(config))
+    operation = wanted("scale", 0, "live").model_copy(update={"scaled": scaled})
+    store.change(lambda now: now.with_operation(operation))
+    setup.cluster.poll()
+    for number, other in enumerate(setup.others):
+        other.serve()
+        other.said = other.said.model_copy(update={"address": f"127.0.0.1:{9100 + number}"})
+    maps = {setup.map.version: setup.map}
+    for _ in range(4):
+        setup.cluster.poll()
+        maps[setup.map.version] = setup.map
+    assert [(one.num_shards, len(one.entries)) for one in maps.values()] == [(2, 2), (3, 3)]
+    assert sum(one.documents for one in setup.map.entries) == 21
+    ((old, new),) = setup.checked
+    assert (old, new.num_shards, new.entries) == (maps[1], 3, setup.map.entries)
+    assert setup.ended == 1
+    assert store.read().scaled == scaled
+    record = setup.state.read_record()
+    assert record is not None
+    assert (record.size, len(record.shards), record.documents) == (size, 3, 21)
+    assert record.is_whole
+    # The old ones end when nobody can be waiting for them any more, or with the cluster.
+    assert not any(shard.ended for shard in setup.shards)
+    setup.cluster.stop()
+    assert all(shard.ended for shard in (*setup.shards, *setup.others))
 
 
 def test_the_driver_of_a_cluster_needs_no_torch() -> None:
