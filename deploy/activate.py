@@ -253,7 +253,7 @@ def _carried_out(
                     f"generation {now.live} has just become live, so generation {generation} is "
                     "not the one before it: ask again"
                 )
-            if going is not None and going.kind in ("activate", "scale"):
+            if going is not None and going.kind != "rollback":
                 called_off = f"{going.what} is called off"
                 now = now.replaced(going.ended("cancelled", "a rollback called it off"))
         if compared_with and now.live != compared_with:

@@ -28,7 +28,7 @@ WARM: Final = "warm"
 """No name for requests: what is loaded beside the live one, to take over quickly."""
 
 Alias = Literal["live", "canary", "warm"]
-Kind = Literal["activate", "rollback", "scale"]
+Kind = Literal["activate", "rollback", "scale", "restart"]
 OperationState = Literal["waiting", "running", "done", "failed", "cancelled", "abandoned"]
 
 _KEPT = 20
@@ -71,6 +71,8 @@ class Operation(BaseModel):
         """Return what is being done for people."""
         if self.scaled is not None:
             return f"{self.kind} to {self.scaled.size}"
+        if self.kind == "restart":
+            return "a rolling restart"
         return f"{self.kind} of generation {self.generation}"
 
     def ended(self, state: OperationState, reason: str = "") -> Self:

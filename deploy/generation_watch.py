@@ -78,7 +78,7 @@ class GenerationWatch:
         self._clock = clock
         self._store = state.control
         self._hosts = ShardHosts(connect)
-        self._roster = Roster(config.sharding.replicas)
+        self.roster = Roster(config.sharding.replicas)
         self._starting = generation
         """What is live as soon as the cluster has started; 0 from then on."""
         self._swap: _Swap | None = None
@@ -184,7 +184,7 @@ class GenerationWatch:
             if host.held is not None:
                 wanted = self._wanted(replica) - self._retried(host.held)
                 reconcile(host, host.held, wanted, live=self.live, path=self.path)
-        self._roster.fill(map(self._ready_for, sorted(self._offered)))
+        self.roster.fill(map(self._ready_for, sorted(self._offered)))
 
     @property
     def in_service(self) -> tuple[ShardEntry, ...]:
@@ -193,7 +193,7 @@ class GenerationWatch:
         Those that are about to answer for the next one instead are named a moment before, so that
         routers are connected to them by then.
         """
-        return self.entries_of(self._hosts, self._roster.named, self._config.sharding.shards)
+        return self.entries_of(self._hosts, self.roster.named, self._config.sharding.shards)
 
     def entries_of(
         self, hosts: ShardHosts, named: Collection[Key], num_shards: int
@@ -211,15 +211,15 @@ class GenerationWatch:
     def resize(self, sharding: ShardingSection) -> None:
         """Name another number of copies of every shard from now on."""
         self._config = self._config.model_copy(update={"sharding": sharding})
-        self._roster.resize(sharding.replicas)
+        self.roster.resize(sharding.replicas)
 
     def take_over(self, hosts: ShardHosts, sharding: ShardingSection) -> None:
         """Name the processes of another cut of the catalogue from now on; they hold all wanted."""
         self._hosts.close()
         self._hosts = hosts
-        self._roster = Roster(sharding.replicas)
+        self.roster = Roster(sharding.replicas)
         self._config = self._config.model_copy(update={"sharding": sharding})
-        self._roster.fill(map(self._ready_for, sorted(self._offered)))
+        self.roster.fill(map(self._ready_for, sorted(self._offered)))
 
     def close(self) -> None:
         """Leave the processes alone."""
@@ -230,7 +230,7 @@ class GenerationWatch:
         going = self._control.current
         if going is None or self._swap is not None or self._starting:
             return
-        if going.scaled is not None:
+        if going.kind not in ("activate", "rollback"):
             # That is done by others.
             return
         if going.operation_id != self._waiting[0]:
@@ -478,11 +478,11 @@ class GenerationWatch:
 
     def is_standby(self, key: Key) -> bool:
         """Return whether a process could be asked for the live generation and is not."""
-        return key not in self._roster.named and key in self._ready_for(self.live)
+        return key not in self.roster.named and key in self._ready_for(self.live)
 
     def _named_for(self, generation: int) -> Iterable[Key]:
         """Return the processes that the map names and that could answer from a generation."""
-        return self._roster.named.intersection(self._hosts.prepared(generation))
+        return self.roster.named.intersection(self._hosts.prepared(generation))
 
     def _covers(self, keys: Iterable[Key]) -> bool:
         """Return whether every shard is among those of some processes."""

@@ -23,6 +23,7 @@ from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
+from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.scaling import Scaling
@@ -123,6 +124,7 @@ class LocalCluster:
             draw_map=self._drawn,
             start_check=start_check or partial(CheckWatch, state),
         )
+        self._rolling = Rolling(state, config, self._generations, self._scaling)
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None
@@ -288,6 +290,7 @@ class LocalCluster:
             self._sequencer.poll()
         self._generations.poll(self._shards)
         self._scaling.poll()
+        self._rolling.poll()
         self._router.poll()
         self._write_map()
         self._write_record()

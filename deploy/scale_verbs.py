@@ -1,4 +1,4 @@
-"""The verb ``scale``."""
+"""The verbs ``scale`` and ``restart``, which change the processes of a running cluster."""
 
 import argparse
 
@@ -14,7 +14,7 @@ from silvershard.deploy.errors import ExitCode
 
 
 def add_verbs(verb: AddVerb, shared: Parents) -> None:
-    """Declare the verbs that change how large a cluster is.
+    """Declare the verbs that change the processes of a running cluster.
 
     Args:
         verb: adds one.
@@ -30,7 +30,10 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
     scale.add_argument(
         "--standby", type=int, metavar="N", dest="to_standby", help="further ones, kept warm"
     )
-    scale.add_argument("--dry-run", action="store_true", help="say what would be done only")
+    text = "restart every shard process, one after the other, while the cluster serves"
+    restart = verb("restart", text, _restart, state, config, timeout)
+    for parser in (scale, restart):
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done only")
 
 
 def _scale(options: argparse.Namespace) -> int:
@@ -49,4 +52,19 @@ def _scale(options: argparse.Namespace) -> int:
         report=reporter(options),
     )
     show(options, document, lambda: scale.render_done(document))
+    return ExitCode.OK
+
+
+def _restart(options: argparse.Namespace) -> int:
+    from silvershard.deploy import restart
+
+    state = state_of(options)
+    config = load_settings(options, state).config
+    document = restart.restart(
+        state,
+        dry_run=options.dry_run,
+        timeout_s=options.timeout or config.swap.timeout_s,
+        report=reporter(options),
+    )
+    show(options, document, lambda: restart.render(document))
     return ExitCode.OK

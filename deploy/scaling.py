@@ -13,7 +13,7 @@ Shapes: S shards, R replicas.
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.check_watch import Check, StartCheck
 from silvershard.deploy.cluster_size import sharding_of
 from silvershard.deploy.config import Config
+from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import Control, Operation
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.readiness import Readiness, Reports, is_prepared
-from silvershard.deploy.shard_host import Connect, Held
+from silvershard.deploy.shard_host import Connect
 from silvershard.deploy.shard_hosts import ShardHosts
 from silvershard.deploy.shard_set import ShardSet, StartShard
 from silvershard.deploy.state import StateDir
@@ -32,9 +33,6 @@ from silvershard.shard.errors import RetrievalError
 
 MEET_S = 3.0
 """Time in which routers take a map with another number of shards, once it is written."""
-
-_OLD, _NEW = 1, 2
-"""What the old and the new processes hold, where they are compared."""
 
 DrawMap = Callable[[tuple[ShardEntry, ...], int], ShardMap]
 """Returns a map of these processes, which serve one of so many shards each."""
@@ -202,14 +200,8 @@ class Scaling:
             for key, held in self._generations.reports.items()
             if live in held and (going.hosts is not None or key[1] not in going.added)
         ]
-        compared: dict[tuple[int, int], Mapping[int, Held]] = {
-            key: {_NEW: held[live]} for key, held in added.items() if live in held
-        }
-        if before:
-            furthest = tuple(map(max, zip(*(one.cut for one in before), strict=False)))
-            reached = {_OLD: before[0]._replace(cut=furthest)}
-            compared |= {(shard, -1): reached for shard, _ in added}
-        return going.readiness.observe(compared, _OLD, _NEW, self._clock())
+        new = {key: held[live] for key, held in added.items() if live in held}
+        return going.readiness.observe_new(new, before, self._clock())
 
     def _finish(self, going: _Going) -> None:
         """Let new processes take over; a new set only if it answers as the old one does."""
@@ -245,22 +237,38 @@ class Scaling:
         done = self._store.change(make).operation(operation.operation_id)
         if done is None or done.state != "done":
             return
-        sharding, before = going.coming.sharding, self.current.sharding
-        drain_s = self._config.swap.drain_ms / 1e3
-        end_s = self._clock() + max(drain_s, self._config.query.deadline_max_ms / 1e3 + MEET_S)
-        if going.hosts is not None:
-            self._leaving = _Leaving(self.current, range(before.copies), end_s)
-            self.current = going.coming
-            self._generations.take_over(going.hosts, sharding)
+        assert operation.scaled is not None
+        if going.hosts is None:
+            self.resize(sharding_of(self.current.sharding, operation.scaled.size))
         else:
-            assert operation.scaled is not None
-            sharding = sharding_of(before, operation.scaled.size)
-            if sharding.copies < before.copies:
-                left = range(sharding.copies, before.copies)
-                self._leaving = _Leaving(self.current, left, end_s)
-            self.current.sharding = sharding
-            self._generations.resize(sharding)
+            copies = range(self.current.sharding.copies)
+            self._leaving = _Leaving(self.current, copies, self._clock() + self._drain_s)
+            self.current = going.coming
+            self._generations.take_over(going.hosts, going.coming.sharding)
         self._forget(going)
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no process is on its way in or out."""
+        return self._going is None and self._leaving is None
+
+    @property
+    def _drain_s(self) -> float:
+        """Return for how long somebody may be waiting for processes that the map names no more."""
+        longest_s = self._config.query.deadline_max_ms / 1e3
+        return max(self._config.swap.drain_ms / 1e3, longest_s + MEET_S)
+
+    def resize(self, sharding: ShardingSection) -> None:
+        """Have another number of copies of the same shards; those that leave end after a drain."""
+        before, now = self.current.sharding.copies, sharding.copies
+        there = {one.replica for one in self.current.watches}
+        self.current.start([one for one in range(before, now) if one not in there])
+        if now < before:
+            self._leaving = _Leaving(
+                self.current, range(now, before), self._clock() + self._drain_s
+            )
+        self.current.sharding = sharding
+        self._generations.resize(sharding)
 
     def _let_go(self) -> None:
         """End the processes that have left, once nobody can be waiting for them."""

@@ -33,14 +33,22 @@ class ShardSet:
 
     def start(self, replicas: Iterable[int]) -> None:
         """Start these copies of every shard, all at once."""
-        num_shards = self.sharding.shards
         self.watches += [
-            ShardWatch(
-                shard, self._start(num_shards, shard, replica), self._runtime, replica=replica
-            )
+            self._started(shard, replica)
             for replica in replicas
-            for shard in range(num_shards)
+            for shard in range(self.sharding.shards)
         ]
+
+    def restart(self, shard: int, replica: int) -> None:
+        """End one process for good, and start another one in its place."""
+        for at, one in enumerate(self.watches):
+            if (one.shard, one.replica) == (shard, replica):
+                one.end()
+                self.watches[at] = self._started(shard, replica)
+
+    def _started(self, shard: int, replica: int) -> ShardWatch:
+        handle = self._start(self.sharding.shards, shard, replica)
+        return ShardWatch(shard, handle, self._runtime, replica=replica)
 
     def poll(self) -> None:
         """Look at every process once."""

@@ -13,6 +13,7 @@ from silvershard.cluster import Client, Query
 from silvershard.deploy.config import load
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.processes import descendants, kill_all
+from silvershard.deploy.restart import restart
 from silvershard.deploy.scale import scale
 from silvershard.model.request import Request
 from silvershard.shard.golden import difference
@@ -32,7 +33,7 @@ OPTIONS = {
 }
 PUBLISHED = (
     Request(k=50, exact=True, filter="NOT genre:own"),
-    Request(k=200, exact=True, filter="genre:comedy AND NOT genre:own"),
+    Request(k=200, exact=True, filter="genre:Comedy AND NOT genre:own"),
     Request(k=30, exact=True, filter="year > 1990 AND NOT genre:own"),
 )
 """What is asked of the films only, which no update changes."""
@@ -79,6 +80,7 @@ def same_as_the_module(cluster: Any, path: Path, history: list[int]) -> None:
                 assert len(result.item_ids) == len(wanted.item_ids) > 0
 
 
+@pytest.mark.timeout(1800)
 def test_scaling_under_load(
     tmp_path: Path,
     crash: Any,
@@ -155,6 +157,7 @@ class Scales:
         return str(going.operation_id)
 
 
+@pytest.mark.timeout(1800)
 def test_what_goes_wrong_while_a_cluster_is_scaled_leaves_the_old_set_or_none(
     tmp_path: Path,
     crash: Any,
@@ -216,4 +219,34 @@ def test_what_goes_wrong_while_a_cluster_is_scaled_leaves_the_old_set_or_none(
         crash.until(lambda: is_settled(cluster, 2, 1), "it has not two shards again")
         same_as_the_module(cluster, marked_generations[0], liked)
         crash.look_at_all(cluster, recorder, writer.end())
+    crash.assert_right(recorder, *set(PROPERTIES) - {"bounded_recovery"})
+
+
+@pytest.mark.timeout(1800)
+def test_all_shards_are_restarted_under_load(
+    tmp_path: Path,
+    crash: Any,
+    marked_generations: list[Path],
+    marked_recorder: Any,
+    generation: Any,
+) -> None:
+    recorder = marked_recorder
+    options = {**OPTIONS, "query.deadline_max_ms": 2000, "query.default_deadline_ms": 2000}
+    with crash.running(tmp_path / "s", marked_generations[:1], **options) as cluster:
+        crash.until(cluster.is_whole, "the cluster did not become whole")
+        writer = crash.Writer(cluster.address, recorder, seed=3)
+        liked = generation.catalogue.item_ids[:6].tolist()
+        reader = crash.Reader(
+            cluster.address, recorder, liked, [writer.ledger], timeout_s=READER_TIMEOUT_S
+        )
+        before = {one.pid for one in cluster.record.shards}
+        with crash.working(writer, reader):
+            done = restart(cluster.state, timeout_s=TIMEOUT_S, report=lambda _: None)
+            assert (done["processes"], done["done"]) == (2, True)
+            crash.until(lambda: is_settled(cluster, 2, 1), "it has not two processes")
+            ledger = writer.end()
+        assert writer.failures == 0
+        assert not before & {one.pid for one in cluster.record.shards}
+        same_as_the_module(cluster, marked_generations[0], liked)
+        crash.look_at_all(cluster, recorder, ledger)
     crash.assert_right(recorder, *set(PROPERTIES) - {"bounded_recovery"})

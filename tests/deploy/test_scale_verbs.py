@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from silvershard.deploy import scale, verbs
+from silvershard.deploy import restart, scale, verbs
 from silvershard.deploy.errors import ExitCode
 
 
@@ -48,3 +48,20 @@ def test_a_dry_run_as_json(
     said = capsys.readouterr()
     assert json.loads(said.out)["done"] is False
     assert said.err.strip() == "a plan"
+
+
+def test_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def fake(state: Any, **given: Any) -> dict[str, Any]:
+        calls.append({"root": state.root, **given})
+        return {"processes": 2, "extra": True, "done": True, "seconds": 3.5}
+
+    monkeypatch.setattr(restart, "restart", fake)
+    assert verbs.run(["restart", "--state", str(tmp_path), "--timeout", "7"]) == ExitCode.OK
+    assert (calls[0]["root"], calls[0]["timeout_s"], calls[0]["dry_run"]) == (tmp_path, 7.0, False)
+    assert capsys.readouterr().out.strip() == (
+        "restarted 2 shard processes one after the other in 3.5 s"
+    )

@@ -38,8 +38,15 @@ def test_copies_come_and_go() -> None:
     processes.poll()
     assert [one.asked for one in handles] == [1] * 4
     assert [(one.shard, one.replica) for one in processes.of({1})] == [(0, 1), (1, 1)]
+    processes.restart(1, 0)
+    assert (handles[1].ended, handles[4].place) == (True, (2, 1, 0))
+    assert [(one.shard, one.replica) for one in processes.watches] == [
+        *((0, 0), (1, 0)),
+        *((0, 1), (1, 1)),
+    ]
+    handles.remove(handles[1])
     processes.end(range(1, 2))
-    assert [one.ended for one in handles] == [False, False, True, True]
+    assert [one.ended for one in handles] == [False, True, True, False]
     assert [(one.shard, one.replica) for one in processes.watches] == [(0, 0), (1, 0)]
     processes.end()
     assert all(one.ended for one in handles)
