@@ -246,7 +246,29 @@ def _carried_out(
     if dry_run:
         return {**document, "done": False, "seconds": 0.0}
 
-    called_off = ""
+    called_off = want(store, operation, compared_with)
+    if called_off:
+        report(called_off)
+    with _cancelled_if_interrupted(store, operation.operation_id):
+        ended = _wait(state, store, operation, began_s + timeout_s, report)
+    if ended.state != "done":
+        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
+    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
+
+
+def want(store: ControlStore, operation: Operation, compared_with: int = 0) -> str:
+    """Write what is wanted into the store; return in words what it calls off, empty for nothing.
+
+    Args:
+        store: the control store.
+        operation: what is wanted.
+        compared_with: the live generation that its checks know; 0: there were none.
+
+    Raises:
+        Refused: if something else is going on, or was done meanwhile.
+        StateError: if the store cannot be used.
+    """
+    generation, called_off = operation.generation, ""
 
     def make(now: Control) -> Control:
         nonlocal called_off
@@ -274,13 +296,7 @@ def _carried_out(
         return now.with_operation(operation)
 
     store.change(make)
-    if called_off:
-        report(called_off)
-    with _cancelled_if_interrupted(store, operation.operation_id):
-        ended = _wait(state, store, operation, began_s + timeout_s, report)
-    if ended.state != "done":
-        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
-    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
+    return called_off
 
 
 def _wait(

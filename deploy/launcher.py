@@ -18,6 +18,7 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
+from silvershard.deploy.next_map import next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
@@ -278,31 +279,21 @@ class LocalCluster:
         self._write_record()
 
     def _write_map(self) -> None:
-        entries = self._generations.in_service
         if not self._shards:
             return
-        if self._map is None and len(entries) < self._num_named:
-            # The first map is whole, so that the router never believes in a smaller catalogue.
-            return
         sequencer = self._sequencer.entry if self._sequencer else None
-        made = ShardMap(
-            version=self._map.version if self._map else 1,
-            generation=self._generations.live,
-            snapshot=str(self._generations.path(self._generations.live)),
+        made = next_map(
+            self._map,
+            self._generations,
             num_shards=self._config.sharding.shards,
-            entries=entries,
-            snapshots=self._generations.snapshots,
-            aliases=self._generations.aliases,
+            num_named=self._num_named,
             sequencer=sequencer.address if sequencer else "",
             log_url=self._log_url,
             log_partitions=self._config.updates.partitions,
         )
-        if made == self._map:
-            return
-        if self._map is not None:
-            made = made.model_copy(update={"version": self._map.version + 1})
-        self._map = made
-        self._map.write_atomic(self._state.shard_map_file)
+        if made is not None:
+            self._map = made
+            self._map.write_atomic(self._state.shard_map_file)
 
     def _write_record(self) -> None:
         now_s = time.monotonic()
