@@ -10,6 +10,7 @@ from silvershard.cluster.admission import Admission, Dropped, Ticket
 from silvershard.cluster.config import AdmissionSection
 from silvershard.cluster.consistency import ANY
 from silvershard.cluster.coordinator import Query
+from silvershard.cluster.races import SOON_S
 from silvershard.cluster.rounds import Fate
 from silvershard.shard.errors import DeadlineExceeded, Overloaded
 
@@ -108,11 +109,19 @@ class Batcher:
         """
         mine = [self._waiting(query, run) for query in queries]
         entering = [one for one in mine if self._take(one)]
+        loop, now_s = asyncio.get_running_loop(), self._clock()
+        # While nothing begins and nothing ends, nobody else looks whose time is over.
+        timers = [
+            loop.call_later(max(deadline_s - now_s, 0.0) + SOON_S, self._sweep)
+            for deadline_s in {one.deadline_s for one in entering}
+        ]
         try:
             if entering:
                 self._enter(entering)
             return [await one.fate for one in mine]
         finally:
+            for timer in timers:
+                timer.cancel()
             for one in mine:
                 self._leave(one)
 
@@ -136,7 +145,7 @@ class Batcher:
         self._observe(self._line.delay_s)
         full = len(self._line) + len(entering) > self._line.capacity
         if full and not self._line.newest_first:
-            self._end(self._admission.sweep())
+            self._sweep()
         try:
             self._end(self._admission.admit(entering))
         except Overloaded as error:
@@ -151,6 +160,9 @@ class Batcher:
         elif one.fate.cancelled() or not one.fate.done():
             self.dropped.cancelled["run"] += 1
         one.fate.cancel()
+
+    def _sweep(self) -> None:
+        self._end(self._admission.sweep())
 
     def _end(self, leaving: Sequence[tuple[_Waiting, Exception]]) -> None:
         for one, error in leaving:
@@ -173,7 +185,7 @@ class Batcher:
             self._timer = None
         if not any(self._may_run().values()):
             return
-        self._end(self._admission.sweep())
+        self._sweep()
         self._observe(self._line.delay_s)
         while batch := self._next_batch():
             demands = batch[0].demands

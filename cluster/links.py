@@ -19,6 +19,7 @@ from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.shard_connection import ShardConnection
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.cluster.stream_link import Dial, dial
 from silvershard.model.request import FeatureValues
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
@@ -194,9 +195,17 @@ class GrpcShardLink:
 class Connections:
     """The connections to all processes that any shard map names, each shared by who needs it."""
 
-    def __init__(self, ping: PingSection, faults: Faults | None = None) -> None:
+    def __init__(self, ping: PingSection, faults: Faults | None = None, dial: Dial = dial) -> None:
+        """Connect to nobody yet.
+
+        Args:
+            ping: when a replica counts as hung.
+            faults: say which messages are lost on their way; None: none.
+            dial: opens the channels.
+        """
         self._ping = ping
         self._faults = faults
+        self._dial = dial
         self._held: dict[tuple[int, int, str, int], tuple[ShardConnection, int]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._lingers = True
@@ -206,7 +215,7 @@ class Connections:
         key = _incarnation(entry)
         connection, users = self._held.get(key, (None, 0))
         if connection is None:
-            connection = ShardConnection(entry, self._ping, self._faults)
+            connection = ShardConnection(entry, self._ping, self._faults, self._dial)
             connection.start()
         self._held[key] = (connection, users + 1)
         return connection
@@ -267,13 +276,13 @@ class Links:
         """
         wanted = {_incarnation(entry): entry for entry in shard_map.entries}
         epochs = {(entry.shard, entry.replica): entry.epoch for entry in shard_map.entries}
-        for key in self._links.keys() - wanted.keys():
+        for key in [one for one in self._links if one not in wanted]:
             connection = self._links.pop(key).connection
             place = connection.entry.shard, connection.entry.replica
             if epochs.get(place, 0) > connection.entry.epoch:
                 connection.fence()
             self._connections.release(connection, self._linger_s)
-        for key in wanted.keys() - self._links.keys():
+        for key in [one for one in wanted if one not in self._links]:
             connection = self._connections.acquire(wanted[key])
             self._links[key] = GrpcShardLink(connection, self._generation)
 

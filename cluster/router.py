@@ -22,16 +22,18 @@ from silvershard.cluster.faults import faults_of_router
 from silvershard.cluster.http_server import HttpServer
 from silvershard.cluster.links import Connections, Links
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.map_file import MapFile, MapSource, Stamp
 from silvershard.cluster.metrics import Gauge, Metrics
 from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.request_meter import RequestMeter
 from silvershard.cluster.router_pages import RouterFacts, router_pages
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
+from silvershard.cluster.stream_link import Dial, dial
 from silvershard.cluster.update_service import SERVICE as UPDATES
 from silvershard.cluster.update_service import UpdateService
 from silvershard.shard.errors import SnapshotError, StateError
-from silvershard.shard.snapshot import open_snapshot
+from silvershard.shard.snapshot import Snapshot, open_snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +45,6 @@ _MEET_S = 2.0
 old one goes on serving."""
 _RETRY_S = 1.0
 """Time between two tries of a map that was refused: reading its snapshot may take long."""
-
-_Stamp = tuple[int, int, int]
 
 
 class _Held(NamedTuple):
@@ -69,20 +69,31 @@ class Router:
         config: RouterConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        maps: MapSource[ShardMap] | None = None,
+        opener: Callable[[Path], Snapshot] | None = None,
+        dial: Dial = dial,
+        rng: random.Random | None = None,
     ) -> None:
         """Make a router that does not listen yet.
 
         Args:
             config: what it needs to know.
             clock: must be the clock of the event loop.
+            maps: where the shard map comes from; None: the file of the configuration.
+            opener: opens the generation in a directory; None: from the file system.
+            dial: opens channels to shards.
+            rng: chooses among replicas.
         """
         self.address = ""
         self._config = config
         self._clock = clock
         self._map: ShardMap | None = None
-        self._map_stamp: _Stamp | None = None
+        self._maps = maps or MapFile(ShardMap, Path(config.map_path), "shard map")
+        self._opener = opener
+        self._rng = rng or random.Random()
+        self._map_stamp: Stamp | None = None
         """Of the file that ``_map`` was read from."""
-        self._refused: tuple[_Stamp, str] | None = None
+        self._refused: tuple[Stamp, str] | None = None
         self._retry_at_s = 0.0
         self._held: dict[int, _Held] = {}
         self._coming: dict[int, _Held] = {}
@@ -91,7 +102,7 @@ class Router:
         """When it is taken although not all of them were met."""
         self._offer: Offer | None = None
         self._ready = False
-        self._connections = Connections(config.ping, faults_of_router(config.faults_dir))
+        self._connections = Connections(config.ping, faults_of_router(config.faults_dir), dial)
         self._retired: set[asyncio.Task[None]] = set()
         self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(
@@ -113,6 +124,8 @@ class Router:
         )
         self._http = HttpServer(router_pages(lambda: self._facts, self._metrics))
         self._logged_level = 0
+        self.service = RetrievalService(lambda: self._offer, self._batcher, config.query, clock)
+        """Answers requests, whoever brings them."""
         self._updates = UpdateService(lambda: self._map.sequencer if self._map else None)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -139,10 +152,7 @@ class Router:
             interceptors=(self._meter,),
             options=server_options(self._config.query.max_request_bytes),
         )
-        service = RetrievalService(
-            lambda: self._offer, self._batcher, self._config.query, self._clock
-        )
-        service.add_to(server)
+        self.service.add_to(server)
         self._updates.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
@@ -240,19 +250,14 @@ class Router:
         One that cannot be taken is logged once and tried again, because its snapshot may be
         unreadable for a moment only.
         """
-        path = Path(self._config.map_path)
-        try:
-            status = path.stat()
-        except OSError:
-            return
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if stamp == self._map_stamp:
+        stamp = self._maps.stamp()
+        if stamp is None or stamp == self._map_stamp:
             return
         known = self._refused is not None and self._refused[0] == stamp
         if known and self._clock() < self._retry_at_s:
             return
         try:
-            if not await self._take(ShardMap.read(path)):
+            if not await self._take(self._maps.read()):
                 return
         except (StateError, SnapshotError, ValueError) as error:
             if self._refused != (stamp, str(error)):
@@ -326,7 +331,8 @@ class Router:
 
     async def _hold(self, number: int, snapshot: str, num_shards: int) -> _Held:
         """Return a generation without links yet; reads its manifest beside the event loop."""
-        manifest = (await asyncio.to_thread(open_snapshot, Path(snapshot))).manifest
+        opener = self._opener or open_snapshot
+        manifest = (await asyncio.to_thread(opener, Path(snapshot))).manifest
         spec, query = manifest.spec, self._config.query
         if spec.generation != number:
             raise ValueError(
@@ -343,7 +349,7 @@ class Router:
             merge_headroom_s=query.merge_headroom_ms / 1e3,
             max_batch=query.max_batch,
             lagging_s=query.lagging_ms / 1e3,
-            choice=ReplicaChoice(self._config.health, self._extra, self._clock, random.Random()),
+            choice=ReplicaChoice(self._config.health, self._extra, self._clock, self._rng),
             clock=self._clock,
             ladder=self._ladder,
             dropped=self._batcher.dropped,

@@ -18,10 +18,9 @@ from silvershard.cluster.config import PingSection
 from silvershard.cluster.faults import Faults
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
-from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry
-from silvershard.cluster.stream_link import RECONNECT_S, Connection, StreamLink
+from silvershard.cluster.stream_link import RECONNECT_S, Connection, Dial, StreamLink, dial
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
     CandidatesExpired,
@@ -43,15 +42,22 @@ _MAX_UNSENT = 1024
 class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
 
-    def __init__(self, entry: ShardEntry, ping: PingSection, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        entry: ShardEntry,
+        ping: PingSection,
+        faults: Faults | None = None,
+        dial: Dial = dial,
+    ) -> None:
         """Make a connection that does not connect yet; ``start`` does.
 
         Args:
             entry: the replica.
             ping: when it counts as hung.
             faults: say which messages are lost on their way; None: none.
+            dial: opens the channel.
         """
-        super().__init__(entry.address, f"shard {entry.shard}", ping)
+        super().__init__(entry.address, f"shard {entry.shard}", ping, dial)
         self.entry = entry
         self.served: dict[int, Seen] | None = None
         """The generations that it serves, by its last word; None: it has not said yet."""
@@ -193,7 +199,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     async def _watch(self) -> None:
         """Ping on a channel of its own, so that a large answer never delays a sign of life."""
         every_s = self._ping.every_ms / 1e3
-        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
+        async with self._dial(self.entry.address) as channel:
             reader = asyncio.create_task(self._listen(channel))
             try:
                 while True:

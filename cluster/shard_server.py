@@ -5,7 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +20,7 @@ from silvershard.cluster.consistency import Consistency, UpdateToken
 from silvershard.cluster.faults import Faults
 from silvershard.cluster.field_columns import column_to
 from silvershard.cluster.freshness import Demand
-from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, seen_to
+from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, Spawn, seen_to, spawn
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
 from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.stage_gate import Abandoned, StageGate
@@ -87,6 +87,8 @@ class ShardServer:
         lookups: Callable[[], Mapping[str, TableCounts]] = dict,
         gaps: QueryGaps | None = None,
         faults: Faults | None = None,
+        model_thread: Executor | None = None,
+        spawn: Spawn = spawn,
     ) -> None:
         """Make a server that does not listen yet.
 
@@ -105,6 +107,8 @@ class ShardServer:
             lookups: returns what was looked up in each remote table so far; any thread may call it.
             gaps: is told of the calls of queries; None: nothing gives way to them.
             faults: say how slow it shall be and how full; None: neither.
+            model_thread: runs what touches the model, one by one; None: a thread of this server.
+            spawn: runs what loads further generations and lets go of them.
         """
         first = executor if isinstance(executor, Loaded) else Loaded(executor)
         self.shard = first.executor.shard
@@ -121,11 +125,13 @@ class ShardServer:
         self._pending = 0
         self._gate = StageGate(clock)
         self._by_key: dict[str, set[_Job]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{self.shard}")
+        name = f"shard-{self.shard}"
+        self._thread = model_thread or ThreadPoolExecutor(1, thread_name_prefix=name)
         self._server: grpc.aio.Server | None = None
+        self._is_on = False
         self._health = health.aio.HealthServicer()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.hosting = Hosting(self.shard, self._thread.submit, clock, load, self._changed)
+        self.hosting = Hosting(self.shard, self._thread.submit, clock, load, self._changed, spawn)
         self.hosting.add(first, snapshot)
 
     @property
@@ -160,14 +166,19 @@ class ShardServer:
             ConfigError: if the host is refused.
             StateError: if the port is in use.
         """
-        self._loop = asyncio.get_running_loop()
-        self.hosting.attach(self._loop)
         server = grpc.aio.server(options=server_options(INTERNAL_MESSAGE_BYTES))
-        shard_pb2_grpc.add_ShardServicer_to_server(_Servicer(self), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self.serve(server)
         self.address = bind(server, self._host, self._port, insecure=self._insecure)
         await server.start()
         self._server = server
+
+    async def serve(self, server: grpc.aio.Server) -> None:
+        """Offer the services on a server that is not started yet, from the running event loop."""
+        shard_pb2_grpc.add_ShardServicer_to_server(_Servicer(self), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._loop = asyncio.get_running_loop()
+        self.hosting.attach(self._loop)
+        self._is_on = True
         await self._set_health()
 
     async def stop(self, grace_s: float = 2.0) -> None:
@@ -175,6 +186,7 @@ class ShardServer:
         for name in self._names:
             await self._health.set(name, _NOT_SERVING)
         server, self._server = self._server, None
+        self._is_on = False
         if server is not None:
             await server.stop(grace_s)
         await asyncio.to_thread(self.hosting.close)
@@ -191,7 +203,7 @@ class ShardServer:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(work()))
 
     async def _set_health(self) -> None:
-        serves = self._server is not None and bool(self.hosting.served)
+        serves = self._is_on and bool(self.hosting.served)
         for name in self._names:
             await self._health.set(name, _SERVING if serves else _NOT_SERVING)
 
@@ -300,7 +312,7 @@ class ShardServer:
 
     def _give_up(self, key: str) -> None:
         """Release candidates on the thread of the model, unless the server has ended."""
-        if self._server is not None:
+        if self._is_on:
             for hosted in self.hosting.served:
                 self._thread.submit(hosted.executor_in_service.release, key)
 

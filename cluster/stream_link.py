@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +16,15 @@ from silvershard.cluster.listen import LINK_OPTIONS
 
 RECONNECT_S = 0.1
 
+Dial = Callable[[str], grpc.aio.Channel]
+"""Opens a channel to an address."""
+
 _log = logging.getLogger(__name__)
+
+
+def dial(address: str) -> grpc.aio.Channel:
+    """Return a channel over the network, which connects when it is used first."""
+    return grpc.aio.insecure_channel(address, options=LINK_OPTIONS)
 
 
 class _Numbered(Protocol):
@@ -44,14 +53,16 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
     no sign of life since the one before.
     """
 
-    def __init__(self, address: str, name: str, ping: PingSection) -> None:
+    def __init__(self, address: str, name: str, ping: PingSection, dial: Dial = dial) -> None:
         """Make a link that does not connect yet; ``start`` does.
 
         Args:
             address: of the server.
             name: what the log calls the server.
             ping: times between looks, and how many may be in vain.
+            dial: opens the channels.
         """
+        self._dial = dial
         self._address = address
         self._name = name
         self._ping = ping
@@ -127,7 +138,7 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
 
     async def _hold_stream(self) -> None:
         """Keep a stream for calls; when it breaks, connect again."""
-        async with grpc.aio.insecure_channel(self._address, options=LINK_OPTIONS) as channel:
+        async with self._dial(self._address) as channel:
             while True:
                 connection: Connection[Call, Waiting] = self._connection or Connection()
                 stream = self._open(channel)

@@ -242,7 +242,35 @@ def _carried_out(
     if dry_run:
         return {**document, "done": False, "seconds": 0.0}
 
-    called_off = ""
+    called_off = want(store, operation, compared_with)
+    if called_off:
+        report(called_off)
+    ended = awaited(
+        state,
+        store,
+        operation,
+        until_s=began_s + timeout_s,
+        report=report,
+        unless=f"generation {generation} is not {alias}",
+    )
+    if ended.state != "done":
+        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
+    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
+
+
+def want(store: ControlStore, operation: Operation, compared_with: int = 0) -> str:
+    """Write what is wanted into the store; return in words what it calls off, empty for nothing.
+
+    Args:
+        store: the control store.
+        operation: what is wanted.
+        compared_with: the live generation that its checks know; 0: there were none.
+
+    Raises:
+        Refused: if something else is going on, or was done meanwhile.
+        StateError: if the store cannot be used.
+    """
+    generation, called_off = operation.generation, ""
 
     def make(now: Control) -> Control:
         nonlocal called_off
@@ -265,19 +293,7 @@ def _carried_out(
         return now.with_operation(operation)
 
     store.change(make)
-    if called_off:
-        report(called_off)
-    ended = awaited(
-        state,
-        store,
-        operation,
-        until_s=began_s + timeout_s,
-        report=report,
-        unless=f"generation {generation} is not {alias}",
-    )
-    if ended.state != "done":
-        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
-    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
+    return called_off
 
 
 def render_done(document: Mapping[str, Any]) -> str:

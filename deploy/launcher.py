@@ -22,6 +22,7 @@ from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
+from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.router_watch import RouterWatch
@@ -300,35 +301,32 @@ class LocalCluster:
         self._write_record()
 
     def _write_map(self) -> None:
-        entries = self._generations.in_service
         if not self._shards:
             return
-        if self._map is None and len(entries) < self._num_named:
-            # The first map is whole, so that the router never believes in a smaller catalogue.
-            return
-        made = self._drawn(entries, self._scaling.current.sharding.shards)
-        if made == self._map:
-            return
-        if self._map is not None:
-            made = made.model_copy(update={"version": self._map.version + 1})
-        self._map = made
-        self._map.write_atomic(self._state.shard_map_file)
+        made = next_map(
+            self._map,
+            self._generations,
+            num_shards=self._scaling.current.sharding.shards,
+            num_named=self._num_named,
+            **self._map_facts,
+        )
+        if made is not None:
+            self._map = made
+            self._map.write_atomic(self._state.shard_map_file)
 
     def _drawn(self, entries: tuple[ShardEntry, ...], num_shards: int) -> ShardMap:
         """Return a map of these processes, of the version of the last one."""
+        return drawn_map(self._map, self._generations, entries, num_shards, **self._map_facts)
+
+    @property
+    def _map_facts(self) -> dict[str, Any]:
+        """Return what a map says beside its processes."""
         sequencer = self._sequencer.entry if self._sequencer else None
-        return ShardMap(
-            version=self._map.version if self._map else 1,
-            generation=self._generations.live,
-            snapshot=str(self._generations.path(self._generations.live)),
-            num_shards=num_shards,
-            entries=entries,
-            snapshots=self._generations.snapshots,
-            aliases=self._generations.aliases,
-            sequencer=sequencer.address if sequencer else "",
-            log_url=self._log_url,
-            log_partitions=self._config.updates.partitions,
-        )
+        return {
+            "sequencer": sequencer.address if sequencer else "",
+            "log_url": self._log_url,
+            "log_partitions": self._config.updates.partitions,
+        }
 
     def _write_record(self) -> None:
         now_s = time.monotonic()

@@ -26,6 +26,7 @@ class Pulse:
         every_s: float = _EVERY_S,
         timeout_s: float = _TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
+        dial: Callable[[str], grpc.Channel] = grpc.insecure_channel,
     ) -> None:
         """Open a channel; nothing is asked yet.
 
@@ -34,11 +35,12 @@ class Pulse:
             every_s: least time between two questions.
             timeout_s: how long an answer may take.
             clock: for the pauses.
+            dial: opens the channel.
         """
         self.status: int | None = None
         """What it said last, of ``HealthCheckResponse.ServingStatus``; None: nothing useful."""
         self._missed = 0
-        self._channel = grpc.insecure_channel(address)
+        self._channel = dial(address)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
         self._every_s = every_s
         self._timeout_s = timeout_s

@@ -79,7 +79,12 @@ class ShardHost:
     """A shard process behind its gRPC port."""
 
     def __init__(
-        self, address: str, *, every_s: float = 0.2, clock: Callable[[], float] = time.monotonic
+        self,
+        address: str,
+        *,
+        every_s: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
+        dial: Callable[[str], grpc.Channel] = grpc.insecure_channel,
     ) -> None:
         """Open a channel; nothing is asked yet.
 
@@ -87,8 +92,9 @@ class ShardHost:
             address: ``host:port``.
             every_s: time between two questions.
             clock: for the pauses.
+            dial: opens the channel.
         """
-        self._channel = grpc.insecure_channel(address)
+        self._channel = dial(address)
         self._stub = shard_pb2_grpc.ShardStub(self._channel)
         self._every_s = every_s
         self._clock = clock

@@ -4,7 +4,6 @@ Ray starts the actor again when the process ends, and says how often, also while
 reads no clock but the one it is given, so that a test can be quicker than time.
 """
 
-import signal
 import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -12,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.crash_loop import CrashLoop
-from silvershard.deploy.processes import Process, identify, is_alive, send_signal
+from silvershard.deploy.processes import Process, Processes
 from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.state import ShardPhase, ShardRecord
 
@@ -76,6 +75,7 @@ class ActorWatch(Generic[E]):
         *,
         feel: Callable[[str], Pulse] = Pulse,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
     ) -> None:
         """Watch an actor.
 
@@ -85,7 +85,9 @@ class ActorWatch(Generic[E]):
             runtime: limits.
             feel: takes the pulse of the process at an address.
             clock: measures its lives.
+            processes: those of its machine; None: of this one.
         """
+        self._processes = processes or Processes()
         self.shard = shard
         self.state: ShardPhase = "starting"
         self.reason = ""
@@ -113,12 +115,15 @@ class ActorWatch(Generic[E]):
         """Look once, without waiting."""
         if self.state == "failed":
             return
-        if self.entry is not None and (self._process is None or not is_alive(self._process)):
+        if self.entry is not None and not self._is_alive():
             self._lost(f"process {self.entry.pid} ended")
         self._count_restarts()
         self._kill_if_hung()
         if self.state in ("starting", "restarting"):
             self._look_for_entry()
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._processes.is_alive(self._process)
 
     def _lost(self, reason: str) -> None:
         self.state, self.reason = "restarting", reason
@@ -137,7 +142,7 @@ class ActorWatch(Generic[E]):
             return
         self._pulse.poll()
         silent_s = self._pulse.silent_s
-        if silent_s >= self._hang_s and send_signal(self._process, signal.SIGKILL):
+        if silent_s >= self._hang_s and self._processes.kill(self._process):
             self._lost(f"process {self._process.pid} hung for {silent_s:g} s and was killed")
 
     def _count_restarts(self) -> None:
@@ -161,7 +166,7 @@ class ActorWatch(Generic[E]):
             self._give_up(str(error))
             return
         if found is not None:
-            self.entry, self._process = found, identify(found.pid)
+            self.entry, self._process = found, self._processes.identify(found.pid)
             self.last = found
             self._pulse = self._feel(found.address)
             self.state, self.reason = "serving", ""
@@ -190,9 +195,10 @@ class ShardWatch(ActorWatch[ShardEntry]):
         replica: int = 0,
         feel: Callable[[str], Pulse] = Pulse,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
     ) -> None:
         """Watch a process of a shard; ``replica`` is the number of the copy."""
-        super().__init__(shard, handle, runtime, feel=feel, clock=clock)
+        super().__init__(shard, handle, runtime, feel=feel, clock=clock, processes=processes)
         self.replica = replica
 
     @property

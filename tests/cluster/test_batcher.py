@@ -495,6 +495,28 @@ def test_what_expired_in_the_queue_is_dropped_before_launch(virtual: Any, runner
     assert batcher.dropped.expired == {"queue": 1}
 
 
+def test_who_waits_is_told_when_the_time_is_over_although_nothing_begins_or_ends(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 1, 60.0)], runner.run))
+        await settle()
+        began_s = virtual.time()
+        (fate,) = await batcher.submit([query(virtual, 2, 1.5)], runner.run)
+        assert isinstance(fate, DeadlineExceeded)
+        assert 1.5 <= virtual.time() - began_s < 1.501
+        assert batcher.num_waiting == 0
+        assert batcher.dropped.expired["queue"] == 1
+        runner.gate.set()
+        assert await running == [1]
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[1]]
+
+
 def test_who_cancels_frees_the_place_at_once_and_no_future_is_lost(
     virtual: Any, runner: Runner
 ) -> None:
