@@ -12,6 +12,7 @@ from torch import Tensor
 from silvershard.cluster import shard_pb2, tensors
 from silvershard.cluster.codec import values_to
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.freshness import ANYTHING, Demand, Seen
 from silvershard.cluster.hosting import seen_from
@@ -193,8 +194,9 @@ class GrpcShardLink:
 class Connections:
     """The connections to all processes that any shard map names, each shared by who needs it."""
 
-    def __init__(self, ping: PingSection) -> None:
+    def __init__(self, ping: PingSection, dialer: Dialer = PLAIN) -> None:
         self._ping = ping
+        self._dialer = dialer
         self._held: dict[tuple[int, int, str, int], tuple[ShardConnection, int]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._lingers = True
@@ -204,7 +206,7 @@ class Connections:
         key = _incarnation(entry)
         connection, users = self._held.get(key, (None, 0))
         if connection is None:
-            connection = ShardConnection(entry, self._ping)
+            connection = ShardConnection(entry, self._ping, self._dialer)
             connection.start()
         self._held[key] = (connection, users + 1)
         return connection

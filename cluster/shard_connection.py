@@ -15,6 +15,7 @@ import grpc.aio
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.codec import Refusal, code_name
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.listen import LINK_OPTIONS
@@ -42,9 +43,9 @@ _MAX_UNSENT = 1024
 class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
 
-    def __init__(self, entry: ShardEntry, ping: PingSection) -> None:
+    def __init__(self, entry: ShardEntry, ping: PingSection, dialer: Dialer = PLAIN) -> None:
         """Make a connection that does not connect yet; ``start`` does."""
-        super().__init__(entry.address, f"shard {entry.shard}", ping)
+        super().__init__(entry.address, f"shard {entry.shard}", ping, dialer)
         self.entry = entry
         self.served: dict[int, Seen] | None = None
         """The generations that it serves, by its last word; None: it has not said yet."""
@@ -175,7 +176,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     async def _watch(self) -> None:
         """Ping on a channel of its own, so that a large answer never delays a sign of life."""
         every_s = self._ping.every_ms / 1e3
-        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
+        async with self._dialer.aio_channel(self.entry.address, LINK_OPTIONS) as channel:
             reader = asyncio.create_task(self._listen(channel))
             try:
                 while True:

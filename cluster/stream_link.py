@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.listen import LINK_OPTIONS
 
 RECONNECT_S = 0.1
@@ -44,16 +45,18 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
     no sign of life since the one before.
     """
 
-    def __init__(self, address: str, name: str, ping: PingSection) -> None:
+    def __init__(self, address: str, name: str, ping: PingSection, dialer: Dialer = PLAIN) -> None:
         """Make a link that does not connect yet; ``start`` does.
 
         Args:
             address: of the server.
             name: what the log calls the server.
             ping: times between looks, and how many may be in vain.
+            dialer: opens channels.
         """
         self._address = address
         self._name = name
+        self._dialer = dialer
         self._ping = ping
         self._ids = itertools.count(1)
         self._connection: Connection[Call, Waiting] | None = None
@@ -127,7 +130,7 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
 
     async def _hold_stream(self) -> None:
         """Keep a stream for calls; when it breaks, connect again."""
-        async with grpc.aio.insecure_channel(self._address, options=LINK_OPTIONS) as channel:
+        async with self._dialer.aio_channel(self._address, LINK_OPTIONS) as channel:
             while True:
                 connection: Connection[Call, Waiting] = self._connection or Connection()
                 stream = self._open(channel)

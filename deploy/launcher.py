@@ -6,6 +6,7 @@ and stops what keeps crashing. It is never on the path of a request.
 Shapes: S shards, R replicas.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from silvershard.cluster.dialer import PLAIN, Dialer, peer_dialer
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
+from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
@@ -39,7 +42,7 @@ StartShard = Callable[[int, int], ShardHandle]
 _CANARY_TIMEOUT_S = 30.0
 
 
-def ask_canary(address: str) -> None:
+def ask_canary(address: str, dialer: Dialer = PLAIN) -> None:
     """Ask one question through the whole cluster, which also warms it for the first user.
 
     Raises:
@@ -48,7 +51,7 @@ def ask_canary(address: str) -> None:
     from silvershard.cluster.client import Client
 
     try:
-        with Client(address, timeout_s=_CANARY_TIMEOUT_S) as client:
+        with Client(address, timeout_s=_CANARY_TIMEOUT_S, dialer=dialer) as client:
             client.retrieve(k=1, min_coverage=1.0)
     except RemoteError as error:
         raise CommandError(f"the first question was not answered: {error}") from None
@@ -73,8 +76,8 @@ class LocalCluster:
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
         start_sequencer: Callable[[], SequencerHandle] | None = None,
-        connect: Connect = ShardHost,
-        canary: Callable[[str], None] = ask_canary,
+        connect: Connect | None = None,
+        canary: Callable[[str], None] | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare a cluster.
@@ -90,7 +93,8 @@ class LocalCluster:
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
-            connect: opens the way to a shard process, to prepare generations there.
+            connect: opens the way to a shard process, to prepare generations there; by default
+                as ``security`` says.
             canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
@@ -104,11 +108,19 @@ class LocalCluster:
         self._guard = guard or self._driver
         self._ray_dir = ray_dir
         self._start_shard = start_shard or self._start_actor
-        self._canary = canary
+        self._peers = config.security.peers
+        dialer = peer_dialer(self._peers)
+        self._canary = canary or functools.partial(ask_canary, dialer=dialer)
         self._report = report
-        self._router = RouterWatch(state, config)
-        self._tables = TableTiers(state, config, start_tables)
-        self._generations = GenerationWatch(state, config, generation, connect=connect)
+        self._router = RouterWatch(state, config, dialer)
+        self._feel = functools.partial(Pulse, dialer=dialer)
+        self._tables = TableTiers(state, config, start_tables, feel=self._feel)
+        self._generations = GenerationWatch(
+            state,
+            config,
+            generation,
+            connect=connect or functools.partial(ShardHost, dialer=dialer),
+        )
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None
@@ -161,10 +173,18 @@ class LocalCluster:
         self._tables.hold(self._generations.wanted)
         if self._log_url:
             self._make_log()
-            self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
+            self._sequencer = SequencerWatch(
+                0, self._start_sequencer(), self._config.runtime, feel=self._feel
+            )
         sharding, runtime = self._config.sharding, self._config.runtime
         self._shards = [
-            ShardWatch(shard, self._start_shard(shard, replica), runtime, replica=replica)
+            ShardWatch(
+                shard,
+                self._start_shard(shard, replica),
+                runtime,
+                replica=replica,
+                feel=self._feel,
+            )
             for replica in range(sharding.copies)
             for shard in range(sharding.shards)
         ]
@@ -193,6 +213,7 @@ class LocalCluster:
             feed_block=updates.feed_block,
             hysteresis=updates.feed_block_hysteresis,
             expiry_every_s=updates.expiry_every_ms / 1e3,
+            peers=self._peers.model_dump(),
         )
         return RayShard(actor, SequencerEntry)
 
@@ -214,6 +235,7 @@ class LocalCluster:
             log_url=self._log_url,
             headroom=self._config.updates.headroom,
             max_batch=self._config.updates.max_batch,
+            peers=self._peers.model_dump(),
         )
         return RayShard(actor, ShardEntry)
 
@@ -325,6 +347,7 @@ class LocalCluster:
             generations=self._generations.records,
             admin=self.admin,
             http=self._router.http,
+            security=self._config.security,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,

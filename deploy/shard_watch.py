@@ -13,7 +13,7 @@ from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.crash_loop import CrashLoop
 from silvershard.deploy.processes import Process, identify, is_alive, send_signal
-from silvershard.deploy.pulse import Pulse
+from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.state import ShardPhase, ShardRecord
 
 
@@ -74,7 +74,7 @@ class ActorWatch(Generic[E]):
         handle: Handle[E],
         runtime: RuntimeSection,
         *,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Feel = Pulse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Watch an actor.
@@ -188,7 +188,7 @@ class ShardWatch(ActorWatch[ShardEntry]):
         runtime: RuntimeSection,
         *,
         replica: int = 0,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Feel = Pulse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Watch a process of a shard; ``replica`` is the number of the copy."""

@@ -18,7 +18,8 @@ Layout::
       tables/                where the rows of each remote table are, read by the shards
       router.json            settings of the router process
       ray.token              secret of the embedded Ray, mode 0600
-      log/                   daemon.log, router.log
+      cluster.secret         what the processes of a cluster show each other, mode 0600
+      log/                   daemon.log, router.log, audit.jsonl
 """
 
 import fcntl
@@ -33,6 +34,7 @@ from typing import Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.cluster.security_config import SecuritySection
 from silvershard.deploy.control_place import FILE, control_store
 from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
@@ -46,7 +48,7 @@ _LAYOUT = frozenset(
     {
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
-        *("ray.token", "log", "tables", "control.url"),
+        *("ray.token", "cluster.secret", "tokens.json", "log", "tables", "control.url"),
         *(f"control.sqlite{suffix}" for suffix in ("", "-journal")),
         *(f"updates.sqlite{suffix}" for suffix in ("", "-wal", "-shm")),
     }
@@ -153,6 +155,9 @@ class ClusterRecord(BaseModel):
     http: str = Field(
         default="", description="host:port of probes and metrics of the router; empty: none"
     )
+    security: SecuritySection = Field(
+        default=SecuritySection(), description="how its processes are reached"
+    )
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
         default=(), description="all processes below the driver, for cleaning up after a crash"
@@ -253,6 +258,16 @@ class StateDir:
     def token_file(self) -> Path:
         """Return the secret of the embedded Ray."""
         return self.root / "ray.token"
+
+    @property
+    def secret_file(self) -> Path:
+        """Return the secret of the cluster, where the settings name none."""
+        return self.root / "cluster.secret"
+
+    @property
+    def audit_file(self) -> Path:
+        """Return the audit log, where the settings name none."""
+        return self.root / "log" / "audit.jsonl"
 
     @property
     def daemon_log(self) -> Path:

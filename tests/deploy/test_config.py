@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"SILVERSHARD__QUERY__MIN_COVERAGE": "0.95"}, {"query": {"min_coverage": 0.95}}),
         ({"SILVERSHARD__SHARDING__DEVICES": "[cpu, cpu]"}, {"sharding": {"devices": ["cpu"] * 2}}),
         ({"SILVERSHARD__PATHS__DATA": "25"}, {"paths": {"data": "25"}}),
-        ({"SILVERSHARD__LISTEN__INSECURE": "true"}, {"listen": {"insecure": True}}),
+        ({"SILVERSHARD__SECURITY__INSECURE": "true"}, {"security": {"insecure": True}}),
         ({"SILVERSHARD_STATE": "x", "OTHER__A": "1"}, {}),
     ],
 )
