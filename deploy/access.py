@@ -72,7 +72,9 @@ def dialer_of(options: argparse.Namespace, state: StateDir) -> Dialer:
     if not getattr(options, "address", "") and state.root.is_dir():
         record = state.read_record()
     own = dialer_within(record)
-    tls = ClientTls(options.ca) if options.ca else own.tls
+    tls = own.tls
+    if options.ca is not None:
+        tls = tls._replace(roots=options.ca) if tls is not None else ClientTls(options.ca)
     return Dialer(token or own.token, tls, own.insecure)
 
 

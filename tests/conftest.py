@@ -819,17 +819,19 @@ def _alternative(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
+@pytest.fixture(scope="session")
+def make_authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Authority]:
+    """``make_authority(name)`` issues certificates from a folder of its own."""
+    return lambda name: Authority(tmp_path_factory.mktemp(name), name)
+
+
 @pytest.fixture
-def authority(tmp_path: Path) -> Authority:
+def authority(make_authority: Callable[[str], Authority]) -> Authority:
     """Issues certificates; ``authority.section()`` is a whole section of TLS."""
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    return Authority(folder, "authority")
+    return make_authority("authority")
 
 
 @pytest.fixture
-def stranger(tmp_path: Path) -> Authority:
+def stranger(make_authority: Callable[[str], Authority]) -> Authority:
     """An authority that nobody believes."""
-    folder = tmp_path / "strange"
-    folder.mkdir()
-    return Authority(folder, "stranger")
+    return make_authority("stranger")

@@ -64,9 +64,7 @@ def test_lines_are_added_also_after_the_file_was_moved_away(audit: AuditLog, pat
     assert len(lines(path)) == 1
 
 
-def test_many_refused_calls_are_counted_instead(
-    audit: AuditLog, path: Path, clock: Clock
-) -> None:
+def test_many_refused_calls_are_counted_instead(audit: AuditLog, path: Path, clock: Clock) -> None:
     for _ in range(200):
         audit.refused("", "/a/B", "UNAUTHENTICATED", "TOKEN_MISSING", peer="p")
     assert len(lines(path)) == 50

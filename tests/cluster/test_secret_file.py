@@ -94,5 +94,5 @@ def test_a_group_may_read_what_root_has_mounted(
     monkeypatch.setattr(secret_file.os, "geteuid", lambda: 1000)
     check_private(path, "file")
     monkeypatch.setattr(secret_file.os, "geteuid", lambda: 0)
-    with pytest.raises(ConfigError, match="file .* owner alone"):
+    with pytest.raises(ConfigError, match=r"file .* owner alone"):
         check_private(path, "file")

@@ -192,11 +192,11 @@ def test_health_is_told_to_anybody(run: Any, section: SecuritySection) -> None:
     async def scene() -> None:
         peers = peers_of(section.peers)
         for protection in (front_protection(section), peers.protection):
-            async with Front().serving(protection) as front:
-                async with PLAIN.aio_channel(front.address) as channel:
-                    stub = health_pb2_grpc.HealthStub(channel)
-                    reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
-                    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            front = Front()
+            async with front.serving(protection), PLAIN.aio_channel(front.address) as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
     run(scene())
 
@@ -339,7 +339,7 @@ def test_ports_that_others_can_reach_need_tls_and_who_calls_known(
     peers = peers_of(PeerSection(secret=section.secret, tls=tls)).protection.door
     assert (peers.credentials is not None, peers.guarded, peers.insecure) == (True, True, False)
     assert peers_of(PeerSection(insecure=True)).protection.door.insecure
-    assert ALONE == peers_of(PeerSection())
+    assert peers_of(PeerSection()) == ALONE
 
 
 def test_a_file_that_cannot_be_used_stops_the_start(
@@ -353,4 +353,3 @@ def test_a_file_that_cannot_be_used_stops_the_start(
             front_protection(section.model_copy(update=update))
     with pytest.raises(ConfigError, match=r"security\.secret"):
         peers_of(PeerSection(secret=str(tmp_path / "no")))
-

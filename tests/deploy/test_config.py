@@ -56,6 +56,11 @@ def test_a_file_sets_what_it_names(write: Write) -> None:
             2,
             "query.min_coverag: unknown key; did you mean min_coverage?",
         ),
+        (
+            "listen:\n  insecure: true\n",
+            2,
+            "listen.insecure: this key is security.insecure now",
+        ),
         ("shrding:\n  a: 3\n", 1, "shrding: unknown key; did you mean sharding?"),
         ("a: 1\n", 1, "a: unknown key; known are paths, model"),
         (

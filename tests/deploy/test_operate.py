@@ -88,7 +88,9 @@ def test_a_shard_that_does_not_answer_counts_as_lost(
     document, code = operate.status(state)
     assert code == ExitCode.DEGRADED
     assert [shard["state"] for shard in document["shards"]] == ["serving", "not answering"]
-    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: service != "model/films")
+    monkeypatch.setattr(
+        operate, "_health", lambda address, service, dialer: service != "model/films"
+    )
     document, code = operate.status(state)
     assert (document["router"]["state"], code) == ("not serving", ExitCode.DEGRADED)
     monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
@@ -295,7 +297,9 @@ def test_a_sequencer_that_is_away_is_degraded(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operate, "_inspected", lambda address, dialer: None)
-    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: address != "127.0.0.1:7")
+    monkeypatch.setattr(
+        operate, "_health", lambda address, service, dialer: address != "127.0.0.1:7"
+    )
     sequencer = SequencerRecord(state="serving", pid=77, address="127.0.0.1:7")
     state.write_record(record(shards=record().shards[:1], sequencer=sequencer))
     document, code = operate.status(state)
