@@ -220,7 +220,9 @@ def peers_of(section: PeerSection) -> Peers:
     Raises:
         ConfigError: if a file cannot be used.
     """
-    door = Door(server_credentials(section.tls), bool(section.secret), section.insecure)
+    # Who shows the secret needs no certificate, which open channels could not rotate.
+    tls = section.tls.model_copy(update={"client_ca": ""})
+    door = Door(server_credentials(tls), bool(section.secret), section.insecure)
     gates: tuple[Any, ...] = ()
     if section.secret:
         gates = (Gate(_Peer(read_secret(Path(section.secret))).caller, needed_within),)

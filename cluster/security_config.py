@@ -24,7 +24,8 @@ class TlsSection(BaseModel):
     )
     client_ca: str = Field(
         default="",
-        description="PEM file of the CA of clients, who must have a certificate of it; empty: none",
+        description="PEM file of the CA of clients: router and admin plane ask for a certificate "
+        "of it; empty: for none",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from silvershard.cluster.listen import Door, check_host
 from silvershard.cluster.secret_file import make_secret
 from silvershard.cluster.tls import check_tls
 from silvershard.cluster.tokens import TokenFile
-from silvershard.deploy.access import secured
+from silvershard.deploy.access import TOKEN_VARIABLE, secured
 from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
@@ -238,7 +238,7 @@ def _spawn(
                 stderr=log,
                 pass_fds=(lock, writable),
                 start_new_session=True,
-                env={**ENVIRONMENT, **os.environ},
+                env={**ENVIRONMENT, **_without_token(os.environ)},
             )
         assert guard.stdin is not None
         with contextlib.suppress(BrokenPipeError), guard.stdin:
@@ -249,6 +249,11 @@ def _spawn(
     finally:
         os.close(writable)
     return guard, readable
+
+
+def _without_token(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a cluster, which needs no token of who starts it."""
+    return {name: value for name, value in environ.items() if name != TOKEN_VARIABLE}
 
 
 def _wait_ready(

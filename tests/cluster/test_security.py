@@ -342,6 +342,26 @@ def test_ports_that_others_can_reach_need_tls_and_who_calls_known(
     assert peers_of(PeerSection()) == ALONE
 
 
+def test_the_front_may_ask_for_certificates_and_the_cluster_itself_does_not(
+    run: Any, section: SecuritySection, texts: dict[str, str], authority: Any
+) -> None:
+    tls = TlsSection(**authority.section(), client_ca=str(authority.ca))
+    section = section.model_copy(update={"tls": tls})
+    without = ClientTls(authority.ca)
+    peers = peers_of(section.peers)
+
+    async def scene() -> None:
+        async with Front().serving(front_protection(section)) as front:
+            found = await front.ask(RETRIEVE, texts["query"], tls=without)
+            assert found[0] == "UNAVAILABLE"
+            own = peers.dialer
+            assert (await front.ask(RETRIEVE, own.token, tls=own.tls))[0] == PEER.name
+        async with Front().serving(peers.protection) as inner:
+            assert (await inner.ask(RETRIEVE, own.token, tls=without))[0] == PEER.name
+
+    run(scene())
+
+
 def test_a_file_that_cannot_be_used_stops_the_start(
     section: SecuritySection, tmp_path: Path
 ) -> None:

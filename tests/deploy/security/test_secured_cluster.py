@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from silvershard.cluster.tokens import TokenFile, make_token
 from silvershard.deploy import launch, verbs
 from silvershard.deploy.config import load
 from silvershard.deploy.state import ClusterRecord, StateDir
-from silvershard.shard.generations import generation_dir
 
 WAIT_S = 60.0
 ROLES = ("view", "query", "update", "admin")
@@ -82,12 +82,11 @@ def at_loopback(address: str) -> str:
 
 @pytest.fixture(scope="module")
 def secured(
-    tmp_path_factory: pytest.TempPathFactory, generation: Any, make_authority: Any
+    tmp_path_factory: pytest.TempPathFactory, two_generations: Path, make_authority: Any
 ) -> Iterator[Secured]:
     state = StateDir(tmp_path_factory.mktemp("state") / "s")
     state.create()
-    state.generations.mkdir()
-    generation_dir(state.generations, 1).symlink_to(generation.path)
+    shutil.copytree(two_generations, state.generations)
     authority = make_authority("authority")
     tls = authority.section("server", "feed.test", "127.0.0.1")
     made = {role: make_token(f"{role}er", [role], now_unix_s=1) for role in ROLES}
@@ -104,7 +103,9 @@ def secured(
             "security.tokens": str(path),
         },
     )
-    launch.start(state, config, detached=False)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SILVERSHARD_TOKEN", made["admin"].text)
+        launch.start(state, config, generation=1, detached=False)
     try:
         yield Secured(state, {role: one.text for role, one in made.items()}, authority, tls)
     finally:
@@ -172,6 +173,16 @@ def test_the_admin_plane_shows_to_some_and_obeys_others(secured: Secured) -> Non
     assert lines[-1]["request"]["operation_id"] == "noted"
     refusals = [one for one in lines if one["event"] == "refused"]
     assert ("viewer", "ROLE_MISSING") in {(one["who"], one["reason"]) for one in refusals}
+
+
+def test_a_generation_is_activated_by_who_may(secured: Secured) -> None:
+    admin = AdminClient(
+        secured.admin, token=secured.tokens["admin"], root_certificates=secured.roots
+    )
+    with admin, secured.client("query") as client:
+        ended = admin.finish(admin.activate(2, load=False), timeout_s=WAIT_S)
+        assert ended.moved.generation == 2
+        until(lambda: client.retrieve(k=1).generation == 2, "generation 2 does not answer")
 
 
 def test_no_port_speaks_plain_text(secured: Secured) -> None:
