@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from silvershard.cluster import admin_pb2, admin_pb2_grpc
 from silvershard.cluster.admin_pb2 import Operation
 from silvershard.cluster.codec import RequestRefused, code_name
+from silvershard.cluster.dialer import Dialer, client_dialer
 from silvershard.cluster.faults import FaultKind
 from silvershard.cluster.service import refused_by
 from silvershard.shard.errors import DeadlineExceeded
@@ -35,16 +36,30 @@ class AdminClient:
     it is not known whether it arrived: the same call under the same name is the same operation.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 10.0,
+        token: str = "",
+        root_certificates: bytes | None = None,
+        dialer: Dialer | None = None,
+    ) -> None:
         """Make a client; it connects with the first call.
 
         Args:
             address: host:port that ``silvershard status`` shows.
             timeout_s: time limit of a call; that of ``finish`` is its own.
+            token: bearer token to show; empty: none. In plain text only loopback addresses get it.
+            root_certificates: PEM of the CAs by which the cluster is known; None: plain text.
+            dialer: reaches the cluster, instead of ``token`` and ``root_certificates``.
+
+        Raises:
+            ConfigError: if a token would be shown to another machine in plain text.
         """
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address)
+        self._channel = (dialer or client_dialer(token, root_certificates)).channel(address)
         self._stub = admin_pb2_grpc.AdminStub(self._channel)
 
     def __enter__(self) -> Self:

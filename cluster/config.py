@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from silvershard.cluster.http_address import split_address
+from silvershard.cluster.security_config import SecuritySection
 
 MEBIBYTE = 1 << 20
 
@@ -17,10 +18,6 @@ class ListenSection(BaseModel):
     host: str = Field(default="127.0.0.1", min_length=1, description="address to bind")
     port: int = Field(
         default=8001, ge=0, le=65535, description="gRPC port; 0 lets the system choose a free one"
-    )
-    insecure: bool = Field(
-        default=False,
-        description="allow an address other than loopback although nothing is encrypted",
     )
 
 
@@ -296,6 +293,9 @@ class RouterConfig(BaseModel):
     )
     num_threads: int = Field(default=1, ge=1, description="threads of each tensor operation")
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
+    security: SecuritySection = Field(
+        default=SecuritySection(), description="who may ask, and how the shards are reached"
+    )
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
     health: HealthSection = Field(

@@ -12,6 +12,7 @@ from torch import Tensor
 from silvershard.cluster import shard_pb2, tensors
 from silvershard.cluster.codec import values_to
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.faults import Faults
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.freshness import ANYTHING, Demand, Seen
@@ -19,7 +20,6 @@ from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.shard_connection import ShardConnection
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.cluster.stream_link import Dial, dial
 from silvershard.model.request import FeatureValues
 from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
@@ -195,17 +195,19 @@ class GrpcShardLink:
 class Connections:
     """The connections to all processes that any shard map names, each shared by who needs it."""
 
-    def __init__(self, ping: PingSection, faults: Faults | None = None, dial: Dial = dial) -> None:
+    def __init__(
+        self, ping: PingSection, dialer: Dials = PLAIN, faults: Faults | None = None
+    ) -> None:
         """Connect to nobody yet.
 
         Args:
             ping: when a replica counts as hung.
+            dialer: opens the channels.
             faults: say which messages are lost on their way; None: none.
-            dial: opens the channels.
         """
         self._ping = ping
+        self._dialer = dialer
         self._faults = faults
-        self._dial = dial
         self._held: dict[tuple[int, int, str, int], tuple[ShardConnection, int]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._lingers = True
@@ -215,7 +217,7 @@ class Connections:
         key = _incarnation(entry)
         connection, users = self._held.get(key, (None, 0))
         if connection is None:
-            connection = ShardConnection(entry, self._ping, self._faults, self._dial)
+            connection = ShardConnection(entry, self._ping, self._dialer, self._faults)
             connection.start()
         self._held[key] = (connection, users + 1)
         return connection

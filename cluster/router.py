@@ -13,10 +13,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from silvershard.cluster.audit import AuditLog
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
 from silvershard.cluster.degrade import Ladder
+from silvershard.cluster.dialer import Dials, peer_dialer
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.faults import faults_of_router
 from silvershard.cluster.http_server import HttpServer
@@ -27,9 +29,9 @@ from silvershard.cluster.metrics import Gauge, Metrics
 from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.request_meter import RequestMeter
 from silvershard.cluster.router_pages import RouterFacts, router_pages
+from silvershard.cluster.security import front_protection
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
-from silvershard.cluster.stream_link import Dial, dial
 from silvershard.cluster.update_service import SERVICE as UPDATES
 from silvershard.cluster.update_service import UpdateService
 from silvershard.shard.errors import SnapshotError, StateError
@@ -71,7 +73,7 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
         maps: MapSource[ShardMap] | None = None,
         opener: Callable[[Path], Snapshot] | None = None,
-        dial: Dial = dial,
+        dialer: Dials | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """Make a router that does not listen yet.
@@ -81,8 +83,11 @@ class Router:
             clock: must be the clock of the event loop.
             maps: where the shard map comes from; None: the file of the configuration.
             opener: opens the generation in a directory; None: from the file system.
-            dial: opens channels to shards.
+            dialer: opens channels to other processes; None: as the configuration says.
             rng: chooses among replicas.
+
+        Raises:
+            ConfigError: if a file of tokens, secrets or certificates cannot be used.
         """
         self.address = ""
         self._config = config
@@ -102,7 +107,8 @@ class Router:
         """When it is taken although not all of them were met."""
         self._offer: Offer | None = None
         self._ready = False
-        self._connections = Connections(config.ping, faults_of_router(config.faults_dir), dial)
+        dialer = dialer or peer_dialer(config.security.peers)
+        self._connections = Connections(config.ping, dialer, faults_of_router(config.faults_dir))
         self._retired: set[asyncio.Task[None]] = set()
         self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(
@@ -122,11 +128,13 @@ class Router:
             "Requests that wait for a batch.",
             Gauge(lambda: self._batcher.num_waiting),
         )
+        audit = AuditLog(Path(config.security.audit)) if config.security.audit else None
+        self._protection = front_protection(config.security, audit, self._metrics)
         self._http = HttpServer(router_pages(lambda: self._facts, self._metrics))
         self._logged_level = 0
         self.service = RetrievalService(lambda: self._offer, self._batcher, config.query, clock)
         """Answers requests, whoever brings them."""
-        self._updates = UpdateService(lambda: self._map.sequencer if self._map else None)
+        self._updates = UpdateService(lambda: self._map.sequencer if self._map else None, dialer)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -149,7 +157,7 @@ class Router:
             # First of all: whoever probes is told that this router starts.
             self._http.start(observability.http, insecure=observability.insecure)
         server = grpc.aio.server(
-            interceptors=(self._meter,),
+            interceptors=(*self._protection.interceptors, self._meter),
             options=server_options(self._config.query.max_request_bytes),
         )
         self.service.add_to(server)
@@ -162,7 +170,7 @@ class Router:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, server)
-        self.address = bind(server, listen.host, listen.port, insecure=listen.insecure)
+        self.address = bind(server, listen.host, listen.port, self._protection.door)
         await self._set_health("", ready=False)
         await self._set_health(SERVICE, ready=False)
         await server.start()

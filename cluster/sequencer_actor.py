@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -17,6 +17,8 @@ from silvershard.cluster.faults import faults_of_sequencer
 from silvershard.cluster.feed_block import FeedBlock
 from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.logs import log_to_stderr
+from silvershard.cluster.security import peers_of
+from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.sequencer import Sequencer
 from silvershard.cluster.sequencer_server import SequencerServer
 from silvershard.cluster.shard_map import ShardMap
@@ -51,7 +53,7 @@ class SequencerActor:
         hysteresis: float,
         expiry_every_s: float = 1.0,
         host: str = "127.0.0.1",
-        insecure: bool = False,
+        peers: Mapping[str, Any] | None = None,
         faults_dir: str = "",
     ) -> None:
         """Become the writer of every partition of a log, once it can be reached; open a free port.
@@ -65,7 +67,7 @@ class SequencerActor:
             hysteresis: how far below that the share must fall for upserts to pass again.
             expiry_every_s: time between two looks for items whose time is over.
             host: address to bind.
-            insecure: allow an address that other machines can reach.
+            peers: the fields of a ``PeerSection``.
             faults_dir: where its faults are written down; empty: there are none.
 
         Raises:
@@ -74,15 +76,16 @@ class SequencerActor:
         """
         log_to_stderr()
         os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), _NICENESS))
+        own = peers_of(PeerSection.model_validate(peers or {}))
         feed, faults = FeedBlock(feed_block, hysteresis), faults_of_sequencer(faults_dir)
         live = load_live_generation(_snapshot_of(Path(map_path), snapshot))
         self._log = _reached(lambda: open_log(log_url, None, create=False))
         self._server = SequencerServer(
             _reached(lambda: Sequencer(self._log, live, feed=feed, faults=faults)),
-            reports=ShardReports(Path(map_path)),
+            reports=ShardReports(Path(map_path), own.dialer),
             feed=feed,
             host=host,
-            insecure=insecure,
+            peers=own,
             expiry_every_s=expiry_every_s,
             on_fenced=Incarnation.current().end_for_good,
         )

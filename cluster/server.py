@@ -18,6 +18,7 @@ from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.degrade_policy import policy_from
 from silvershard.cluster.response import response_of
 from silvershard.cluster.rounds import Fate, Served
+from silvershard.cluster.security import tenant_of
 from silvershard.cluster.service import Malformed, abort, logged_status, parser, serialize
 from silvershard.cluster.shard_map import LIVE
 from silvershard.model.request import RequestError
@@ -220,6 +221,7 @@ class RetrievalService:
 
         Raises:
             RequestError: naming the field.
+            Refusal: if the token of the call is of another tenant.
         """
         min_coverage = self._query.min_coverage
         if message.HasField("min_coverage"):
@@ -236,7 +238,7 @@ class RetrievalService:
             arrived_s,
             consistency,
             message.priority,
-            message.tenant,
+            tenant_of(message.tenant),
             policy_from(message.degrade),
             message.return_task_scores,
         )

@@ -18,6 +18,8 @@ from silvershard.cluster.hosting import ready
 from silvershard.cluster.log_reach import reach_log
 from silvershard.cluster.logs import log_to_stderr
 from silvershard.cluster.query_gaps import QueryGaps
+from silvershard.cluster.security import peers_of
+from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.shard_loader import ShardLoader, wanted_generations
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.table_config import ShardTables
@@ -42,7 +44,7 @@ class ShardActor:
         *,
         replica: int = 0,
         host: str = "127.0.0.1",
-        insecure: bool = False,
+        peers: Mapping[str, Any] | None = None,
         devices: Sequence[str] = ("cpu",),
         num_threads: int = 1,
         tables: Mapping[str, Any] | None = None,
@@ -60,7 +62,7 @@ class ShardActor:
             num_shards: S.
             replica: index of this copy of the shard.
             host: address to bind.
-            insecure: allow an address that other machines can reach.
+            peers: the fields of a ``PeerSection``.
             devices: the local devices that the shard's documents are split over.
             num_threads: threads of each tensor operation.
             tables: the fields of a ``ShardTables``.
@@ -75,7 +77,8 @@ class ShardActor:
         torch.set_num_threads(num_threads)
         if log_url:
             sys.setswitchinterval(_TURN_S)
-        settings = settings_of(ShardTables.model_validate(tables or {}))
+        own = peers_of(PeerSection.model_validate(peers or {}))
+        settings = settings_of(ShardTables.model_validate(tables or {}), own.dialer)
         gaps, faults = QueryGaps(), faults_of_shard(faults_dir, shard, replica)
         load = ShardLoader(
             shard,
@@ -101,7 +104,7 @@ class ShardActor:
             load=load,
             replica=replica,
             host=host,
-            insecure=insecure,
+            peers=own,
             lookups=sources.counts if isinstance(sources, RemoteSources) else dict,
             gaps=gaps,
             faults=faults,

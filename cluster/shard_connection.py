@@ -15,12 +15,14 @@ import grpc.aio
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.codec import Refusal, code_name
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.faults import Faults
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
+from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry
-from silvershard.cluster.stream_link import RECONNECT_S, Connection, Dial, StreamLink, dial
+from silvershard.cluster.stream_link import RECONNECT_S, Connection, StreamLink
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
     CandidatesExpired,
@@ -46,18 +48,18 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         self,
         entry: ShardEntry,
         ping: PingSection,
+        dialer: Dials = PLAIN,
         faults: Faults | None = None,
-        dial: Dial = dial,
     ) -> None:
         """Make a connection that does not connect yet; ``start`` does.
 
         Args:
             entry: the replica.
             ping: when it counts as hung.
+            dialer: opens the channel.
             faults: say which messages are lost on their way; None: none.
-            dial: opens the channel.
         """
-        super().__init__(entry.address, f"shard {entry.shard}", ping, dial)
+        super().__init__(entry.address, f"shard {entry.shard}", ping, dialer)
         self.entry = entry
         self.served: dict[int, Seen] | None = None
         """The generations that it serves, by its last word; None: it has not said yet."""
@@ -199,7 +201,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     async def _watch(self) -> None:
         """Ping on a channel of its own, so that a large answer never delays a sign of life."""
         every_s = self._ping.every_ms / 1e3
-        async with self._dial(self.entry.address) as channel:
+        async with self._dialer.aio_channel(self.entry.address, LINK_OPTIONS) as channel:
             reader = asyncio.create_task(self._listen(channel))
             try:
                 while True:

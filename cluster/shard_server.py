@@ -23,6 +23,7 @@ from silvershard.cluster.freshness import Demand
 from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, Spawn, seen_to, spawn
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
 from silvershard.cluster.query_gaps import QueryGaps
+from silvershard.cluster.security import ALONE, Peers
 from silvershard.cluster.stage_gate import Abandoned, StageGate
 from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.request import RequestError
@@ -81,7 +82,7 @@ class ShardServer:
         epoch: int | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        insecure: bool = False,
+        peers: Peers = ALONE,
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
         lookups: Callable[[], Mapping[str, TableCounts]] = dict,
@@ -101,7 +102,7 @@ class ShardServer:
             epoch: incarnation, larger than that of every earlier one; by default the time in ns.
             host: address to bind.
             port: 0 lets the system choose a free one.
-            insecure: allow an address that other machines can reach.
+            peers: how it meets the other processes of its cluster.
             max_queue: calls that may wait or run; more are refused.
             clock: the clock of ``executor``.
             lookups: returns what was looked up in each remote table so far; any thread may call it.
@@ -116,7 +117,7 @@ class ShardServer:
         self.replica = replica
         self.epoch = time.time_ns() if epoch is None else epoch
         self.address = ""
-        self._host, self._port, self._insecure = host, port, insecure
+        self._host, self._port, self._peers = host, port, peers
         self._max_queue = max_queue
         self._clock = clock
         self._lookups = lookups
@@ -166,9 +167,12 @@ class ShardServer:
             ConfigError: if the host is refused.
             StateError: if the port is in use.
         """
-        server = grpc.aio.server(options=server_options(INTERNAL_MESSAGE_BYTES))
+        protection = self._peers.protection
+        server = grpc.aio.server(
+            interceptors=protection.interceptors, options=server_options(INTERNAL_MESSAGE_BYTES)
+        )
         await self.serve(server)
-        self.address = bind(server, self._host, self._port, insecure=self._insecure)
+        self.address = bind(server, self._host, self._port, protection.door)
         await server.start()
         self._server = server
 

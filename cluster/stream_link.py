@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,19 +11,12 @@ import grpc
 import grpc.aio
 
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.listen import LINK_OPTIONS
 
 RECONNECT_S = 0.1
 
-Dial = Callable[[str], grpc.aio.Channel]
-"""Opens a channel to an address."""
-
 _log = logging.getLogger(__name__)
-
-
-def dial(address: str) -> grpc.aio.Channel:
-    """Return a channel over the network, which connects when it is used first."""
-    return grpc.aio.insecure_channel(address, options=LINK_OPTIONS)
 
 
 class _Numbered(Protocol):
@@ -53,18 +45,18 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
     no sign of life since the one before.
     """
 
-    def __init__(self, address: str, name: str, ping: PingSection, dial: Dial = dial) -> None:
+    def __init__(self, address: str, name: str, ping: PingSection, dialer: Dials = PLAIN) -> None:
         """Make a link that does not connect yet; ``start`` does.
 
         Args:
             address: of the server.
             name: what the log calls the server.
             ping: times between looks, and how many may be in vain.
-            dial: opens the channels.
+            dialer: opens channels.
         """
-        self._dial = dial
         self._address = address
         self._name = name
+        self._dialer = dialer
         self._ping = ping
         self._ids = itertools.count(1)
         self._connection: Connection[Call, Waiting] | None = None
@@ -138,7 +130,7 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
 
     async def _hold_stream(self) -> None:
         """Keep a stream for calls; when it breaks, connect again."""
-        async with self._dial(self._address) as channel:
+        async with self._dialer.aio_channel(self._address, LINK_OPTIONS) as channel:
             while True:
                 connection: Connection[Call, Waiting] = self._connection or Connection()
                 stream = self._open(channel)

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -15,7 +16,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from silvershard.cluster import admin_pb2
+from silvershard.cluster.audit import AuditLog, AuditTrail
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.security import front_protection
 from silvershard.cluster.service import Malformed, abort, parser, serialize
 from silvershard.deploy.admin_errors import public
 from silvershard.deploy.admin_messages import (
@@ -181,6 +184,7 @@ class AdminServer:
 
         Raises:
             StateError: if the port is in use, or the control store cannot be used.
+            ConfigError: if the host is refused, or a file of tokens or certificates cannot be used.
         """
         self._thread.start()
         self.address, self._stop = self._bound.result()
@@ -206,7 +210,14 @@ class AdminServer:
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         runner = self._make_runner(self._state, self._config)
-        server = grpc.aio.server(options=server_options(_MAX_REQUEST_BYTES))
+        security = self._config.security
+        audit = AuditLog(Path(security.audit)) if security.audit else None
+        protection = front_protection(security, audit)
+        trail = (AuditTrail(audit),) if audit is not None else ()
+        server = grpc.aio.server(
+            interceptors=(*protection.interceptors, *trail),
+            options=server_options(_MAX_REQUEST_BYTES),
+        )
         injector = FaultInjector(self._state, self._config)
         AdminService(self._state, runner, injector).add_to(server)
         servicer = health.aio.HealthServicer()
@@ -214,7 +225,7 @@ class AdminServer:
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (SERVICE, health_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        address = bind(server, self._config.admin.host, self._config.admin.port)
+        address = bind(server, self._config.admin.host, self._config.admin.port, protection.door)
         for name in ("", SERVICE):
             await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()

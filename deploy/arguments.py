@@ -63,7 +63,7 @@ def serving_options(parser: argparse.ArgumentParser) -> None:
         "--insecure",
         action="store_true",
         default=None,
-        help="allow an address that other machines can reach, although nothing is encrypted",
+        help="allow addresses that other machines can reach without TLS and tokens",
     )
 
 
@@ -192,7 +192,7 @@ def load_settings(options: argparse.Namespace, state: StateDir, **settings: obje
     if getattr(options, "listen", None) is not None:
         given["listen.host"], given["listen.port"] = options.listen
     if getattr(options, "insecure", None) is not None:
-        given["listen.insecure"] = options.insecure
+        given["security.insecure"] = options.insecure
     return load_with_sources(path, options=given)
 
 

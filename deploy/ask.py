@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from silvershard.cluster import Client, Query, Result
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.feature_json import from_json
 from silvershard.deploy.state import StateDir
@@ -138,14 +139,14 @@ def _named_value(option: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
-def ask(address: str, query: Query, *, timeout_s: float) -> Result:
+def ask(address: str, query: Query, *, timeout_s: float, dialer: Dialer = PLAIN) -> Result:
     """Return the answer of the router at ``address``.
 
     Raises:
         RequestRefused: with the status of the cluster.
         CommandError: if the request has no form on the wire, such as a negative k.
     """
-    with Client(address, timeout_s=timeout_s) as client:
+    with Client(address, timeout_s=timeout_s, dialer=dialer) as client:
         try:
             return client.retrieve(query)
         except ValueError as error:

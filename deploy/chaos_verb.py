@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from silvershard.cluster import RequestRefused, admin_pb2
 from silvershard.cluster.admin_client import AdminClient
 from silvershard.cluster.faults import FaultKind
+from silvershard.deploy.access import access_options, dialer_of
 from silvershard.deploy.arguments import AddVerb, Parents, positive, reporter, show, state_of
 from silvershard.deploy.ask import address_of
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
@@ -36,6 +37,7 @@ def add_verb(verb: AddVerb, shared: Parents) -> None:
     text = "inject a fault into a running cluster whose settings allow it, list faults, end them"
     chaos = verb("chaos", text, _chaos, shared.state)
     chaos.set_defaults(wrong_usage=chaos.error)
+    access_options(chaos)
     chaos.add_argument(
         "what",
         choices=(*_KINDS, "list", "stop", "run"),
@@ -120,7 +122,9 @@ def admin_address(state: StateDir) -> str:
 def _chaos(options: argparse.Namespace) -> int:
     if options.what in ("list", "run") and options.target:
         options.wrong_usage(f"{options.what} takes no target")
-    with AdminClient(admin_address(state_of(options))) as client:
+    state = state_of(options)
+    dialer = dialer_of(options, state)
+    with AdminClient(admin_address(state), dialer=dialer) as client:
         try:
             return _carried_out(options, client)
         except RequestRefused as error:
@@ -170,7 +174,9 @@ def _run(options: argparse.Namespace, client: AdminClient) -> int:
         if options.requests is None
         else of_file(options.requests, k=10, filter_text="")
     )
-    target = Target((address_of(state, ""),), asked.messages, asked.described)
+    target = Target(
+        (address_of(state, ""),), asked.messages, asked.described, dialer_of(options, state)
+    )
     stop, report = threading.Event(), reporter(options)
     day = game_day.GameDay(
         client,

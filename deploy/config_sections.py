@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from silvershard.cluster.listen import is_loopback
 from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.semantic_config import MAX_SEMANTIC_K
 
@@ -156,7 +155,8 @@ class AdminSection(BaseModel):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="loopback address to bind; this version admits whoever can reach it",
+        description="address to bind; another than loopback needs security.tls and "
+        "security.tokens, or security.insecure",
     )
     port: int = Field(
         default=0,
@@ -164,16 +164,6 @@ class AdminSection(BaseModel):
         le=65535,
         description="gRPC port of the admin plane; 0: any free one, which `status` shows",
     )
-
-    @field_validator("host")
-    @classmethod
-    def _check_host(cls, host: str) -> str:
-        if not is_loopback(host):
-            raise ValueError(
-                "admin.host must be a loopback address, because the admin plane asks nobody who "
-                f"they are, got {host!r}"
-            )
-        return host
 
 
 class ControlSection(BaseModel):

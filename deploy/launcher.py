@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from silvershard.cluster.dialer import PLAIN, Dialer, peer_dialer
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.check_watch import CheckWatch, StartCheck
 from silvershard.deploy.cluster_size import size_from
@@ -24,6 +25,7 @@ from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
+from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
@@ -44,7 +46,7 @@ _CENSUS_S = 1.0
 _CANARY_TIMEOUT_S = 30.0
 
 
-def ask_canary(address: str) -> None:
+def ask_canary(address: str, dialer: Dialer = PLAIN) -> None:
     """Ask one question through the whole cluster, which also warms it for the first user.
 
     Raises:
@@ -53,7 +55,7 @@ def ask_canary(address: str) -> None:
     from silvershard.cluster.client import Client
 
     try:
-        with Client(address, timeout_s=_CANARY_TIMEOUT_S) as client:
+        with Client(address, timeout_s=_CANARY_TIMEOUT_S, dialer=dialer) as client:
             client.retrieve(k=1, min_coverage=1.0)
     except RemoteError as error:
         raise CommandError(f"the first question was not answered: {error}") from None
@@ -78,9 +80,9 @@ class LocalCluster:
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
         start_sequencer: Callable[[], SequencerHandle] | None = None,
-        connect: Connect = ShardHost,
+        connect: Connect | None = None,
         start_check: StartCheck | None = None,
-        canary: Callable[[str], None] = ask_canary,
+        canary: Callable[[str], None] | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare a cluster.
@@ -96,7 +98,8 @@ class LocalCluster:
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
-            connect: opens the way to a shard process, to prepare generations there.
+            connect: opens the way to a shard process, to prepare generations there; by default
+                as ``security`` says.
             start_check: compares a new set of shards with the one that serves; by default a
                 process does.
             canary: asks the router at an address one question before the cluster counts as ready.
@@ -111,10 +114,14 @@ class LocalCluster:
         self._driver = myself()
         self._guard = guard or self._driver
         self._ray_dir = ray_dir
-        self._canary = canary
+        self._peers = config.security.peers
+        dialer = peer_dialer(self._peers)
+        self._canary = canary or partial(ask_canary, dialer=dialer)
         self._report = report
-        self._router = RouterWatch(state, config)
-        self._tables = TableTiers(state, config, start_tables)
+        self._router = RouterWatch(state, config, dialer)
+        self._feel = partial(Pulse, dialer=dialer)
+        self._tables = TableTiers(state, config, start_tables, feel=self._feel)
+        connect = connect or partial(ShardHost, dialer=dialer)
         self._generations = GenerationWatch(state, config, generation, connect=connect)
         self._scaling = Scaling(
             state,
@@ -122,6 +129,7 @@ class LocalCluster:
             self._generations,
             start_shard or self._start_actor,
             connect=connect,
+            feel=self._feel,
             draw_map=self._drawn,
             start_check=start_check or partial(CheckWatch, state),
         )
@@ -185,7 +193,9 @@ class LocalCluster:
         self._tables.hold(self._generations.wanted)
         if self._log_url:
             self._make_log()
-            self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
+            self._sequencer = SequencerWatch(
+                0, self._start_sequencer(), self._config.runtime, feel=self._feel
+            )
         self._scaling.start()
 
     def _make_log(self) -> None:
@@ -212,6 +222,7 @@ class LocalCluster:
             feed_block=updates.feed_block,
             hysteresis=updates.feed_block_hysteresis,
             expiry_every_s=updates.expiry_every_ms / 1e3,
+            peers=self._peers.model_dump(),
             faults_dir=faults_dir(self._state, self._config),
         )
         return RayShard(actor, SequencerEntry)
@@ -235,6 +246,7 @@ class LocalCluster:
             log_url=self._log_url,
             headroom=self._config.updates.headroom,
             max_batch=self._config.updates.max_batch,
+            peers=self._peers.model_dump(),
             faults_dir=faults_dir(self._state, self._config),
         )
         return RayShard(actor, ShardEntry)
@@ -350,6 +362,7 @@ class LocalCluster:
             size=size_from(self._scaling.current.sharding) if shards else None,
             admin=self.admin,
             http=self._router.http,
+            security=self._config.security,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,

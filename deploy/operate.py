@@ -1,5 +1,6 @@
 """The verbs that run a cluster: ``up``, ``down`` and ``status``."""
 
+import itertools
 import sys
 import time
 from collections import Counter
@@ -12,7 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tqdm import tqdm
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, table_pb2, table_pb2_grpc
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy import launch
+from silvershard.deploy.access import dialer_within
 from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
@@ -147,28 +150,31 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     document = described(record)
     alive = is_alive(record.driver)
     document["daemon"]["state"] = "running" if alive else "gone"
-    router_serves = _health(record.address, f"model/{record.model}")
+    dialer = dialer_within(record)
+    router_serves = _health(record.address, f"model/{record.model}", dialer)
     if record.router.state == "serving" and not router_serves:
         document["router"] |= {"state": "not serving", "reason": "its health check says no"}
     for shard in document["shards"]:
-        if shard["state"] == "serving" and not _health(shard["address"], f"shard/{shard['shard']}"):
+        name = f"shard/{shard['shard']}"
+        if shard["state"] == "serving" and not _health(shard["address"], name, dialer):
             shard |= {"state": "not answering", "reason": "its health check failed"}
     for tables in document["tables"]:
         names = [f"table/{name}/{tables['shard']}" for name in tables["addresses"]]
-        answered = all(map(_health, tables["addresses"].values(), names))
+        places = tables["addresses"].values()
+        answered = all(map(_health, places, names, itertools.repeat(dialer)))
         if tables["state"] == "serving" and not answered:
             tables |= {"state": "not answering", "reason": "its health check failed"}
     sequencer = document["sequencer"]
-    if sequencer and sequencer["state"] == "serving" and not _health(sequencer["address"], ""):
-        sequencer |= {"state": "not answering", "reason": "its health check failed"}
     if sequencer:
+        if sequencer["state"] == "serving" and not _health(sequencer["address"], "", dialer):
+            sequencer |= {"state": "not answering", "reason": "its health check failed"}
         for shard in document["shards"]:
-            shard["behind"] = _behind(shard, record.generation)
+            shard["behind"] = _behind(shard, record.generation, dialer)
         for tables in document["tables"]:
             if tables["state"] == "serving":
-                tables |= _followed(tables["addresses"].values())
+                tables |= _followed(tables["addresses"].values(), dialer)
     if document["tables"]:
-        document["lookups"] = _lookups(document["shards"])
+        document["lookups"] = _lookups(document["shards"], dialer)
     serving = {
         one["shard"]: one["documents"] for one in document["shards"] if one["state"] == "serving"
     }
@@ -189,10 +195,10 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     return document, ExitCode.OK if whole else ExitCode.DEGRADED
 
 
-def _health(address: str, service: str) -> bool:
+def _health(address: str, service: str, dialer: Dialer = PLAIN) -> bool:
     if not address:
         return False
-    with grpc.insecure_channel(address) as channel:
+    with dialer.channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(
@@ -203,20 +209,20 @@ def _health(address: str, service: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _behind(shard: dict[str, Any], generation: int) -> int | None:
+def _behind(shard: dict[str, Any], generation: int, dialer: Dialer) -> int | None:
     """Return how many records of the update log a process has not applied; None if unknown."""
     if shard["state"] != "serving":
         return None
-    report = _inspected(shard["address"])
+    report = _inspected(shard["address"], dialer)
     held = held_from(report).get(generation) if report is not None else None
     return held.behind if held is not None else None
 
 
-def _followed(addresses: Iterable[str]) -> dict[str, Any]:
+def _followed(addresses: Iterable[str], dialer: Dialer = PLAIN) -> dict[str, Any]:
     """Return how far behind the update log a table process is, and why if it does not follow."""
     behind, trouble = 0, ""
     for address in addresses:
-        with grpc.insecure_channel(address) as channel:
+        with dialer.channel(address) as channel:
             try:
                 found = table_pb2_grpc.TableStub(channel).Inspect(
                     table_pb2.TableInspect(), timeout=_HEALTH_TIMEOUT_S
@@ -228,9 +234,9 @@ def _followed(addresses: Iterable[str]) -> dict[str, Any]:
     return {"behind": behind, "reason": trouble}
 
 
-def _inspected(address: str) -> Any:
+def _inspected(address: str, dialer: Dialer) -> Any:
     """Return what a shard process says of itself, None if it says nothing."""
-    with grpc.insecure_channel(address) as channel:
+    with dialer.channel(address) as channel:
         try:
             return shard_pb2_grpc.ShardStub(channel).Inspect(
                 shard_pb2.InspectRequest(), timeout=_HEALTH_TIMEOUT_S
@@ -239,13 +245,13 @@ def _inspected(address: str) -> Any:
             return None
 
 
-def _lookups(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def _lookups(shards: Sequence[dict[str, Any]], dialer: Dialer) -> dict[str, dict[str, int]]:
     """Return what all serving shards looked up in each remote table since they started."""
     found: dict[str, Counter[str]] = {}
     for shard in shards:
         if shard["state"] != "serving":
             continue
-        report = _inspected(shard["address"])
+        report = _inspected(shard["address"], dialer)
         for one in report.tables if report is not None else ():
             counts = {name: getattr(one, name) for name in _COUNTS}
             found.setdefault(one.table, Counter()).update(counts)

@@ -24,6 +24,7 @@ from silvershard.cluster.client import Client, Query, Result
 from silvershard.cluster.codec import RequestRefused
 from silvershard.cluster.config import ListenSection, ObservabilitySection, RouterConfig
 from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
+from silvershard.cluster.dialer import peer_dialer
 from silvershard.cluster.logs import log_to_stderr
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.deploy.processes import die_with_parent, step_back
@@ -146,7 +147,8 @@ def asking(config: RouterConfig, shard_map: Path) -> Iterator[Ask]:
     thread.start()
     router = asyncio.run_coroutine_threadsafe(_started(config, Router), loop).result()
     try:
-        with Client(router.address, timeout_s=_TIMEOUT_S) as client:
+        dialer = peer_dialer(config.security.peers)
+        with Client(router.address, timeout_s=_TIMEOUT_S, dialer=dialer) as client:
             client.wait_until_ready(READY_S)
             yield client.retrieve
     finally:

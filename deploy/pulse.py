@@ -7,6 +7,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from silvershard.cluster.dialer import PLAIN, Dials
+
 _EVERY_S = 0.5
 _TIMEOUT_S = 1.0
 
@@ -22,25 +24,25 @@ class Pulse:
     def __init__(
         self,
         address: str,
+        dialer: Dials = PLAIN,
         *,
         every_s: float = _EVERY_S,
         timeout_s: float = _TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
-        dial: Callable[[str], grpc.Channel] = grpc.insecure_channel,
     ) -> None:
         """Open a channel; nothing is asked yet.
 
         Args:
             address: ``host:port``.
+            dialer: opens the channel.
             every_s: least time between two questions.
             timeout_s: how long an answer may take.
             clock: for the pauses.
-            dial: opens the channel.
         """
         self.status: int | None = None
         """What it said last, of ``HealthCheckResponse.ServingStatus``; None: nothing useful."""
         self._missed = 0
-        self._channel = dial(address)
+        self._channel = dialer.channel(address)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
         self._every_s = every_s
         self._timeout_s = timeout_s
@@ -71,3 +73,7 @@ class Pulse:
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
+
+
+Feel = Callable[[str], Pulse]
+"""Takes the pulse of the process at an address."""

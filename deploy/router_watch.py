@@ -11,6 +11,7 @@ import time
 from grpc_health.v1 import health_pb2
 
 from silvershard.cluster.config import RouterConfig
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.config import Config
 from silvershard.deploy.crash_loop import CrashLoop
 from silvershard.deploy.fault_plan import faults_dir
@@ -34,7 +35,7 @@ def http_wanted(config: Config) -> str:
 class RouterWatch:
     """The router process: started, watched, and started again when it ends."""
 
-    def __init__(self, state: StateDir, config: Config) -> None:
+    def __init__(self, state: StateDir, config: Config, dialer: Dialer = PLAIN) -> None:
         self.phase: RouterPhase = "starting"
         self.address = ""
         self.http = ""
@@ -43,6 +44,7 @@ class RouterWatch:
         self.restarts = 0
         self._state = state
         self._config = config
+        self._dialer = dialer
         self._port = config.listen.port
         self._http = http_wanted(config)
         self._crashes = CrashLoop(1 << 30, _STEADY_S)
@@ -72,6 +74,7 @@ class RouterWatch:
             map_path=str(self._state.shard_map_file),
             drain_s=self._config.runtime.drain_s,
             listen=listen,
+            security=self._config.security,
             query=self._config.query,
             ping=self._config.ping,
             health=self._config.health,
@@ -146,7 +149,7 @@ class RouterWatch:
         if self._pulse is None:
             if not self.address:
                 return 0.0
-            self._pulse = Pulse(self.address, every_s=_LOOK_S)
+            self._pulse = Pulse(self.address, self._dialer, every_s=_LOOK_S)
         self._pulse.poll()
         return self._pulse.silent_s
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 
 from silvershard.deploy.config_sections import RuntimeSection, ShardingSection
+from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.shard_watch import ShardHandle, ShardWatch
 
 StartShard = Callable[[int, int, int], ShardHandle]
@@ -17,7 +18,12 @@ class ShardSet:
     """S times R processes, whichever generations they hold."""
 
     def __init__(
-        self, sharding: ShardingSection, start: StartShard, runtime: RuntimeSection
+        self,
+        sharding: ShardingSection,
+        start: StartShard,
+        runtime: RuntimeSection,
+        *,
+        feel: Feel = Pulse,
     ) -> None:
         """Start nothing yet.
 
@@ -25,11 +31,13 @@ class ShardSet:
             sharding: how many there shall be.
             start: starts one.
             runtime: limits of a process.
+            feel: takes the pulse of the process at an address.
         """
         self.sharding = sharding
         self.watches: list[ShardWatch] = []
         self._start = start
         self._runtime = runtime
+        self._feel = feel
 
     def start(self, replicas: Iterable[int]) -> None:
         """Start these copies of every shard, all at once."""
@@ -48,7 +56,7 @@ class ShardSet:
 
     def _started(self, shard: int, replica: int) -> ShardWatch:
         handle = self._start(self.sharding.shards, shard, replica)
-        return ShardWatch(shard, handle, self._runtime, replica=replica)
+        return ShardWatch(shard, handle, self._runtime, replica=replica, feel=self._feel)
 
     def poll(self) -> None:
         """Look at every process once."""

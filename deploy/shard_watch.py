@@ -12,7 +12,7 @@ from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.crash_loop import CrashLoop
 from silvershard.deploy.processes import Process, Processes
-from silvershard.deploy.pulse import Pulse
+from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.state import ShardPhase, ShardRecord
 
 
@@ -73,7 +73,7 @@ class ActorWatch(Generic[E]):
         handle: Handle[E],
         runtime: RuntimeSection,
         *,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Feel = Pulse,
         clock: Callable[[], float] = time.monotonic,
         processes: Processes | None = None,
     ) -> None:
@@ -193,7 +193,7 @@ class ShardWatch(ActorWatch[ShardEntry]):
         runtime: RuntimeSection,
         *,
         replica: int = 0,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Feel = Pulse,
         clock: Callable[[], float] = time.monotonic,
         processes: Processes | None = None,
     ) -> None:

@@ -18,8 +18,9 @@ Layout::
       tables/                where the rows of each remote table are, read by the shards
       router.json            settings of the router process
       ray.token              secret of the embedded Ray, mode 0600
+      cluster.secret         what the processes of a cluster show each other, mode 0600
       faults/                faults that were injected, and who suffers them
-      log/                   daemon.log, router.log
+      log/                   daemon.log, router.log, audit.jsonl
 """
 
 import fcntl
@@ -34,6 +35,7 @@ from typing import Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.cluster.security_config import SecuritySection
 from silvershard.deploy.cluster_size import ClusterSize
 from silvershard.deploy.control_place import FILE, control_store
 from silvershard.deploy.control_store import ControlStore
@@ -48,7 +50,7 @@ _LAYOUT = frozenset(
     {
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
-        *("ray.token", "log", "tables", "control.url", "faults"),
+        *("ray.token", "cluster.secret", "tokens.json", "log", "tables", "control.url", "faults"),
         *(f"control.sqlite{suffix}" for suffix in ("", "-journal")),
         *(f"updates.sqlite{suffix}" for suffix in ("", "-wal", "-shm")),
     }
@@ -157,6 +159,9 @@ class ClusterRecord(BaseModel):
     admin: str = Field(default="", description="host:port of the admin plane; empty: none")
     http: str = Field(
         default="", description="host:port of probes and metrics of the router; empty: none"
+    )
+    security: SecuritySection = Field(
+        default=SecuritySection(), description="how its processes are reached"
     )
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
@@ -268,6 +273,16 @@ class StateDir:
     def token_file(self) -> Path:
         """Return the secret of the embedded Ray."""
         return self.root / "ray.token"
+
+    @property
+    def secret_file(self) -> Path:
+        """Return the secret of the cluster, where the settings name none."""
+        return self.root / "cluster.secret"
+
+    @property
+    def audit_file(self) -> Path:
+        """Return the audit log, where the settings name none."""
+        return self.root / "log" / "audit.jsonl"
 
     @property
     def daemon_log(self) -> Path:

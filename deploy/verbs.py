@@ -28,7 +28,9 @@ from silvershard.deploy import (
     ingest,
     plan_verb,
     scale_verbs,
+    token_verbs,
 )
+from silvershard.deploy.access import access_options, dialer_of
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
@@ -150,7 +152,9 @@ def _arguments() -> argparse.ArgumentParser:
     verb("down", text, _down, state, config, timeout)
     doctor_verb.add_verb(verb, state, config)
     verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
-    query_options(verb("query", "ask a running cluster", _query, state, timeout))
+    query = verb("query", "ask a running cluster", _query, state, timeout)
+    query_options(query)
+    access_options(query)
 
     for module in (change, ingest):
 
@@ -165,9 +169,11 @@ def _arguments() -> argparse.ArgumentParser:
     bench.add_verbs(verb, shared)
     plan_verb.add_verb(verb, shared)
     chaos_verb.add_verb(verb, shared)
+    token_verbs.add_verbs(verb, shared)
     text = "ask a running cluster the requests its generation was published with, and compare"
     golden = verb("golden", text, _golden, state, timeout)
     golden.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")
+    access_options(golden)
     text = "measure a running cluster on the held-out interactions of its data set"
     evaluate = verb("evaluate", text, _evaluate, state, config)
     evaluate.add_argument("--data", **data)
@@ -352,6 +358,7 @@ def _query(options: argparse.Namespace) -> int:
             return_fields=[name for name in options.fields.split(",") if name],
         ),
         timeout_s=options.timeout or 10.0,
+        dialer=dialer_of(options, state),
     )
     document = ask.described(result, asker)
     show(options, document, lambda: ask.render(document))
@@ -371,7 +378,9 @@ def _golden(options: argparse.Namespace) -> int:
 
     state = state_of(options)
     address = ask.address_of(state, options.address)
-    document = golden.check(state, address, timeout_s=options.timeout or 10.0)
+    document = golden.check(
+        state, address, timeout_s=options.timeout or 10.0, dialer=dialer_of(options, state)
+    )
     show(options, document, lambda: golden.render(document))
     return ExitCode.FAILED if document["differences"] else ExitCode.OK
 

@@ -78,7 +78,7 @@ def test_a_port_in_use_is_named(command: Command, taken_port: int) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "[::]", "example.org"])
 def test_an_address_that_others_can_reach_is_refused(command: Command, host: str) -> None:
     said = failed(command("up", "--listen", f"{host}:8001"), 4)
-    assert "is not a loopback address" in said
+    assert "listen.host must be a loopback address without security.tls" in said
     assert "--insecure" in said
 
 
