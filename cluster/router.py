@@ -30,6 +30,7 @@ from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.update_service import SERVICE as UPDATES
 from silvershard.cluster.update_service import UpdateService
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.shard.errors import SnapshotError, StateError
 from silvershard.shard.snapshot import open_snapshot
 
@@ -52,6 +53,8 @@ class _Held(NamedTuple):
     content_hash: str
     snapshot: str
     num_shards: int
+    calibration: RecallCalibration | None
+    """What its plans find of exact answers."""
 
 
 class Router:
@@ -264,7 +267,7 @@ class Router:
         held: dict[int, _Held] = {}
         for number, snapshot in shard_map.hosted.items():
             known = self._held.get(number)
-            if known is not None and known[3:] == (snapshot, shard_map.num_shards):
+            if known is not None and known[3:5] == (snapshot, shard_map.num_shards):
                 held[number] = known
                 continue
             try:
@@ -282,7 +285,9 @@ class Router:
         self._offer = Offer(
             shard_map.generation,
             {
-                number: Serving(one.coordinator, one.content_hash, shard_map.version)
+                number: Serving(
+                    one.coordinator, one.content_hash, shard_map.version, one.calibration
+                )
                 for number, one in held.items()
             },
             {alias: number for alias, number in shard_map.aliases.items() if number in held},
@@ -318,7 +323,8 @@ class Router:
             ladder=self._ladder,
             dropped=self._batcher.dropped,
         )
-        return _Held(coordinator, links, manifest.content_hash, snapshot, num_shards)
+        hashed = manifest.content_hash
+        return _Held(coordinator, links, hashed, snapshot, num_shards, manifest.calibration)
 
     def _retire(self, links: Links) -> None:
         """Close links that no new request uses, once those that do have ended by their deadline."""
