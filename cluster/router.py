@@ -87,7 +87,8 @@ class Router:
         self._held: dict[int, _Held] = {}
         self._offer: Offer | None = None
         self._ready = False
-        self._connections = Connections(config.ping, faults_of_router(config.faults_dir))
+        self._faults = faults_of_router(config.faults_dir)
+        self._connections = Connections(config.ping, self._faults)
         self._retired: set[asyncio.Task[None]] = set()
         self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(
@@ -170,6 +171,8 @@ class Router:
         await asyncio.gather(*self._retired, return_exceptions=True)
         await self._updates.aclose()
         await self._connections.aclose()
+        if self._faults is not None:
+            self._faults.stop()
         self._http.stop()
 
     async def follow(self) -> None:
