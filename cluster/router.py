@@ -34,6 +34,7 @@ from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.update_service import SERVICE as UPDATES
 from silvershard.cluster.update_service import UpdateService
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.shard.errors import SnapshotError, StateError
 from silvershard.shard.snapshot import Snapshot, open_snapshot
 
@@ -57,6 +58,8 @@ class _Held(NamedTuple):
     content_hash: str
     snapshot: str
     num_shards: int
+    calibration: RecallCalibration | None
+    """What its plans find of exact answers."""
 
 
 class Router:
@@ -108,7 +111,8 @@ class Router:
         self._offer: Offer | None = None
         self._ready = False
         dialer = dialer or peer_dialer(config.security.peers)
-        self._connections = Connections(config.ping, dialer, faults_of_router(config.faults_dir))
+        self._faults = faults_of_router(config.faults_dir)
+        self._connections = Connections(config.ping, dialer, self._faults)
         self._retired: set[asyncio.Task[None]] = set()
         self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(
@@ -192,6 +196,8 @@ class Router:
         await asyncio.gather(*self._retired, return_exceptions=True)
         await self._updates.aclose()
         await self._connections.aclose()
+        if self._faults is not None:
+            self._faults.stop()
         self._http.stop()
 
     async def follow(self) -> None:
@@ -287,7 +293,7 @@ class Router:
         held: dict[int, _Held] = {}
         for number, snapshot in shard_map.hosted.items():
             for known in (self._held.get(number), self._coming.get(number)):
-                if known is not None and known[3:] == (snapshot, shard_map.num_shards):
+                if known is not None and known[3:5] == (snapshot, shard_map.num_shards):
                     held[number] = known
             if number in held:
                 continue
@@ -314,7 +320,9 @@ class Router:
         self._offer = Offer(
             shard_map.generation,
             {
-                number: Serving(one.coordinator, one.content_hash, shard_map.version)
+                number: Serving(
+                    one.coordinator, one.content_hash, shard_map.version, one.calibration
+                )
                 for number, one in held.items()
             },
             {alias: number for alias, number in shard_map.aliases.items() if number in held},
@@ -362,7 +370,8 @@ class Router:
             ladder=self._ladder,
             dropped=self._batcher.dropped,
         )
-        return _Held(coordinator, links, manifest.content_hash, snapshot, num_shards)
+        hashed = manifest.content_hash
+        return _Held(coordinator, links, hashed, snapshot, num_shards, manifest.calibration)
 
     def _retire(self, links: Links) -> None:
         """Close links that no new request uses, once those that do have ended by their deadline."""

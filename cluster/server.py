@@ -16,11 +16,12 @@ from silvershard.cluster.config import QuerySection
 from silvershard.cluster.consistency import ANY, consistency_from, stamp
 from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.degrade_policy import policy_from
-from silvershard.cluster.response import response_of
+from silvershard.cluster.response import expected_recall, response_of
 from silvershard.cluster.rounds import Fate, Served
 from silvershard.cluster.security import tenant_of
 from silvershard.cluster.service import Malformed, abort, logged_status, parser, serialize
 from silvershard.cluster.shard_map import LIVE
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import Overloaded, RetrievalError
 
@@ -34,6 +35,8 @@ class Serving(NamedTuple):
     content_hash: str
     """Of the generation."""
     map_version: int
+    calibration: RecallCalibration | None = None
+    """What its plans find of exact answers; None: nobody knows."""
 
 
 class Offer(NamedTuple):
@@ -250,6 +253,9 @@ class RetrievalService:
             return fate
         spec = serving.coordinator.spec
         response = response_of(fate, spec.item_schema, task_scores=message.return_task_scores)
+        expected = expected_recall(serving.calibration, fate, message)
+        if expected is not None:
+            response.coverage.expected_recall = expected
         response.request_id = message.request_id or uuid.uuid4().hex
         response.version.model = spec.model
         response.version.generation = spec.generation

@@ -186,6 +186,7 @@ def described(result: Result, asker: Asker) -> dict[str, Any]:
         "items": items,
         "exhausted": result.exhausted,
         "coverage": coverage.documents,
+        "expected_recall": coverage.expected_recall,
         "shards": {"total": coverage.shards_total, "failed": coverage.shards_failed},
         "reasons": list(coverage.reasons),
         "model": result.model,
@@ -248,8 +249,10 @@ def render(document: Mapping[str, Any]) -> str:
     shards = document["shards"]
     lost = f", {shards['failed']} of {shards['total']} shards failed" if shards["failed"] else ""
     reasons = f" ({', '.join(document['reasons'])})" if document["reasons"] else ""
+    recall = document["expected_recall"]
     facts = [
         ("coverage", f"{document['coverage']:.4f}{lost}{reasons}"),
+        ("recall", "unknown" if recall is None else f"{recall:.4f} of an exact search, expected"),
         ("generation", f"{document['generation']} of {document['model']}"),
         ("plan", document["plan"]),
         (

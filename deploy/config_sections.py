@@ -85,6 +85,13 @@ class IndexSection(BaseModel):
         le=10_000,
         description="requests whose answers a publish writes, and checks on what it wrote; 0: none",
     )
+    recall_requests: int = Field(
+        default=48,
+        ge=0,
+        le=10_000,
+        description="requests on which a publish measures what plans find of exact answers, for "
+        "the `expected_recall` of answers; 0: they have none",
+    )
 
 
 class ShardingSection(BaseModel):

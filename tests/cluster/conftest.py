@@ -433,10 +433,13 @@ def make_cluster(
     """``make_cluster(num_shards, **query)`` starts servers and a router; all end with the test."""
     clusters: list[LocalCluster] = []
 
-    def make(num_shards: int, *, executors: Any = None, **options: Any) -> LocalCluster:
+    def make(
+        num_shards: int, *, executors: Any = None, snapshot: Path | None = None, **options: Any
+    ) -> LocalCluster:
         cluster = LocalCluster(loop_thread, tmp_path)
         clusters.append(cluster)
-        return cluster.start(executors or make_executors(num_shards), generation.path, **options)
+        path = snapshot or generation.path
+        return cluster.start(executors or make_executors(num_shards), path, **options)
 
     yield make
     for cluster in clusters:

@@ -1,0 +1,152 @@
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from silvershard.model.plan import Plan
+from silvershard.model.quality import overlap_at_k
+from silvershard.model.recall_calibration import RecallCalibration, calibrate
+from silvershard.model.request import Request
+from silvershard.model.retriever import Retriever
+from silvershard.shard.load import load_retriever
+
+TOLERANCE = 0.05
+"""Between two means over 150 users each, whose recalls have a standard deviation near 0.2."""
+
+MADE = RecallCalibration(
+    requests=5,
+    semantic=False,
+    ks=(10, 100),
+    ann_ks=(50, 200),
+    probes=(4, 16, 64),
+    recall=(((0.4, 0.8, 1.0), (0.5, 0.9, 1.0)), ((0.2, 0.4, 0.6), (0.3, 0.6, 0.9))),
+)
+
+
+def plan(probes: int, ann_k: int = 200, kind: str = "probe", **more: Any) -> Plan:
+    return Plan(kind, probes, ann_k, **more)
+
+
+def estimate(one: Plan, k: int = 10, **more: Any) -> float | None:
+    return MADE.estimate(one, **{"k": k, "documents": 10_000, **more})
+
+
+def test_what_was_measured_is_found_again() -> None:
+    assert estimate(plan(16)) == pytest.approx(0.9)
+    assert estimate(plan(4, 50)) == pytest.approx(0.4)
+    assert estimate(plan(64, 200, "all_pages"), 100) == pytest.approx(0.9)
+
+
+def test_what_lies_between_is_interpolated() -> None:
+    assert estimate(plan(8)) == pytest.approx(0.7)
+    assert estimate(plan(16, 100)) == pytest.approx(0.85)
+    assert estimate(plan(8, 100)) == pytest.approx(0.65)
+    # Depths are not: the next larger one promises no more than there is.
+    assert estimate(plan(16), 1) == pytest.approx(0.9)
+    assert estimate(plan(16), 11) == pytest.approx(0.6)
+    # More candidates than were measured find no less.
+    assert estimate(plan(16, 5000)) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("one", "more"),
+    [
+        (plan(16), {"k": 101}),
+        (plan(3), {}),
+        (plan(16, 49), {}),
+        (plan(16, semantic_k=9), {}),
+        (plan(16), {"eligible": 9000}),
+        (plan(64, kind="probe_wide"), {"eligible": 500}),
+    ],
+)
+def test_there_is_no_guess_outside_of_what_was_measured(one: Plan, more: dict[str, Any]) -> None:
+    assert estimate(one, **more) is None
+
+
+def test_an_exact_search_finds_all_and_all_pages_what_their_candidates_do() -> None:
+    exact = plan(64, 10_000, "all_pages")
+    assert estimate(exact, 5000) == 1.0
+    assert estimate(plan(64, 200, "all_pages"), eligible=200) == 1.0
+    assert estimate(plan(64, 200, "all_pages"), 100, eligible=201) == pytest.approx(0.9)
+    assert estimate(plan(16, 10_000, "probe"), 5000) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ks": (100, 10)},
+        {"probes": (0, 16, 64)},
+        {"ann_ks": (50,)},
+        {"recall": (((0.4, 0.8, 1.1), (0.5, 0.9, 1.0)), ((0.2, 0.4, 0.6), (0.3, 0.6, 0.9)))},
+        {"recall": (((0.4, 0.8),), ((0.2, 0.4),))},
+    ],
+)
+def test_a_table_that_is_none_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RecallCalibration.model_validate({**MADE.model_dump(), **change})
+
+
+def users(generation: Any, count: int, seed: int) -> list[Request]:
+    draw = np.random.default_rng(seed)
+    ids = generation.catalogue.item_ids
+    return [
+        Request(features={"history": draw.choice(ids, draw.integers(2, 12)).tolist()})
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def retriever(generation: Any) -> Retriever:
+    return load_retriever(generation.path)[0]
+
+
+@pytest.fixture(scope="module")
+def measured(generation: Any, retriever: Retriever) -> RecallCalibration:
+    found = calibrate(retriever, users(generation, 150, seed=1))
+    assert found is not None
+    return found
+
+
+def test_the_axes_span_what_plans_and_overload_ask_for(
+    retriever: Retriever, measured: RecallCalibration
+) -> None:
+    defaults = retriever.spec.defaults
+    assert (measured.probes[0], measured.probes[-1]) == (2, retriever.spec.num_clusters)
+    assert {defaults.probes, 2 * defaults.probes} <= set(measured.probes)
+    assert {10, 20, defaults.ann_k} <= set(measured.ann_ks)
+    assert measured.ks == (10, 100)
+    assert measured.requests == 150
+    # All pages with many candidates find what counts.
+    assert measured.recall[0][-1][-1] > 0.9
+
+
+@pytest.mark.parametrize("k", [10, 100])
+@pytest.mark.parametrize("probes", [2, 3, 4, 6, 8, 12, 16])
+@pytest.mark.parametrize("ann_k", [20, 30, 40, 150])
+def test_others_find_what_is_expected(
+    generation: Any,
+    retriever: Retriever,
+    measured: RecallCalibration,
+    k: int,
+    probes: int,
+    ann_k: int,
+) -> None:
+    run = Plan("all_pages" if probes == 16 else "probe", probes, ann_k)
+    others = [replace(one, k=k) for one in users(generation, 150, seed=2)]
+    expected = measured.estimate(run, k=k, documents=retriever.documents)
+    assert expected is not None
+
+    def ids(**changes: Any) -> np.ndarray:
+        found = np.full((len(others), k), -1)
+        for row, answer in enumerate(retriever([replace(one, **changes) for one in others])):
+            found[row, : len(answer.item_ids)] = answer.item_ids
+        return found
+
+    share = overlap_at_k(ids(plan=str(run)), ids(exact=True), k).mean()
+    assert share == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_nothing_is_measured_without_items_or_users(retriever: Retriever) -> None:
+    assert calibrate(retriever, []) is None
