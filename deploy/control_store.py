@@ -20,6 +20,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from silvershard.deploy.cluster_size import Scaled
+from silvershard.deploy.host_state import HostState
 from silvershard.shard.errors import StateError
 
 LIVE: Final = "live"
@@ -94,6 +95,9 @@ class Control(BaseModel):
     canary: int = Field(default=0, ge=0, description="served to those who ask for it; 0: none")
     warm: int = Field(default=0, ge=0, description="held to become live quickly; 0: none")
     scaled: Scaled | None = Field(default=None, description="what `scale` did last; none: nothing")
+    host_states: dict[str, HostState] = Field(
+        default={}, description="state of each host that is not up, by name"
+    )
     operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
 
     @property

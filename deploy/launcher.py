@@ -8,6 +8,7 @@ Shapes: S shards, R replicas.
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -142,8 +143,8 @@ class LocalCluster:
         self._family: dict[int, Process] = {}
         self._next_census_s = 0.0
         self._since_unix_s = time.time()
-        self._num_actors = 0
-        """Shard processes that were ever started: Ray wants names that nobody else has."""
+        self._names: Counter[str] = Counter()
+        """How often each was given to an actor."""
 
     @property
     def address(self) -> str:
@@ -233,8 +234,11 @@ class LocalCluster:
 
         # ray.remote turns the class into something that its type does not say.
         actor_class: Any = shard_actor.ShardActor
-        self._num_actors += 1
-        actor = actor_class.options(name=f"shard-{shard}-{replica}-{self._num_actors}").remote(
+        name = f"shard-{shard}-{replica}"
+        # Ray wants a name that nobody has, and one that ended has its name for a while longer.
+        again = f"-{self._names[name]}" if self._names[name] else ""
+        self._names[name] += 1
+        actor = actor_class.options(name=name + again).remote(
             str(self._snapshot),
             shard,
             num_shards,

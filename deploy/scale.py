@@ -15,6 +15,7 @@ from silvershard.deploy.cluster_size import SIZE_LIMITS, ClusterSize, Scaled, re
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, wanted
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
+from silvershard.deploy.fleet import OneMachine, check_new_copies
 from silvershard.deploy.footprint import PROCESS_BYTES
 from silvershard.deploy.memory_plan import free_memory, held_by, loaded_bytes, mib
 from silvershard.deploy.state import StateDir
@@ -152,6 +153,8 @@ def scale(
     )
     for line in render(plan):
         report(line)
+    if plan.starts:
+        check_new_copies(OneMachine(state, record))
     if plan.reason:
         raise Refused(f"the cluster is not scaled: {plan.reason}")
     document = {

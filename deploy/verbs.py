@@ -26,6 +26,7 @@ from silvershard.deploy import (
     doctor_verb,
     generation_verbs,
     ingest,
+    node_verbs,
     plan_verb,
     scale_verbs,
     token_verbs,
@@ -166,6 +167,7 @@ def _arguments() -> argparse.ArgumentParser:
         module.add_options(change_verb)
     generation_verbs.add_verbs(verb, shared)
     scale_verbs.add_verbs(verb, shared)
+    node_verbs.add_verbs(verb, shared)
     bench.add_verbs(verb, shared)
     plan_verb.add_verb(verb, shared)
     chaos_verb.add_verb(verb, shared)

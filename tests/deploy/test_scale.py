@@ -1,3 +1,4 @@
+import socket
 import threading
 import time
 from typing import Any
@@ -177,6 +178,15 @@ def test_one_thing_at_a_time(state: StateDir) -> None:
     with pytest.raises(Refused, match="activate of generation 2 is going on since"):
         ask(state, shards=3)
     assert state.control.read().current == operation
+
+
+def test_a_host_that_takes_no_new_copies_gets_none(state: StateDir) -> None:
+    name = socket.gethostname()
+    state.control.change(lambda now: now.model_copy(update={"host_states": {name: "maintenance"}}))
+    with pytest.raises(Refused, match=f"no host takes new copies: {name} is in maintenance"):
+        ask(state, shards=3)
+    # What only ends processes needs no host.
+    assert not ask(state, replicas=1, standby=0, dry_run=True)["starts"]
 
 
 def test_a_cluster_that_starts_is_not_scaled(state: StateDir) -> None:
