@@ -102,6 +102,11 @@ class AdminStub:
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.FromString,
                 _registered_method=True)
+        self.Audit = channel.unary_unary(
+                '/silvershard.v1.Admin/Audit',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.AuditRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.AuditResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -194,6 +199,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Audit(self, request, context):
+        """Who changed what through this plane, and which calls were refused; noted itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -261,6 +273,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Freshness,
                     request_deserializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.FromString,
                     response_serializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.SerializeToString,
+            ),
+            'Audit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.AuditRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.AuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -617,6 +634,33 @@ class Admin:
             '/silvershard.v1.Admin/Freshness',
             silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.SerializeToString,
             silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/Audit',
+            silvershard_dot_cluster_dot_admin__pb2.AuditRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.AuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,8 @@ from silvershard.cluster.security import front_protection
 from silvershard.cluster.service import Malformed, abort, parser, serialize
 from silvershard.deploy.admin_errors import public
 from silvershard.deploy.admin_messages import (
+    audit_limit,
+    audit_to,
     freshness_to,
     name_of,
     operation_to,
@@ -48,15 +50,17 @@ _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
 class AdminService:
     """``silvershard.v1.Admin`` on top of a runner."""
 
-    def __init__(self, state: StateDir, runner: AdminRunner) -> None:
+    def __init__(self, state: StateDir, runner: AdminRunner, audit: AuditLog | None = None) -> None:
         """Make the service.
 
         Args:
             state: of the cluster.
             runner: carries out the operations.
+            audit: what ``Audit`` reads; None: nothing is noted.
         """
         self._state = state
         self._runner = runner
+        self._audit = audit
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server that is not started yet."""
@@ -74,6 +78,7 @@ class AdminService:
             "ListOperations": (self._list, admin_pb2.ListOperationsRequest),
             "ListShards": (self._shards, admin_pb2.ListShardsRequest),
             "Freshness": (self._freshness, admin_pb2.FreshnessRequest),
+            "Audit": (self._read_audit, admin_pb2.AuditRequest),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -118,6 +123,11 @@ class AdminService:
         # It asks one process after the other, each for up to some seconds.
         document, code = await asyncio.to_thread(freshness, self._state)
         return freshness_to(document, degraded=code != ExitCode.OK)
+
+    async def _read_audit(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        limit = audit_limit(message)
+        lines = await asyncio.to_thread(self._audit.read, limit) if self._audit else []
+        return audit_to(lines)
 
 
 async def _guarded(
@@ -199,7 +209,7 @@ class AdminServer:
             interceptors=(*protection.interceptors, *trail),
             options=server_options(_MAX_REQUEST_BYTES),
         )
-        AdminService(self._state, runner).add_to(server)
+        AdminService(self._state, runner, audit).add_to(server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
