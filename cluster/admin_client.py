@@ -295,6 +295,16 @@ class AdminClient:
         found: admin_pb2.FreshnessResponse = self._call(self._stub.Freshness, request)
         return found
 
+    def audit(self, *, limit: int = 100) -> list[admin_pb2.AuditEntry]:
+        """Return who changed what, and which calls were refused, the newest last.
+
+        Args:
+            limit: most entries, 1 to 1,000.
+        """
+        request = admin_pb2.AuditRequest(limit=limit)
+        found: admin_pb2.AuditResponse = self._call(self._stub.Audit, request)
+        return list(found.entries)
+
     def inject_fault(
         self,
         kind: FaultKind,

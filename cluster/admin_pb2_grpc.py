@@ -107,6 +107,11 @@ class AdminStub:
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.FromString,
                 _registered_method=True)
+        self.Audit = channel.unary_unary(
+                '/silvershard.v1.Admin/Audit',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.AuditRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.AuditResponse.FromString,
+                _registered_method=True)
         self.InjectFault = channel.unary_unary(
                 '/silvershard.v1.Admin/InjectFault',
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.InjectFaultRequest.SerializeToString,
@@ -221,6 +226,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Audit(self, request, context):
+        """Who changed what through this plane, and which calls were refused; noted itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def InjectFault(self, request, context):
         """Faults on purpose, in a cluster that serves; refused unless chaos.enabled. A fault has a name
         that the caller chooses, as an operation has. It ends by itself, whoever else is gone by then.
@@ -315,6 +327,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Freshness,
                     request_deserializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.FromString,
                     response_serializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.SerializeToString,
+            ),
+            'Audit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.AuditRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.AuditResponse.SerializeToString,
             ),
             'InjectFault': grpc.unary_unary_rpc_method_handler(
                     servicer.InjectFault,
@@ -713,6 +730,33 @@ class Admin:
             '/silvershard.v1.Admin/Freshness',
             silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.SerializeToString,
             silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/Audit',
+            silvershard_dot_cluster_dot_admin__pb2.AuditRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.AuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from silvershard.cluster.roles import CALLER, needed
 _log = logging.getLogger(__name__)
 
 _MAX_REQUEST_CHARS = 2000
+_MAX_LINE_BYTES = 4096
 # Refused calls are noted so often at most, with as many at once.
 _REFUSED_PER_S = 1.0
 _REFUSED_BURST = 50.0
@@ -69,6 +70,28 @@ class AuditLog:
         suppressed, self._suppressed = self._suppressed, 0
         # The name of a method that is refused is the caller's own text.
         self._append("refused", who, method[:200], code, peer, reason=reason, suppressed=suppressed)
+
+    def read(self, limit: int) -> list[dict[str, Any]]:
+        """Return the newest lines, the newest last; a damaged one is left out.
+
+        Args:
+            limit: most lines.
+        """
+        try:
+            with self._path.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                begin = max(end - limit * _MAX_LINE_BYTES, 0)
+                file.seek(begin)
+                lines = file.read(end - begin).splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines[-limit:]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
 
     def _append(
         self, event: str, who: str, method: str, code: str, peer: str, **fields: Any

@@ -1,7 +1,8 @@
 """The messages of the admin plane: requests as tasks, operations and records as answers."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from google.protobuf import json_format
@@ -21,6 +22,7 @@ M = TypeVar("M", bound=Message)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_GENERATION = 10**12
 _MAX_URL = 2048
+_ENTRIES, _MAX_ENTRIES = 100, 1000
 
 _RESULTS: Final[Mapping[str, str]] = {
     "plan": "plan",
@@ -170,6 +172,26 @@ def _timestamp(unix_s: float) -> Timestamp:
 def shards_to(record: ClusterRecord) -> admin_pb2.ListShardsResponse:
     """Return the processes of the shards, as the driver sees them, as a message."""
     return _filled(admin_pb2.ListShardsResponse(), record.model_dump(mode="json"))
+
+
+def audit_limit(message: admin_pb2.AuditRequest) -> int:
+    """Return how many entries of the audit log are asked for.
+
+    Raises:
+        RequestError: if they are too many.
+    """
+    if message.limit > _MAX_ENTRIES:
+        raise RequestError("limit", f"must be at most {_MAX_ENTRIES}, got {message.limit}")
+    return message.limit or _ENTRIES
+
+
+def audit_to(lines: Sequence[Mapping[str, Any]]) -> admin_pb2.AuditResponse:
+    """Return lines of the audit log as a message."""
+    message = admin_pb2.AuditResponse()
+    for line in lines:
+        request = json.dumps(line["request"]) if "request" in line else ""
+        _filled(message.entries.add(), {**line, "request": request})
+    return message
 
 
 def freshness_to(document: Mapping[str, Any], *, degraded: bool) -> admin_pb2.FreshnessResponse:

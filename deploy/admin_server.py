@@ -22,6 +22,8 @@ from silvershard.cluster.security import front_protection
 from silvershard.cluster.service import Malformed, abort, parser, serialize
 from silvershard.deploy.admin_errors import public
 from silvershard.deploy.admin_messages import (
+    audit_limit,
+    audit_to,
     freshness_to,
     name_of,
     operation_to,
@@ -50,17 +52,25 @@ _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
 class AdminService:
     """``silvershard.v1.Admin`` on top of a runner."""
 
-    def __init__(self, state: StateDir, runner: AdminRunner, injector: FaultInjector) -> None:
+    def __init__(
+        self,
+        state: StateDir,
+        runner: AdminRunner,
+        injector: FaultInjector,
+        audit: AuditLog | None = None,
+    ) -> None:
         """Make the service.
 
         Args:
             state: of the cluster.
             runner: carries out the operations.
             injector: of the faults.
+            audit: what ``Audit`` reads; None: nothing is noted.
         """
         self._state = state
         self._runner = runner
         self._injector = injector
+        self._audit = audit
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server that is not started yet."""
@@ -82,6 +92,7 @@ class AdminService:
             "InjectFault": (self._inject, admin_pb2.InjectFaultRequest),
             "ListFaults": (self._faults, admin_pb2.ListFaultsRequest),
             "ClearFaults": (self._clear, admin_pb2.ClearFaultsRequest),
+            "Audit": (self._read_audit, admin_pb2.AuditRequest),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -137,6 +148,11 @@ class AdminService:
 
     async def _clear(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
         return faults_to(await asyncio.to_thread(self._injector.clear, message.operation_ids))
+
+    async def _read_audit(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        limit = audit_limit(message)
+        lines = await asyncio.to_thread(self._audit.read, limit) if self._audit else []
+        return audit_to(lines)
 
 
 async def _guarded(
@@ -219,7 +235,7 @@ class AdminServer:
             options=server_options(_MAX_REQUEST_BYTES),
         )
         injector = FaultInjector(self._state, self._config)
-        AdminService(self._state, runner, injector).add_to(server)
+        AdminService(self._state, runner, injector, audit).add_to(server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

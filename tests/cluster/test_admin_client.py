@@ -56,6 +56,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self.asked.append(request)
         return self.ListFaults(request, context)
 
+    def Audit(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return admin_pb2.AuditResponse(entries=[admin_pb2.AuditEntry(who="olga")])
+
     def Freshness(self, request: Any, context: Any) -> Any:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it takes no updates")
 
@@ -198,6 +202,8 @@ def test_reads_are_answers_and_refusals_are_errors(admin: Admin, client: AdminCl
     assert [one.operation_id for one in client.list_operations(going_on=True)] == ["one"]
     assert admin.asked == [admin_pb2.ListOperationsRequest(going_on=True)]
     assert client.list_shards().generation == 3
+    assert [one.who for one in client.audit(limit=7)] == ["olga"]
+    assert admin.asked[-1] == admin_pb2.AuditRequest(limit=7)
     with pytest.raises(RequestRefused, match="it takes no updates") as refused:
         client.freshness()
     assert refused.value.code == "FAILED_PRECONDITION"

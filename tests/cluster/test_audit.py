@@ -94,6 +94,17 @@ def test_a_log_that_cannot_be_written_says_so_and_stops_nothing(
     assert "the audit log lacks a line" in caplog.text
 
 
+def test_the_newest_lines_are_read_without_damaged_ones(audit: AuditLog, path: Path) -> None:
+    assert audit.read(10) == []
+    for number in range(5):
+        audit.done("olga", ACTIVATE, admin_pb2.ActivateRequest(generation=number), "OK", peer="p")
+    with path.open("a") as file:
+        file.write("{damaged\n")
+    whole = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    assert audit.read(100) == whole
+    assert audit.read(3) == whole[-2:]
+
+
 class Details:
     def __init__(self, method: str) -> None:
         self.method = method

@@ -25,6 +25,7 @@ CHANGES = {
     "Rollback",
     "SetAlias",
     "CancelOperation",
+    "Audit",
 }
 
 

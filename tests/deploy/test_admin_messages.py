@@ -5,6 +5,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from silvershard.cluster import admin_pb2
 from silvershard.deploy.admin_messages import (
+    audit_limit,
+    audit_to,
     freshness_to,
     name_of,
     operation_to,
@@ -231,3 +233,24 @@ def test_freshness_is_told_whatever_else_it_comes_to_say() -> None:
     assert message.sequencer.blocked[0].use == 0.5
     assert list(message.shards[0].cut) == [5, 6]
     assert message.shards[1].error == "no answer"
+
+
+def test_lines_of_the_audit_log_are_entries() -> None:
+    change = {
+        **{"time": "1970-01-02T00:00:00.500+00:00", "event": "admin", "who": "olga", "peer": "p"},
+        **{"method": "/a/B", "code": "OK", "request": {"generation": "3"}},
+    }
+    refused = {"event": "refused", "reason": "TOKEN_MISSING", "suppressed": 3, "later": 1}
+    first, second = audit_to([change, refused]).entries
+    assert (first.time.seconds, first.time.nanos) == (86400, 500_000_000)
+    assert (first.event, first.who, first.peer, first.method) == ("admin", "olga", "p", "/a/B")
+    assert (first.code, first.request) == ("OK", '{"generation": "3"}')
+    assert (second.reason, second.suppressed, second.request) == ("TOKEN_MISSING", 3, "")
+
+
+def test_no_more_entries_are_asked_for_than_fit_an_answer() -> None:
+    assert [audit_limit(admin_pb2.AuditRequest(limit=one)) for one in (0, 1, 1000)] == [
+        *(100, 1, 1000)
+    ]
+    with pytest.raises(RequestError, match=r"limit.*at most 1000, got 1001"):
+        audit_limit(admin_pb2.AuditRequest(limit=1001))

@@ -168,9 +168,15 @@ def test_the_admin_plane_shows_to_some_and_obeys_others(secured: Secured) -> Non
     assert refused.value.code == "PERMISSION_DENIED"
     with admin("admin") as client:
         client.plan(1, operation_id="noted")
+        (entry,) = client.audit(limit=1)
     lines = [json.loads(one) for one in secured.state.audit_file.read_text().splitlines()]
-    assert {"event": "admin", "who": "adminer", "code": "OK"}.items() <= lines[-1].items()
-    assert lines[-1]["request"]["operation_id"] == "noted"
+    assert {"event": "admin", "who": "adminer", "code": "OK"}.items() <= lines[-2].items()
+    assert lines[-2]["request"]["operation_id"] == "noted"
+    assert lines[-1]["method"] == "/silvershard.v1.Admin/Audit"
+    assert (entry.who, json.loads(entry.request)) == ("adminer", lines[-2]["request"])
+    with admin("view") as client, pytest.raises(RequestRefused) as refused:
+        client.audit()
+    assert refused.value.code == "PERMISSION_DENIED"
     refusals = [one for one in lines if one["event"] == "refused"]
     assert ("viewer", "ROLE_MISSING") in {(one["who"], one["reason"]) for one in refusals}
 
