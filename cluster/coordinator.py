@@ -34,7 +34,7 @@ from silvershard.cluster.outcome import CoverageLost, DegradeReason
 from silvershard.cluster.replica_choice import ReplicaChoice, kind_of
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import ShardLink
-from silvershard.model.compiled_request import CompiledRequest, compile_request
+from silvershard.model.compiled_request import CompiledRequest, RequestCompiler
 from silvershard.model.plan import Plan
 from silvershard.model.request import FeatureValues, Request, RequestError
 from silvershard.model.retriever import assemble, pad_programs
@@ -172,6 +172,7 @@ class Coordinator:
             )
             for shard in range(num_shards)
         ]
+        self._compiler = RequestCompiler(spec)
         self._owner = owners(num_shards, spec.num_partitions)
         self._merge_headroom_s = merge_headroom_s
         self._max_batch = max_batch
@@ -261,8 +262,8 @@ class Coordinator:
             )
         )
         if size <= _SMALL_REQUEST:
-            return compile_request(request, self.spec)
-        return await asyncio.to_thread(compile_request, request, self.spec)
+            return self._compiler.compile(request)
+        return await asyncio.to_thread(self._compiler.compile, request)
 
     async def _answer_compiled(
         self, queries: Sequence[Query], compiled: Mapping[int, CompiledRequest], started_s: float
@@ -278,13 +279,18 @@ class Coordinator:
             lagging_s=self._lagging_s,
         )
         times: StageTimes = {}
-        counting = asyncio.create_task(self._count(fanout, compiled, times))
-        try:
-            users = [one.features for one in compiled.values()]
+        users = [one.features for one in compiled.values()]
+        counted: dict[int, int] = {}
+        if any(one.needs_count for one in compiled.values()):
+            counting = asyncio.create_task(self._count(fanout, compiled, times))
+            try:
+                found = await self._encode(fanout, users, times)
+                counted = await counting
+            finally:
+                counting.cancel()
+                await asyncio.gather(counting, return_exceptions=True)
+        else:
             found = await self._encode(fanout, users, times)
-            counted = await counting
-        finally:
-            counting.cancel()
         fates: dict[int, Fate] = {}
         if found is None:
             coverage = fanout.coverage()
@@ -488,6 +494,8 @@ class Coordinator:
 
 async def _side_by_side(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Return the results of all; if one fails or the caller is cancelled, the others are too."""
+    if len(works) == 1:
+        return [await works[0]]
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

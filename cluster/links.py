@@ -5,6 +5,7 @@ Shapes: B requests, H heads.
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -164,8 +165,7 @@ class GrpcShardLink:
 
     def release(self, key: str) -> None:
         """Tell the shard that nobody waits for ``key`` any more; never waits, never fails."""
-        call = shard_pb2.ShardCall(key=key, release=shard_pb2.Release())
-        self.connection.send(call, self.generation)
+        self.connection.release(key)
 
     async def _call(
         self, call: shard_pb2.ShardCall, remaining_s: float, demand: Demand = ANYTHING
@@ -269,6 +269,8 @@ class Links:
         self._generation = generation
         self._linger_s = linger_s
         self._links: dict[tuple[int, int, str, int], GrpcShardLink] = {}
+        self._replicas: dict[int, tuple[GrpcShardLink, ...]] = {}
+        """Those of each shard, by replica."""
 
     def update(self, shard_map: ShardMap) -> None:
         """Connect to what is new in the map and let go of what is no longer in it.
@@ -287,17 +289,21 @@ class Links:
         for key in [one for one in wanted if one not in self._links]:
             connection = self._connections.acquire(wanted[key])
             self._links[key] = GrpcShardLink(connection, self._generation)
+        links = sorted(self._links.values(), key=lambda link: (link.shard, link.replica))
+        self._replicas = {
+            shard: tuple(same) for shard, same in itertools.groupby(links, lambda link: link.shard)
+        }
 
-    def replicas(self, shard: int) -> list[GrpcShardLink]:
+    def replicas(self, shard: int) -> Sequence[GrpcShardLink]:
         """Return the links to a shard, by replica."""
-        found = [link for link in self._links.values() if link.shard == shard]
-        return sorted(found, key=lambda link: link.replica)
+        return self._replicas.get(shard, ())
 
     def close(self) -> None:
         """Let go of everything."""
         for link in self._links.values():
             self._connections.release(link.connection)
         self._links.clear()
+        self._replicas.clear()
 
 
 def _incarnation(entry: ShardEntry) -> tuple[int, int, str, int]:

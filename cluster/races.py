@@ -8,6 +8,7 @@ Source: Dean and Barroso, The Tail at Scale, CACM 2013, "Hedged requests".
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -125,6 +126,9 @@ class Races(Generic[T]):
         self._on_outrun = on_outrun
         self._over: list[Race[T]] = []
         self._cancelled: list[asyncio.Future[T]] = []
+        self._done: deque[tuple[Race[T], asyncio.Future[T]]] = deque()
+        """Calls that have ended since anybody looked."""
+        self._waker: asyncio.Future[None] | None = None
 
     def start(self, race: Race[T]) -> None:
         """Ask the first replica."""
@@ -145,21 +149,33 @@ class Races(Generic[T]):
 
     async def advance(self, until_s: float) -> None:
         """Wait until a race ends or a hedge is due, at most until a reading of the clock."""
-        running = [task for race in self.open for task in race.running]
         wake_s = min([until_s, *(race.hedge_at_s for race in self.open)])
-        done, _ = await asyncio.wait(
-            running,
-            timeout=max(wake_s - self._clock(), 0.0),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        for race in list(self.open):
-            for task in [one for one in race.running if one in done]:
-                if race in self.open:
-                    self._finish(task, race.running.pop(task))
+        if not self._done:
+            await self._sleep(max(wake_s - self._clock(), 0.0))
+        while self._done:
+            race, task = self._done.popleft()
+            # Those that were given up meanwhile are in no race any more.
+            attempt = race.running.pop(task, None)
+            if attempt is not None:
+                self._finish(task, attempt)
         due_s = self._clock() + SOON_S
         for race in self.open:
             if race.hedge_at_s <= due_s:
                 self._hedge(race)
+
+    async def _sleep(self, most_s: float) -> None:
+        """Wait until a call ends, at most that long."""
+        loop = asyncio.get_running_loop()
+        self._waker = loop.create_future()
+        timer = loop.call_later(most_s, self._wake)
+        try:
+            await self._waker
+        finally:
+            timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
 
     def give_up(self) -> None:
         """Wait no more for what is open: its replicas took too long."""
@@ -188,6 +204,12 @@ class Races(Generic[T]):
         call = self._choice.begin(link, race.latencies)
         task = asyncio.ensure_future(self._ask_one(link))
         race.running[task] = _Attempt(race, call, hedge)
+
+        def ended(_: asyncio.Future[T]) -> None:
+            self._done.append((race, task))
+            self._wake()
+
+        task.add_done_callback(ended)
         if race.has_rivals and not race.hedged and self._choice.extra.hedging.enabled:
             race.hedge_at_s = call.started_s + race.latencies.delay_s
 

@@ -392,7 +392,7 @@ def _work_us(found: object) -> int:
     """Return how long a replica worked on what it found."""
     if isinstance(found, _Opened):
         return _work_us(found.first) + _work_us(found.second)
-    return sum(found.times.values()) if isinstance(found, RoundOne | RoundTwo) else 0
+    return sum(found.times.values()) if isinstance(found, (RoundOne, RoundTwo)) else 0
 
 
 def _same(one: Cutoffs, other: Cutoffs) -> bool:

@@ -40,6 +40,9 @@ _Reply = asyncio.Future[shard_pb2.ShardReply]
 # Far more than the calls that batches have on their way to one process: it has stopped reading.
 _MAX_UNSENT = 1024
 
+# Longest wait for a call that takes along which candidates may be given up.
+_RELEASE_S = 0.02
+
 
 class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
@@ -65,6 +68,9 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         """The generations that it serves, by its last word; None: it has not said yet."""
         self._fenced = False
         self._faults = faults
+        self._released: list[str] = []
+        """What the shard is still to be told that nobody waits for."""
+        self._release_timer: asyncio.TimerHandle | None = None
 
     @property
     def state(self) -> LinkState:
@@ -90,10 +96,26 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             for waiting in self._connection.pending.values():
                 self._fail(waiting, f"epoch {self.entry.epoch} is fenced by a newer one")
 
-    def send(self, call: shard_pb2.ShardCall, generation: int) -> None:
-        """Send a call that has no reply; never waits, never fails."""
+    def release(self, key: str) -> None:
+        """Tell the shard that nobody waits for a batch any more; never waits, never fails.
+
+        It is said together with the next call; if there is none soon, by itself.
+        """
+        self._released.append(key)
+        if self._release_timer is None:
+            loop = asyncio.get_running_loop()
+            self._release_timer = loop.call_later(_RELEASE_S, self._send_released)
+
+    def _send_released(self) -> None:
+        self._release_timer = None
+        if self._released:
+            self._send(shard_pb2.ShardCall())
+
+    def _send(self, call: shard_pb2.ShardCall) -> None:
+        """Send a call that has no reply."""
+        addressed = self._addressed(call, 0, 0.0)
         if self._connection is not None and not self._lost():
-            self._connection.outgoing.put_nowait(self._addressed(call, generation, 0.0))
+            self._connection.put(addressed)
 
     async def call(
         self, call: shard_pb2.ShardCall, generation: int, remaining_s: float
@@ -115,25 +137,23 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             raise ShardUnavailable(shard, f"no connection to {self.entry.address}")
         if self._fenced:
             raise ShardUnavailable(shard, f"epoch {self.entry.epoch} is fenced by a newer one")
-        if connection.outgoing.qsize() >= _MAX_UNSENT:
+        if len(connection.outgoing) >= _MAX_UNSENT:
             raise ShardUnavailable(shard, f"it has stopped reading at {self.entry.address}")
         call_id = self._addressed(call, generation, remaining_s).call_id
-        future: _Reply = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: _Reply = loop.create_future()
+        timer = loop.call_later(remaining_s, self._expire, future, remaining_s)
         if self._lost():
             connection.pending[call_id] = future
         else:
             self._post(connection, call, future)
         try:
-            async with asyncio.timeout(remaining_s):
-                reply = await future
+            reply = await future
         except asyncio.CancelledError:
-            self.send(shard_pb2.ShardCall(cancel=call_id), generation)
+            self._send(shard_pb2.ShardCall(cancel=call_id))
             raise
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"shard {shard} did not answer within {remaining_s:.3f} s"
-            ) from None
         finally:
+            timer.cancel()
             connection.pending.pop(call_id, None)
         self._check(reply, call.key, generation)
         return reply
@@ -145,6 +165,9 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         call.generation = generation
         call.epoch = self.entry.epoch
         call.remaining_us = max(0, int(remaining_s * 1e6))
+        if self._released:
+            call.released.extend(self._released)
+            self._released.clear()
         return call
 
     def _check(self, reply: shard_pb2.ShardReply, key: str, generation: int) -> None:
@@ -197,6 +220,11 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     def _fail(self, waiting: _Reply, message: str) -> None:
         if not waiting.done():
             waiting.set_exception(ShardUnavailable(self.entry.shard, message))
+
+    def _expire(self, waiting: _Reply, waited_s: float) -> None:
+        if not waiting.done():
+            message = f"shard {self.entry.shard} did not answer within {waited_s:.3f} s"
+            waiting.set_exception(DeadlineExceeded(message))
 
     async def _watch(self) -> None:
         """Ping on a channel of its own, so that a large answer never delays a sign of life."""

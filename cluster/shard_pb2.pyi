@@ -22,7 +22,7 @@ GENERATION_STATE_PREPARED: GenerationState
 GENERATION_STATE_FAILED: GenerationState
 
 class ShardCall(_message.Message):
-    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "release", "fields", "cancel", "fresh")
+    __slots__ = ("call_id", "generation", "epoch", "remaining_us", "key", "encode", "count", "open", "close", "fields", "cancel", "released", "fresh")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -32,9 +32,9 @@ class ShardCall(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
-    RELEASE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generation: int
@@ -45,11 +45,11 @@ class ShardCall(_message.Message):
     count: TensorMap
     open: TensorMap
     close: TensorMap
-    release: Release
     fields: Fields
     cancel: int
+    released: _containers.RepeatedScalarFieldContainer[str]
     fresh: Freshness
-    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., cancel: _Optional[int] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., generation: _Optional[int] = ..., epoch: _Optional[int] = ..., remaining_us: _Optional[int] = ..., key: _Optional[str] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., count: _Optional[_Union[TensorMap, _Mapping]] = ..., open: _Optional[_Union[TensorMap, _Mapping]] = ..., close: _Optional[_Union[TensorMap, _Mapping]] = ..., fields: _Optional[_Union[Fields, _Mapping]] = ..., cancel: _Optional[int] = ..., released: _Optional[_Iterable[str]] = ..., fresh: _Optional[_Union[Freshness, _Mapping]] = ...) -> None: ...
 
 class Freshness(_message.Message):
     __slots__ = ("log_id", "after", "max_staleness_us", "wait_us")
@@ -88,10 +88,6 @@ class Encode(_message.Message):
     USERS_FIELD_NUMBER: _ClassVar[int]
     users: _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.FeatureMap]
     def __init__(self, users: _Optional[_Iterable[_Union[_retrieval_pb2.FeatureMap, _Mapping]]] = ...) -> None: ...
-
-class Release(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
 
 class Fields(_message.Message):
     __slots__ = ("item_ids", "names")
@@ -158,22 +154,12 @@ class FieldColumns(_message.Message):
     def __init__(self, columns: _Optional[_Mapping[str, _retrieval_pb2.Column]] = ...) -> None: ...
 
 class TensorMap(_message.Message):
-    __slots__ = ("tensors",)
-    TENSORS_FIELD_NUMBER: _ClassVar[int]
-    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
-
-class Tensor(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "data")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("layout", "data")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
+    layout: str
     data: bytes
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, layout: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("sequence", "epoch", "served")

@@ -1,10 +1,11 @@
 """The gRPC server of one shard: it queues calls for the one thread that owns the model."""
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,23 +16,18 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
-from silvershard.cluster.codec import code_number, status_row, values_from
-from silvershard.cluster.consistency import Consistency, UpdateToken
+from silvershard.cluster.codec import values_from
 from silvershard.cluster.faults import Faults
-from silvershard.cluster.field_columns import column_to
-from silvershard.cluster.freshness import Demand
 from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, Spawn, seen_to, spawn
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
 from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.security import ALONE, Peers
+from silvershard.cluster.shard_replies import demand_from, failed, set_fields, set_round
 from silvershard.cluster.stage_gate import Abandoned, StageGate
 from silvershard.cluster.table_lookup import TableCounts
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import (
-    CandidatesExpired,
-    GenerationError,
     Overloaded,
-    RemoteError,
     RetrievalError,
     StateError,
 )
@@ -60,6 +56,8 @@ class _Stream:
 
     replies: asyncio.Queue[shard_pb2.ShardReply] = field(default_factory=asyncio.Queue)
     jobs: set[_Job] = field(default_factory=set)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a job has ended and there is no other."""
     keys: set[str] = field(default_factory=set)
     """Batches that may have candidates open."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -223,15 +221,17 @@ class ShardServer:
                 if call is grpc.aio.EOF:
                     break
                 self._accept(call, stream)
-            while stream.tasks:
-                await asyncio.wait(stream.tasks)
+            while stream.jobs:
+                stream.idle.clear()
+                await stream.idle.wait()
             await stream.replies.join()
         finally:
             writer.cancel()
+            for task in stream.tasks:
+                task.cancel()
             for job in stream.jobs:
                 job.dropped = True
-            for key in stream.keys:
-                self._give_up(key)
+            self._give_up(tuple(stream.keys))
 
     async def ping(self, context: grpc.aio.ServicerContext) -> None:
         """Answer every beat with the identity of this incarnation."""
@@ -279,9 +279,10 @@ class ShardServer:
 
     def _accept(self, call: shard_pb2.ShardCall, stream: _Stream) -> None:
         """Queue a call, or answer it at once if it cannot be served."""
+        if call.released:
+            self._release(call.released, stream)
         op = call.WhichOneof("op")
-        if op == "release":
-            self._release(call.key, stream)
+        if op is None and call.released:
             return
         if op == "cancel":
             for job in stream.jobs:
@@ -303,22 +304,33 @@ class ShardServer:
         stream.jobs.add(job)
         self._by_key.setdefault(call.key, set()).add(job)
         self._pending += 1
-        task = asyncio.create_task(self._serve(job, stream))
-        stream.tasks.add(task)
-        task.add_done_callback(stream.tasks.discard)
+        if call.HasField("fresh"):
+            task = asyncio.create_task(self._wait(job, stream))
+            stream.tasks.add(task)
+            task.add_done_callback(stream.tasks.discard)
+        else:
+            self._submit(job, stream)
 
-    def _release(self, key: str, stream: _Stream) -> None:
+    def _release(self, keys: Iterable[str], stream: _Stream) -> None:
         # What has not started yet would only open the candidates again.
-        for job in self._by_key.get(key, ()):
-            job.dropped = True
-        stream.keys.discard(key)
-        self._give_up(key)
+        for key in keys:
+            for job in self._by_key.get(key, ()):
+                job.dropped = True
+            stream.keys.discard(key)
+        self._give_up(tuple(keys))
 
-    def _give_up(self, key: str) -> None:
+    def _give_up(self, keys: Sequence[str]) -> None:
         """Release candidates on the thread of the model, unless the server has ended."""
-        if self._is_on:
-            for hosted in self.hosting.served:
-                self._thread.submit(hosted.executor_in_service.release, key)
+        if not self._is_on:
+            return
+        executors = [hosted.executor_in_service for hosted in self.hosting.served]
+
+        def release() -> None:
+            for executor in executors:
+                for key in keys:
+                    executor.release(key)
+
+        self._thread.submit(release)
 
     def _refusal(self, call: shard_pb2.ShardCall) -> shard_pb2.ShardReply | None:
         if call.epoch and call.epoch != self.epoch:
@@ -331,39 +343,50 @@ class ShardServer:
             return self._failure(call, Overloaded(f"{self._pending} calls are queued", 0.1))
         return None
 
-    async def _serve(self, job: _Job, stream: _Stream) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            if job.call.HasField("fresh"):
-                stale = await self._wait(job)
-                if stale is not None:
-                    stream.replies.put_nowait(stale)
-                    return
-            # What waits for updates is in nobody's way.
-            self._gaps.begin()
-            try:
-                reply = await loop.run_in_executor(self._thread, self._run, job)
-            finally:
-                self._gaps.end()
-            if reply is not None:
-                stream.replies.put_nowait(reply)
-        finally:
-            self._pending -= 1
-            stream.jobs.discard(job)
-            waiting = self._by_key[job.call.key]
-            waiting.discard(job)
-            if not waiting:
-                del self._by_key[job.call.key]
-
-    async def _wait(self, job: _Job) -> shard_pb2.ShardReply | None:
-        """Wait until the shard is as fresh as a call demands; return why it is not."""
+    async def _wait(self, job: _Job, stream: _Stream) -> None:
+        """Run a job as soon as the shard is as fresh as it demands; answer why if it never is."""
         try:
             await self.hosting.wait(
-                job.hosted, _demand_from(job.call.fresh), job.arrived_s, job.call.ByteSize()
+                job.hosted, demand_from(job.call.fresh), job.arrived_s, job.call.ByteSize()
             )
         except (RetrievalError, RequestError) as error:
-            return self._failure(job.call, error)
-        return None
+            self._end(job, stream, self._failure(job.call, error))
+        except BaseException:
+            self._end(job, stream, None)
+            raise
+        else:
+            self._submit(job, stream)
+
+    def _submit(self, job: _Job, stream: _Stream) -> None:
+        """Let a job run on the thread of the model."""
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            reply = self._run(job)
+            # A server that has ended waits for nothing.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(finish, reply)
+
+        def finish(reply: shard_pb2.ShardReply | None) -> None:
+            self._gaps.end()
+            self._end(job, stream, reply)
+
+        # What waits for updates is in nobody's way.
+        self._gaps.begin()
+        self._thread.submit(run)
+
+    def _end(self, job: _Job, stream: _Stream, reply: shard_pb2.ShardReply | None) -> None:
+        """Forget a job, and send its reply; None if nobody waits for one."""
+        if reply is not None:
+            stream.replies.put_nowait(reply)
+        self._pending -= 1
+        waiting = self._by_key[job.call.key]
+        waiting.discard(job)
+        if not waiting:
+            del self._by_key[job.call.key]
+        stream.jobs.discard(job)
+        if not stream.jobs:
+            stream.idle.set()
 
     def _run(self, job: _Job) -> shard_pb2.ShardReply | None:
         """Answer a call on the thread of the model; None if nobody waits for it any more."""
@@ -405,12 +428,12 @@ class ShardServer:
             first = executor.open(
                 call.key, tensors.work_from_map(call.open), job.expires_at_s, proceed
             )
-            _set_round(reply, tensors.round_to_map(first), first.times)
+            set_round(reply, tensors.round_to_map(first), first.times)
         elif op == "close":
             second = executor.close(call.key, tensors.cutoffs_from_map(call.close), proceed)
-            _set_round(reply, tensors.round_to_map(second), second.times)
+            set_round(reply, tensors.round_to_map(second), second.times)
         elif op == "fields":
-            _set_fields(reply, call, hosted)
+            set_fields(reply, call, hosted)
         else:
             raise RequestError("op", "must name an operation")
         return reply
@@ -423,53 +446,7 @@ class ShardServer:
     def _failure(
         self, call: shard_pb2.ShardCall, error: Exception, error_id: str = ""
     ) -> shard_pb2.ShardReply:
-        reply = self._reply(call)
-        if isinstance(error, GenerationError):
-            reply.generation = error.held
-        row = status_row(error)
-        if isinstance(error, tensors.TensorError):
-            reply.code, reply.reason = code_pb2.INVALID_ARGUMENT, "MALFORMED_TENSOR"
-            reply.message = str(error)
-        elif row is None:
-            reply.code, reply.reason = code_pb2.INTERNAL, "INTERNAL"
-            reply.message = f"internal error {error_id}"
-        else:
-            reply.code, reply.reason = code_number(row.code), row.reason
-            reply.message = error.message if isinstance(error, RemoteError) else str(error)
-            if isinstance(error, RequestError):
-                reply.field, reply.message = error.field, error.message
-        return reply
-
-
-def _set_round(
-    reply: shard_pb2.ShardReply, message: shard_pb2.TensorMap, times: dict[str, int]
-) -> None:
-    reply.tensors.CopyFrom(message)
-    for stage, spent in times.items():
-        reply.times_us[stage] = spent
-
-
-def _set_fields(reply: shard_pb2.ShardReply, call: shard_pb2.ShardCall, hosted: Hosted) -> None:
-    dtypes, names = hosted.dtypes, list(call.fields.names)
-    for name in names:
-        if name not in dtypes:
-            raise RequestError("names", f"unknown field {name!r}")
-    executor = hosted.executor_in_service
-    if call.key and not executor.is_open(call.key):
-        # Items that were found may have changed since.
-        raise CandidatesExpired(call.key)
-    found = executor.fields(list(call.fields.item_ids), names, call.key or None)
-    reply.fields.SetInParent()
-    for name, values in found.items():
-        reply.fields.columns[name].CopyFrom(column_to(values, dtypes[name]))
-
-
-def _demand_from(message: shard_pb2.Freshness) -> Demand:
-    tokens = tuple(
-        UpdateToken(message.log_id, one.partition, one.position) for one in message.after
-    )
-    most_s = message.max_staleness_us / 1e6 if message.HasField("max_staleness_us") else None
-    return Demand(Consistency(tokens, most_s), message.wait_us / 1e6)
+        return failed(self._reply(call), error, error_id)
 
 
 class _Servicer:

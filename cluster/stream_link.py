@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -33,9 +34,25 @@ Waiting = TypeVar("Waiting")
 class Connection(Generic[Call, Waiting]):
     """One attempt to hold a stream."""
 
-    outgoing: asyncio.Queue[Call] = field(default_factory=asyncio.Queue)
+    outgoing: deque[Call] = field(default_factory=deque)
+    """Calls that are not sent yet."""
     pending: dict[int, Waiting] = field(default_factory=dict)
     """Who waits for the reply of each call."""
+    _writer: asyncio.Future[None] | None = None
+    """Ends as soon as there is something to send."""
+
+    def put(self, call: Call) -> None:
+        """Send a call after those that wait."""
+        self.outgoing.append(call)
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    async def get(self) -> Call:
+        """Wait for the next call to send; only one may wait at a time."""
+        while not self.outgoing:
+            self._writer = asyncio.get_running_loop().create_future()
+            await self._writer
+        return self.outgoing.popleft()
 
 
 class StreamLink(ABC, Generic[Call, Reply, Waiting]):
@@ -118,7 +135,7 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
     def _post(self, connection: Connection[Call, Waiting], call: Call, waiting: Waiting) -> None:
         """Send a call whose reply ``waiting`` waits for."""
         connection.pending[call.call_id] = waiting
-        connection.outgoing.put_nowait(call)
+        connection.put(call)
 
     def _lose(self, message: str) -> None:
         """Fail every call in flight."""
@@ -164,7 +181,7 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
         # A cancelled write cancels its stream, so writes never run in the tasks of callers.
         try:
             while True:
-                await stream.write(await connection.outgoing.get())
+                await stream.write(await connection.get())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             stream.cancel()
 

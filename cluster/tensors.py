@@ -6,8 +6,10 @@ are asked for, one more, K results, T tasks.
 """
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,10 @@ _DTYPES: dict[str, torch.dtype] = {
     "i64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_SIZE = re.compile("[0-9]{1,9}")
+_ALIGNMENT = 8
+"""Bytes; every tensor begins at a multiple of it."""
 
 
 class TensorError(ValueError):
@@ -84,17 +90,18 @@ def to_map(tensors: Mapping[str, Tensor]) -> shard_pb2.TensorMap:
     Raises:
         TensorError: if a dtype has no form on the wire.
     """
-    message = shard_pb2.TensorMap()
+    lines: list[str] = []
+    parts: list[bytes] = []
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
+        dtype = _NAMES.get(tensor.dtype)
+        if dtype is None:
             raise TensorError(f"tensor {name!r}: dtype {tensor.dtype} has no form on the wire")
-        message.tensors.add(
-            name=name,
-            dtype=_NAMES[tensor.dtype],
-            shape=tensor.shape,
-            data=tensor.detach().cpu().contiguous().numpy().tobytes(),
-        )
-    return message
+        lines.append(" ".join([name, dtype, *map(str, tensor.shape)]))
+        data = tensor.numpy(force=True).tobytes()
+        parts.append(data)
+        if len(data) % _ALIGNMENT:
+            parts.append(bytes(-len(data) % _ALIGNMENT))
+    return shard_pb2.TensorMap(layout="\n".join(lines), data=b"".join(parts))
 
 
 def from_map(message: shard_pb2.TensorMap, forms: Mapping[str, _Form]) -> dict[str, Tensor]:
@@ -103,29 +110,60 @@ def from_map(message: shard_pb2.TensorMap, forms: Mapping[str, _Form]) -> dict[s
     Raises:
         TensorError: naming the tensor that is missing, unexpected, garbled or of another form.
     """
-    found: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-    for one in message.tensors:
-        form = forms.get(one.name)
-        if form is None or one.name in found:
-            raise TensorError(f"tensor {one.name[:80]!r} is unexpected here")
-        shape = tuple(one.shape)
-        _check_form(one.name, one.dtype, shape, form, sizes)
-        wanted = math.prod(shape) * form.dtype.itemsize
-        if len(one.data) != wanted:
-            raise TensorError(
-                f"tensor {one.name!r}: shape {shape} needs {wanted} bytes, got {len(one.data)}"
-            )
-        # frombuffer refuses an empty buffer, and wants one that may be written.
-        found[one.name] = (
-            torch.frombuffer(bytearray(one.data), dtype=form.dtype).view(shape)
-            if wanted
-            else torch.empty(shape, dtype=form.dtype)
-        )
-    for name in forms:
+    places, size = _places(message.layout, tuple(forms.items()))
+    # frombuffer wants a buffer that may be written.
+    data = bytearray(message.data)
+    if len(data) != size:
+        shapes = ", ".join(f"{one.name!r} {one.shape}" for one in places)
+        raise TensorError(f"tensors {shapes} need {size} bytes, got {len(data)}")
+    return {
+        # It refuses an empty one.
+        name: torch.frombuffer(data, dtype=dtype, count=length, offset=offset).view(shape)
+        if length
+        else torch.empty(shape, dtype=dtype)
+        for name, dtype, shape, length, offset in places
+    }
+
+
+class _Place(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    length: int
+    """Of its values."""
+    offset: int
+    """Of its first byte."""
+
+
+@lru_cache(maxsize=1024)
+def _places(layout: str, forms: tuple[tuple[str, _Form], ...]) -> tuple[tuple[_Place, ...], int]:
+    """Return where the tensors of a layout lie, and the bytes that they take together.
+
+    The same few layouts come again and again.
+
+    Raises:
+        TensorError: as ``from_map`` does.
+    """
+    wanted, sizes = dict(forms), dict[str, int]()
+    found: dict[str, _Place] = {}
+    end = 0
+    for line in layout.splitlines():
+        name, *rest = line.split(" ")
+        form = wanted.get(name)
+        if form is None or name in found:
+            raise TensorError(f"tensor {name[:80]!r} is unexpected here")
+        dtype, *dims = rest or [""]
+        if not all(_SIZE.fullmatch(dim) for dim in dims):
+            raise TensorError(f"tensor {name!r}: {line[:80]!r} tells no shape")
+        shape = tuple(map(int, dims))
+        _check_form(name, dtype, shape, form, sizes)
+        length = math.prod(shape)
+        found[name] = _Place(name, form.dtype, shape, length, end)
+        end += -(length * form.dtype.itemsize // -_ALIGNMENT) * _ALIGNMENT
+    for name in wanted:
         if name not in found:
             raise TensorError(f"tensor {name!r} is missing")
-    return found
+    return tuple(found.values()), end
 
 
 def _check_form(
@@ -190,7 +228,7 @@ def round_to_map(result: RoundOne | RoundTwo) -> shard_pb2.TensorMap:
 
 def _check_order(name: str, found: Mapping[str, Tensor]) -> None:
     """Refuse numbers that have no place in an order, before they fail a whole batch."""
-    if bool(torch.isnan(found[name]).any()):
+    if found[name].numel() and bool(torch.isnan(found[name]).any()):
         raise TensorError(f"tensor {name!r}: must not hold NaN")
 
 

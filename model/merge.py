@@ -30,8 +30,32 @@ def slowest(times: Sequence[StageTimes]) -> StageTimes:
 def _stack(lists: Sequence[Tensor], fill: float) -> Tensor:
     """Return the lists as ``(S, ...)``, their last dimension padded to the longest."""
     width = max(one.shape[-1] for one in lists)
-    padded = [torch.nn.functional.pad(one, (0, width - one.shape[-1]), value=fill) for one in lists]
+    padded = [
+        one
+        if one.shape[-1] == width
+        else torch.nn.functional.pad(one, (0, width - one.shape[-1]), value=fill)
+        for one in lists
+    ]
     return torch.stack(padded)
+
+
+def _best(rounds: Sequence[RoundOne], width: int) -> tuple[Tensor, Tensor]:
+    """Return scores and ids of the best candidates per head, each ``(B, H, width)``."""
+    scores = _stack([one.scores for one in rounds], float("-inf"))  # (S, B, H, R)
+    item_ids = _stack([one.item_ids for one in rounds], -1)
+    shape = (*scores.shape[1:3], width)
+    best = merge_topk(scores.flatten(1, 2), item_ids.flatten(1, 2), width)
+    return best.scores.view(shape), best.item_ids.view(shape)
+
+
+def _best_semantic(rounds: Sequence[RoundOne]) -> tuple[Tensor, Tensor]:
+    """Return scores and ids of the best semantic candidates, as many as the longest Rs."""
+    scores = _stack([one.semantic_scores for one in rounds], float("-inf"))  # (S, B, Rs)
+    item_ids = _stack([one.semantic_item_ids for one in rounds], -1)
+    if not scores.shape[2]:
+        return scores[0], item_ids[0]
+    best = merge_topk(scores, item_ids, scores.shape[2])
+    return best.scores, best.item_ids
 
 
 class Merge(nn.Module):
@@ -44,22 +68,15 @@ class Merge(nn.Module):
             rounds: S lists; their R and Rs may differ.
             width: candidates per head to keep; of the semantic ones the longest Rs is kept.
         """
-        scores = _stack([one.scores for one in rounds], float("-inf"))  # (S, B, H, R)
-        item_ids = _stack([one.item_ids for one in rounds], -1)
-        batch, heads = scores.shape[1:3]
-        best = merge_topk(scores.flatten(1, 2), item_ids.flatten(1, 2), width)
-        semantic_scores = _stack([one.semantic_scores for one in rounds], float("-inf"))
-        semantic_ids = _stack([one.semantic_item_ids for one in rounds], -1)
-        if semantic_scores.shape[2]:
-            generated = merge_topk(semantic_scores, semantic_ids, semantic_scores.shape[2])
-            semantic_scores, semantic_ids = generated.scores[None], generated.item_ids[None]
+        scores, item_ids = _best(rounds, width)
+        semantic_scores, semantic_item_ids = _best_semantic(rounds)
         return RoundOne(
-            scores=best.scores.view(batch, heads, width),
-            item_ids=best.item_ids.view(batch, heads, width),
+            scores=scores,
+            item_ids=item_ids,
             probed=torch.stack([one.probed for one in rounds]).sum(0),
             eligible=torch.stack([one.eligible for one in rounds]).sum(0),
-            semantic_scores=semantic_scores[0],
-            semantic_item_ids=semantic_ids[0],
+            semantic_scores=semantic_scores,
+            semantic_item_ids=semantic_item_ids,
             times=slowest([one.times for one in rounds]),
         )
 
@@ -73,21 +90,19 @@ class Merge(nn.Module):
             ann_k: ``(B,)`` int64 candidates per head to keep over all shards.
             semantic_k: ``(B,)`` int64 semantic candidates to keep; None: of no request.
         """
-        best = self.candidates(rounds, int(ann_k.max()))
-        last = (ann_k - 1)[:, None, None].expand(-1, best.scores.shape[1], 1)  # (B, H, 1)
-        scores = best.scores.gather(2, last).squeeze(2)  # (B, H)
-        item_ids = best.item_ids.gather(2, last).squeeze(2)
+        best_scores, best_ids = _best(rounds, int(ann_k.max()))
+        last = (ann_k - 1)[:, None, None].expand(-1, best_scores.shape[1], 1)  # (B, H, 1)
+        scores = best_scores.gather(2, last).squeeze(2)  # (B, H)
+        item_ids = best_ids.gather(2, last).squeeze(2)
         if semantic_k is not None and bool(semantic_k.any()):
             # These have a cut of their own: theirs and that of the heads are of different numbers.
             none = (semantic_k == 0)[:, None]
             last = (semantic_k - 1).clamp(min=0)[:, None]
-            missing = int(semantic_k.max()) - best.semantic_scores.shape[1]
+            semantic_scores, semantic_ids = _best_semantic(rounds)
+            missing = int(semantic_k.max()) - semantic_scores.shape[1]
             own_scores, own_ids = (
                 torch.nn.functional.pad(one, (0, max(missing, 0)), value=fill).gather(1, last)
-                for one, fill in (
-                    (best.semantic_scores, float("-inf")),
-                    (best.semantic_item_ids, -1),
-                )
+                for one, fill in ((semantic_scores, float("-inf")), (semantic_ids, -1))
             )
             scores = torch.cat([scores, own_scores.masked_fill(none, float("inf"))], 1)
             item_ids = torch.cat([item_ids, own_ids], 1)
@@ -103,20 +118,18 @@ class Merge(nn.Module):
         values = _stack([one.values for one in rounds], float("-inf"))  # (S, B, K)
         item_ids = _stack([one.item_ids for one in rounds], -1)
         best = merge_topk(values, item_ids, width)
-        found = best.positions.clamp(min=0)  # (B, width)
-        missing = best.positions < 0
+        found = best.positions.clamp(min=0)[:, None]  # (B, 1, width)
+        missing = best.positions[:, None] < 0
 
         def pick(lists: Sequence[Tensor], fill: float) -> Tensor:
-            flat = _stack(lists, fill).transpose(0, 1).flatten(1, 2)  # (B, S * K)
-            return flat.gather(1, found).masked_fill(missing, fill)
+            flat = _stack(lists, fill).permute(1, 2, 0, 3).flatten(2)  # (B, N, S * K)
+            return flat.gather(2, found.expand(-1, flat.shape[1], -1)).masked_fill(missing, fill)
 
-        num_tasks = rounds[0].tasks.shape[2]
-        tasks = [pick([one.tasks[:, :, t] for one in rounds], 0.0) for t in range(num_tasks)]
         return RoundTwo(
             item_ids=best.item_ids,
             values=best.scores,
-            refined=pick([one.refined for one in rounds], float("-inf")),
-            tasks=torch.stack(tasks, 2) if tasks else values.new_zeros(*found.shape, 0),
+            refined=pick([one.refined[:, None] for one in rounds], float("-inf"))[:, 0],
+            tasks=pick([one.tasks.transpose(1, 2) for one in rounds], 0.0).transpose(1, 2),
             kept=torch.stack([one.kept for one in rounds]).sum(0),
             semantic_kept=torch.stack([one.semantic_kept for one in rounds]).sum(0),
             reranked=torch.stack([one.reranked for one in rounds]).sum(0),

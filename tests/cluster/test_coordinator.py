@@ -16,7 +16,7 @@ from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost
 from silvershard.cluster.rounds import Served
 from silvershard.cluster.shard_link import LinkState
-from silvershard.model.compiled_request import compile_request
+from silvershard.model.compiled_request import RequestCompiler, compile_request
 from silvershard.model.request import Request, RequestError
 from silvershard.shard.errors import (
     DeadlineExceeded,
@@ -208,12 +208,16 @@ def test_a_bug_in_compiling_one_request_does_not_reach_its_neighbours(
 ) -> None:
     bench = make_bench(1)
 
-    def compile_with_bug(one: Request, spec: Any) -> Any:
+    real = RequestCompiler.compile
+
+    def compile_with_bug(self: RequestCompiler, one: Request) -> Any:
         if one.k == 13:
             raise ZeroDivisionError("a bug")
-        return compile_request(one, spec)
+        return real(self, one)
 
-    monkeypatch.setattr("silvershard.cluster.coordinator.compile_request", compile_with_bug)
+    monkeypatch.setattr(
+        "silvershard.model.compiled_request.RequestCompiler.compile", compile_with_bug
+    )
     fates = bench.ask_all([bench.request(k=13), bench.request()])
     assert [type(fate) for fate in fates] == [ZeroDivisionError, Served]
 
@@ -311,11 +315,13 @@ def test_a_large_filter_is_compiled_off_the_event_loop(
 ) -> None:
     threads: list[threading.Thread] = []
 
-    def watched(one: Request, spec: Any) -> Any:
-        threads.append(threading.current_thread())
-        return compile_request(one, spec)
+    real = RequestCompiler.compile
 
-    monkeypatch.setattr("silvershard.cluster.coordinator.compile_request", watched)
+    def watched(self: RequestCompiler, one: Request) -> Any:
+        threads.append(threading.current_thread())
+        return real(self, one)
+
+    monkeypatch.setattr("silvershard.model.compiled_request.RequestCompiler.compile", watched)
     text = " OR ".join(f"maker:{maker}" for maker in range(size))
     coordinator = Coordinator(whole.spec, 1, lambda shard: [])
 

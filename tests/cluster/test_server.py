@@ -453,7 +453,9 @@ def test_a_bug_is_internal_with_an_id_that_is_logged(
     def compile_with_bug(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("silvershard.cluster.coordinator.compile_request", compile_with_bug)
+    monkeypatch.setattr(
+        "silvershard.model.compiled_request.RequestCompiler.compile", compile_with_bug
+    )
     cluster = make_cluster(1)
     with cluster.client() as client:
         with pytest.raises(RequestRefused) as raised:

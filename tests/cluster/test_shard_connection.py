@@ -90,11 +90,48 @@ def test_every_call_names_its_own_generation(run: Any) -> None:
             for generation in (3, 4):
                 reply = await connection.call(shard_pb2.ShardCall(), generation, 5)
                 assert reply.generation == generation
-            connection.send(shard_pb2.ShardCall(key="a", release=shard_pb2.Release()), 4)
-            await until(lambda: len(shard.calls) == 3)
-            assert [call.generation for call in shard.calls] == [3, 4, 4]
             assert {call.epoch for call in shard.calls} == {7}
-            assert len({call.call_id for call in shard.calls}) == 3
+            assert len({call.call_id for call in shard.calls}) == 2
+
+    run(scene())
+
+
+def test_what_is_given_up_is_said_with_the_next_call_and_only_once(run: Any) -> None:
+    shard = Echo()
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            connection.release("a")
+            connection.release("b")
+            for _ in range(2):
+                await connection.call(shard_pb2.ShardCall(count=shard_pb2.TensorMap()), 1, 5)
+            assert [list(call.released) for call in shard.calls] == [["a", "b"], []]
+
+    run(scene())
+
+
+def test_what_is_given_up_is_said_soon_where_no_call_follows(run: Any) -> None:
+    shard = Echo()
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            await connection.call(shard_pb2.ShardCall(), 1, 5)
+            for key in ("a", "b"):
+                connection.release(key)
+                await until(lambda key=key: list(shard.calls[-1].released) == [key])
+                assert shard.calls[-1].WhichOneof("op") is None
+                assert shard.calls[-1].epoch == 7
+            assert len(shard.calls) == 3
+
+    run(scene())
+
+
+def test_what_is_given_up_while_there_is_no_connection_is_forgotten(run: Any) -> None:
+    async def scene() -> None:
+        entry = ShardEntry(shard=2, replica=1, address="", epoch=7, documents=1, pid=1)
+        connection = ShardConnection(entry, PING)
+        connection.release("a")
+        await until(lambda: not connection._released)
 
     run(scene())
 

@@ -142,7 +142,7 @@ def test_the_rounds_give_what_the_executor_gives(run: Any, executor: Any, work: 
             for got, wanted in zip(second[:6], executor.close("a", EVERYTHING)[:6], strict=True):
                 assert torch.equal(got, wanted)
             assert executor.num_open == 1
-            await caller.send(key="a", release=shard_pb2.Release())
+            await caller.send(released=["a"])
             await until(lambda: executor.num_open == 0)
 
     run(scene())
@@ -283,7 +283,7 @@ def test_a_release_drops_what_has_not_started(run: Any, executor: Any, work: Wor
             await asyncio.to_thread(reached.wait, 5)
             await caller.send(key="a", open=tensors.work_to_map(work))
             await caller.send(key="b", open=tensors.work_to_map(work))
-            await caller.send(key="a", release=shard_pb2.Release())
+            await caller.send(released=["a"])
             last = await caller.send(count=scan_of())
             await until(lambda: caller.server._pending == 4)
             await asyncio.sleep(0.01)
@@ -571,7 +571,7 @@ def test_generations_are_prepared_asked_and_retired_side_by_side(
                 )
                 assert (reply.generation, reply.code) == (generation, 0)
                 assert executor.num_open == 1
-            await caller.send(key="k2", release=shard_pb2.Release())
+            await caller.send(released=["k2"])
             await until(lambda: (first.num_open, second.num_open) == (1, 0))
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await caller.stub.Prepare(

@@ -1,4 +1,5 @@
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,9 +51,16 @@ def test_a_tensor_crosses_the_wire_bit_for_bit(tensor: torch.Tensor) -> None:
 
 def test_the_bytes_are_little_endian_and_row_major() -> None:
     message = tensors.to_map({"x": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
-    assert message.tensors[0].data == struct.pack("<4f", 1, 2, 3, 4)
-    assert message.tensors[0].dtype == "f32"
-    assert list(message.tensors[0].shape) == [2, 2]
+    assert message.data == struct.pack("<4f", 1, 2, 3, 4)
+    assert message.layout == "x f32 2 2"
+
+
+def test_every_tensor_begins_at_a_multiple_of_eight_bytes() -> None:
+    message = tensors.to_map({"a": torch.tensor([1, 2, 3]).to(torch.int8), "b": torch.tensor([5])})
+    assert message.data == struct.pack("<3b5xq", 1, 2, 3, 5)
+    forms = {"a": tensors._Form(torch.int8, "A"), "b": tensors._Form(torch.int64, "B")}
+    found = tensors.from_map(crossed(message), forms)
+    assert [found["a"].tolist(), found["b"].tolist()] == [[1, 2, 3], [5]]
 
 
 def test_what_arrives_may_be_changed_without_changing_the_message() -> None:
@@ -62,48 +70,61 @@ def test_what_arrives_may_be_changed_without_changing_the_message() -> None:
     assert tensors.from_map(message, tensors.COUNT)["count"].tolist() == [1, 2]
 
 
-def change(name: str, /, **fields: Any) -> Any:
+def line(change: Callable[[str], str]) -> Any:
     def apply(message: shard_pb2.TensorMap) -> None:
-        for one in message.tensors:
-            if one.name == name:
-                for key, value in fields.items():
-                    if key == "shape":
-                        one.shape[:] = value
-                    else:
-                        setattr(one, key, value)
+        lines = message.layout.split("\n")
+        message.layout = "\n".join(
+            change(one) if one.startswith("scores") else one for one in lines
+        )
+
+    return apply
+
+
+def says(text: str) -> Any:
+    return line(lambda _: text)
+
+
+def data(length: int) -> Any:
+    def apply(message: shard_pb2.TensorMap) -> None:
+        message.data = bytes(length)
 
     return apply
 
 
 def drop(message: shard_pb2.TensorMap) -> None:
-    del message.tensors[1]
+    message.layout = message.layout.split("\n")[0]
 
 
-def repeat(message: shard_pb2.TensorMap) -> None:
-    message.tensors.append(message.tensors[1])
+def empty(message: shard_pb2.TensorMap) -> None:
+    message.Clear()
 
 
 @pytest.mark.parametrize(
     ("garble", "complaint"),
     [
-        (change("scores", data=b"\0" * 11), "shape (1, 3) needs 12 bytes, got 11"),
-        (change("scores", data=b"\0" * 16), "shape (1, 3) needs 12 bytes, got 16"),
-        (change("scores", data=b""), "needs 12 bytes, got 0"),
-        (change("scores", shape=[3, 1]), "dimension B must be"),
-        (change("scores", shape=[1, 2**63]), "dimension C must be"),
-        (change("scores", shape=[3]), "must have 2 dimensions, got (3,)"),
-        (change("scores", dtype="f64"), "dtype must be f32, got 'f64'"),
-        (change("scores", dtype="i32"), "dtype must be f32, got 'i32'"),
-        (change("scores", name="points"), "'points' is unexpected"),
-        (drop, "'item_ids' is missing"),
-        (repeat, "'scores' is unexpected"),
+        (data(39), "'item_ids' (1, 3), 'scores' (1, 3) need 40 bytes, got 39"),
+        (data(44), "need 40 bytes, got 44"),
+        (data(0), "need 40 bytes, got 0"),
+        (says("scores f32 3 1"), "dimension B must be"),
+        (says("scores f32 1 999999999"), "dimension C must be"),
+        (says("scores f32 1 9999999999"), "tells no shape"),
+        (says("scores f32 1 -3"), "tells no shape"),
+        (says("scores f32 1 ٣"), "tells no shape"),
+        (says("scores f32 1  3"), "tells no shape"),
+        (says("scores f32 3"), "must have 2 dimensions, got (3,)"),
+        (says("scores f64 1 3"), "dtype must be f32, got 'f64'"),
+        (says("scores i32 1 3"), "dtype must be f32, got 'i32'"),
+        (says("scores"), "dtype must be f32, got ''"),
+        (says("points f32 1 3"), "'points' is unexpected"),
+        (line(lambda one: f"{one}\n{one}"), "'scores' is unexpected"),
+        (drop, "'scores' is missing"),
+        (empty, "'scores' is missing"),
     ],
 )
 def test_a_garbled_message_is_refused(garble: Any, complaint: str) -> None:
     cutoffs = Cutoffs(torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64))
-    message = tensors.cutoffs_to_map(cutoffs)
     # Both tensors name the same sizes; the one that comes last is at fault.
-    message.tensors.sort(key=lambda one: one.name != "item_ids" if garble is not drop else 0)
+    message = tensors.to_map({"item_ids": cutoffs.item_ids, "scores": cutoffs.scores})
     garble(message)
     with pytest.raises(tensors.TensorError) as raised:
         tensors.cutoffs_from_map(crossed(message))

@@ -1,10 +1,16 @@
+from dataclasses import astuple
 from typing import Any
 
 import pytest
+import torch
 
-from silvershard.model.compiled_request import compile_request
+from silvershard.model.compiled_request import (
+    CompiledRequest,
+    RequestCompiler,
+    compile_request,
+)
 from silvershard.model.plan import Plan
-from silvershard.model.request import Request, RequestError
+from silvershard.model.request import FilterMode, Request, RequestError
 from silvershard.model.spec import ServingSpec
 from silvershard.shard.snapshot import open_snapshot
 
@@ -140,3 +146,33 @@ def test_a_pinned_plan_must_not_leave_out_what_the_formula_reads(spec: ServingSp
     assert it.value.field == "search.plan"
     compiled = compile_request(Request(plan=plan, value="rated"), spec)
     assert compiled.plan(spec, None) == Plan("probe", 3, 9, 0, ("liked",))
+
+
+def alike(one: CompiledRequest, other: CompiledRequest) -> bool:
+    values = zip(astuple(one), astuple(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in values)
+
+
+def test_a_compiler_that_remembers_gives_what_one_that_does_not_gives(spec: ServingSpec) -> None:
+    compiler = RequestCompiler(spec)
+    requests = [
+        Request(),
+        Request(filter="year > 1990"),
+        Request(filter="year > 1990", filter_mode=FilterMode.EXACT),
+        Request(filter="year > $y", params={"y": 1990}),
+        Request(filter="year > $y", params={"y": 1991}),
+        Request(filter="genre:Comedy", task_weights={"liked": 2.0}, k=3),
+        Request(filter="genre:Comedy", task_weights={"liked": 3.0}, exclude_ids=[5]),
+    ]
+    for request in requests * 2:
+        assert alike(compiler.compile(request), compile_request(request, spec))
+    first, second = (compiler.compile(Request(filter="year > 1990")) for _ in range(2))
+    assert first.scan is second.scan
+    assert first.value_ops is second.value_ops
+
+
+def test_a_compiler_refuses_what_is_wrong_every_time(spec: ServingSpec) -> None:
+    compiler = RequestCompiler(spec)
+    for _ in range(2):
+        with pytest.raises(RequestError, match="position 16"):
+            compiler.compile(Request(filter="genre:Comedy AND"))
