@@ -9,7 +9,6 @@ import asyncio
 import random
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from silvershard.cluster.config import (
     RetriesSection,
 )
 from silvershard.cluster.consistency import ANY, Consistency
+from silvershard.cluster.count_cache import CountCache
 from silvershard.cluster.degrade import Ladder
 from silvershard.cluster.degrade_policy import UNDEMANDING, DegradePolicy
 from silvershard.cluster.extra_calls import ExtraCalls
@@ -59,9 +59,6 @@ _FRESH_ENCODE_SHARE = 0.5
 # the event loop must go on answering others.
 _SMALL_REQUEST = 1000
 _ENCODE_ATTEMPTS = 3
-
-_COUNT_TTL_S = 1.0
-_COUNT_ENTRIES = 1024
 
 # Of the largest message of a batch; far below what a connection carries.
 _BATCH_BYTES = 64 << 20
@@ -101,34 +98,6 @@ class _Planned:
     eligible: int | None
     reasons: tuple[DegradeReason, ...]
     """Why the plan is not the one that was chosen."""
-
-
-class CountCache:
-    """Eligible counts of filters over the whole catalogue, for a second."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._counts: OrderedDict[tuple[str, bytes], tuple[int, float]] = OrderedDict()
-
-    def get(self, compiled: CompiledRequest) -> int | None:
-        """Return the count of a request's filter; None if it is not known."""
-        key = self._key(compiled)
-        count, until_s = self._counts.get(key, (0, float("-inf")))
-        if self._clock() >= until_s:
-            self._counts.pop(key, None)
-            return None
-        self._counts.move_to_end(key)
-        return count
-
-    def put(self, compiled: CompiledRequest, count: int) -> None:
-        """Remember the count of a request's filter."""
-        self._counts[self._key(compiled)] = (count, self._clock() + _COUNT_TTL_S)
-        if len(self._counts) > _COUNT_ENTRIES:
-            self._counts.popitem(last=False)
-
-    def _key(self, compiled: CompiledRequest) -> tuple[str, bytes]:
-        # The filter mode may change the program of the same filter.
-        return compiled.filter_key, compiled.scan.numpy().tobytes()
 
 
 class Coordinator:

@@ -9,14 +9,14 @@ from silvershard.cluster.admission import Dropped
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.config import DegradeFloors, DegradeSection
 from silvershard.cluster.consistency import ANY, Consistency, Freshness, UpdateToken
-from silvershard.cluster.coordinator import Coordinator, CountCache, Query
+from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.degrade import Ladder
 from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
 from silvershard.cluster.freshness import Seen
 from silvershard.cluster.outcome import CoverageLost
 from silvershard.cluster.rounds import Served
 from silvershard.cluster.shard_link import LinkState
-from silvershard.model.compiled_request import RequestCompiler, compile_request
+from silvershard.model.compiled_request import RequestCompiler
 from silvershard.model.request import Request, RequestError
 from silvershard.shard.errors import (
     DeadlineExceeded,
@@ -156,18 +156,6 @@ def test_a_filter_is_counted_once_a_second_and_only_while_all_shards_answer(
     assert counted() == partial + 4
     bench.ask(replace(wanted, filter="year > 1991"))
     assert counted() == partial + 6
-
-
-def test_the_count_cache_keeps_the_newest_thousand(whole: Any) -> None:
-    cache = CountCache(lambda: 0.0)
-    compiled = [
-        compile_request(Request(filter=f"maker:{maker}"), whole.spec) for maker in range(1025)
-    ]
-    for count, one in enumerate(compiled):
-        cache.put(one, count)
-    assert cache.get(compiled[0]) is None
-    assert cache.get(compiled[1]) == 1
-    assert cache.get(compiled[1024]) == 1024
 
 
 def test_requests_without_a_filter_or_with_a_pinned_plan_are_not_counted(make_bench: Any) -> None:
