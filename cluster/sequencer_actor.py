@@ -20,6 +20,7 @@ from silvershard.cluster.sequencer import Sequencer
 from silvershard.cluster.sequencer_server import SequencerServer
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.shard_reports import ShardReports
+from silvershard.cluster.staged import await_staged
 from silvershard.cluster.update_log import open_log
 from silvershard.shard.errors import LogUnavailable, StateError
 
@@ -51,6 +52,7 @@ class SequencerActor:
         expiry_every_s: float = 1.0,
         host: str = "127.0.0.1",
         insecure: bool = False,
+        patient: bool = False,
     ) -> None:
         """Become the writer of every partition of a log, once it can be reached; open a free port.
 
@@ -64,6 +66,7 @@ class SequencerActor:
             expiry_every_s: time between two looks for items whose time is over.
             host: address to bind.
             insecure: allow an address that other machines can reach.
+            patient: wait for a generation that is on its way to this host.
 
         Raises:
             SnapshotError: if the generation is damaged.
@@ -72,6 +75,8 @@ class SequencerActor:
         log_to_stderr()
         os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), _NICENESS))
         feed = FeedBlock(feed_block, hysteresis)
+        if patient:
+            await_staged(lambda: str(_snapshot_of(Path(map_path), snapshot)))
         live = load_live_generation(_snapshot_of(Path(map_path), snapshot))
         self._log = _reached(lambda: open_log(log_url, None, create=False))
         self._server = SequencerServer(

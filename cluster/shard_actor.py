@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from silvershard.cluster.epochs import next_epoch
 from silvershard.cluster.follower import MAX_BATCH
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.log_reach import reach_log
@@ -19,6 +20,7 @@ from silvershard.cluster.logs import log_to_stderr
 from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.shard_loader import ShardLoader, wanted_generations
 from silvershard.cluster.shard_server import ShardServer
+from silvershard.cluster.staged import await_staged
 from silvershard.cluster.table_config import ShardTables
 from silvershard.cluster.table_source import RemoteSources, settings_of
 
@@ -49,6 +51,7 @@ class ShardActor:
         log_url: str = "",
         headroom: float = 0.1,
         max_batch: int = MAX_BATCH,
+        epochs: str = "",
     ) -> None:
         """Load a shard, let it catch up with the update log, and open a free port.
 
@@ -67,6 +70,8 @@ class ShardActor:
             log_url: update log to follow; empty: none.
             headroom: free pages for updates, as a share of those in use.
             max_batch: most updates that are applied at once.
+            epochs: control store that numbers the incarnations of a cluster of several hosts, where
+                a generation may also be on its way to this one; empty: the time does.
         """
         log_to_stderr()
         torch.set_num_threads(num_threads)
@@ -84,6 +89,10 @@ class ShardActor:
             max_batch=max_batch,
             gaps=gaps,
         )
+        epoch = None
+        if epochs:
+            await_staged(lambda: wanted_generations(map_path, snapshot)[0])
+            epoch = next_epoch(epochs, f"shard-{shard}-{replica}")
         first, further = wanted_generations(map_path, snapshot)
         sources = settings.sources
         loaded = ready(load(Path(first)))
@@ -98,6 +107,7 @@ class ShardActor:
             replica=replica,
             host=host,
             insecure=insecure,
+            epoch=epoch,
             lookups=sources.counts if isinstance(sources, RemoteSources) else dict,
             gaps=gaps,
         )

@@ -30,7 +30,6 @@ from silvershard.deploy.memory_plan import (
     plan_memory,
     render,
 )
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
 from silvershard.shard.generations import generation_dir
@@ -159,7 +158,7 @@ def running(state: StateDir) -> ClusterRecord:
         CommandError: if none runs, or it is still starting.
     """
     record = state.read_record() if state.root.is_dir() else None
-    if record is None or not is_alive(record.driver):
+    if record is None or not record.runs:
         raise CommandError(f"no cluster runs on {state.root}: start one with `silvershard up`")
     if record.map_version == 0:
         raise CommandError(f"the cluster on {state.root} is still starting: wait for it")
@@ -295,7 +294,7 @@ def _wait(
         if found is None or found.has_ended:
             return found or operation.ended("abandoned", "it was forgotten")
         record = state.read_record()
-        if record is None or not is_alive(record.driver):
+        if record is None or not record.runs:
             raise CommandError(
                 "the cluster ended before it was done; its live generation is as was"
             )

@@ -65,6 +65,8 @@ class GenerationWatch:
         *,
         connect: Connect = ShardHost,
         free_bytes: Callable[[], int] = free_memory,
+        lacking: Callable[[int], str] = lambda _: "",
+        plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Serve a generation, which the store names as the live one after ``started``.
@@ -77,11 +79,15 @@ class GenerationWatch:
             generation: what the processes load when they start.
             connect: opens the way to a shard process.
             free_bytes: returns the memory that the machine has left.
+            lacking: returns in words which host a generation is not on yet; empty: it is on all.
+            plan: returns how one comes in beside the live one; None: this machine decides.
             clock: for pauses and limits.
         """
         self._state = state
         self._config = config
         self._free_bytes = free_bytes
+        self._lacking_host = lacking
+        self._planned = plan
         self._clock = clock
         self._store = state.control
         self._hosts = ShardHosts(connect)
@@ -152,6 +158,11 @@ class GenerationWatch:
         """Return the generations that some process shall hold."""
         copies = range(self._config.sharding.copies)
         return set().union(*(self._wanted(replica) for replica in copies))
+
+    @property
+    def kept(self) -> set[int]:
+        """Return the generations that must stay on disk."""
+        return self._control.kept
 
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
@@ -231,7 +242,7 @@ class GenerationWatch:
         if operation.generation == 0:
             self._commit(operation)
             return
-        obstacle = self._obstacle(operation)
+        obstacle = self._lacking_host(operation.generation) or self._obstacle(operation)
         if obstacle:
             self._leave_waiting(operation, obstacle)
             return
@@ -287,11 +298,14 @@ class GenerationWatch:
         """Return how to bring a generation in; the processes that hold it need no room for it."""
         outline, num_hosts = self._outline(generation), len(self._hosts)
         holding = sum(generation in one for one in self._hosts.reports.values())
+        live = self._outline(self.live) if holding < num_hosts else None
+        if self._planned is not None:
+            return self._planned(live, outline)
         held = held_by(entry.pid for entry in self._hosts.entries.values())
         room = min(loaded_bytes(self._config, outline) * holding // max(num_hosts, 1), held)
         return plan_memory(
             self._config,
-            self._outline(self.live) if holding < num_hosts else None,
+            live,
             outline,
             held_bytes=held - room,
             free_bytes=self._free_bytes() + room,

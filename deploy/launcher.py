@@ -1,4 +1,4 @@
-"""A cluster on one machine: actors of shards, tables and sequencer, maps and a router, all watched.
+"""A cluster: actors of shards, tables and sequencer, maps and routers, all watched.
 
 Ray starts the actors again when they end; the launcher notices, gives the router their new place,
 and stops what keeps crashing. It is never on the path of a request.
@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel
+
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
@@ -23,7 +25,8 @@ from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
 from silvershard.deploy.shard_host import Connect, ShardHost
-from silvershard.deploy.shard_watch import ActorWatch, ShardHandle, ShardWatch
+from silvershard.deploy.shard_watch import ActorWatch, Handle, ShardHandle, ShardWatch
+from silvershard.deploy.site import Routers, Site, ThisMachine
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
 from silvershard.deploy.state_log import log_url, made_log
 from silvershard.deploy.table_tier import StartTables, TableTiers
@@ -37,6 +40,11 @@ StartShard = Callable[[int, int], ShardHandle]
 """Starts the process of a shard and replica and returns its handle."""
 
 _CANARY_TIMEOUT_S = 30.0
+_SEQUENCER = "sequencer"
+
+
+def _shard_name(shard: int, replica: int) -> str:
+    return f"shard-{shard}-{replica}"
 
 
 def ask_canary(address: str) -> None:
@@ -54,10 +62,15 @@ def ask_canary(address: str) -> None:
         raise CommandError(f"the first question was not answered: {error}") from None
 
 
+_SETTLE_S = 10.0
+"""How long a cluster that is adopted waits for everybody to say where they are."""
+
+
 class LocalCluster:
     """Shards, sequencer, map and router; a context that ends everything it started.
 
-    Ray must be running. Start, poll and stop it on the same thread.
+    Ray must be running. Start, poll and stop it on the same thread. It runs on this machine unless
+    a site says otherwise.
     """
 
     def __init__(
@@ -70,6 +83,8 @@ class LocalCluster:
         model: str = "",
         guard: Process | None = None,
         ray_dir: str = "",
+        site: Site | None = None,
+        routers: Routers | None = None,
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
         start_sequencer: Callable[[], SequencerHandle] | None = None,
@@ -87,6 +102,8 @@ class LocalCluster:
             model: logical name of the model in it; by default that of the settings.
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
+            site: the machines that it runs on; by default this one.
+            routers: the routers; by default one process of this machine.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
@@ -106,14 +123,24 @@ class LocalCluster:
         self._start_shard = start_shard or self._start_actor
         self._canary = canary
         self._report = report
-        self._router = RouterWatch(state, config)
+        self._router: Routers = routers or RouterWatch(state, config)
+        self._site: Site = site or ThisMachine(state)
         self._tables = TableTiers(state, config, start_tables)
-        self._generations = GenerationWatch(state, config, generation, connect=connect)
+        self._generations = GenerationWatch(
+            state,
+            config,
+            generation,
+            connect=connect,
+            lacking=self._site.lacking,
+            plan=self._site.plan,
+        )
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None
         self._shards: list[ShardWatch] = []
-        self._map: ShardMap | None = None
+        self._map: ShardMap | None = self._site.read_map()
+        self._settled_s = time.monotonic() + _SETTLE_S if self._map is not None else 0.0
+        """Until when the map that was found stays as it is, unless everybody serves before."""
         self._written: ClusterRecord | None = None
         self._family: dict[int, Process] = {}
         self._next_census_s = 0.0
@@ -161,13 +188,45 @@ class LocalCluster:
         self._tables.hold(self._generations.wanted)
         if self._log_url:
             self._make_log()
-            self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
-        sharding, runtime = self._config.sharding, self._config.runtime
+            handle = self._start_sequencer()
+            self._sequencer = SequencerWatch(
+                0,
+                handle,
+                self._config.runtime,
+                feel=self._site.feel,
+                restarts=self._restarts_before(handle),
+            )
+        sharding = self._config.sharding
         self._shards = [
-            ShardWatch(shard, self._start_shard(shard, replica), runtime, replica=replica)
+            self._watched(shard, replica)
             for replica in range(sharding.copies)
             for shard in range(sharding.shards)
         ]
+
+    def _watched(self, shard: int, replica: int) -> ShardWatch:
+        handle = self._start_shard(shard, replica)
+        return ShardWatch(
+            shard,
+            handle,
+            self._config.runtime,
+            replica=replica,
+            feel=self._site.feel,
+            restarts=self._restarts_before(handle),
+            host=self._site.host_of(_shard_name(shard, replica)),
+        )
+
+    def _restarts_before(self, handle: Handle[Any]) -> int:
+        """Return how often an actor that is adopted was started again before."""
+        return handle.restarts() if self._map is not None else 0
+
+    def adopt(self) -> None:
+        """Watch what another supervisor has started, and go on from its map.
+
+        Raises:
+            RetrievalError: as ``start_shards``, or if the control store cannot be written.
+        """
+        self.start_shards()
+        self._generations.started()
 
     def _make_log(self) -> None:
         """Make the update log where there never was one; let it keep what generations need."""
@@ -181,28 +240,30 @@ class LocalCluster:
 
     def _start_sequencer_actor(self) -> SequencerHandle:
         from silvershard.cluster import sequencer_actor
-        from silvershard.deploy.ray_shard import RayShard
 
         updates = self._config.updates
-        # ray.remote turns the class into something that its type does not say.
-        actor_class: Any = sequencer_actor.SequencerActor
-        actor = actor_class.options(name="sequencer").remote(
-            str(self._snapshot),
-            self._log_url,
-            map_path=str(self._state.shard_map_file),
-            feed_block=updates.feed_block,
-            hysteresis=updates.feed_block_hysteresis,
-            expiry_every_s=updates.expiry_every_ms / 1e3,
+        return self._site.movable(
+            _SEQUENCER,
+            lambda: self._actor(
+                sequencer_actor.SequencerActor,
+                _SEQUENCER,
+                SequencerEntry,
+                str(self._snapshot),
+                self._log_url,
+                map_path=str(self._state.shard_map_file),
+                feed_block=updates.feed_block,
+                hysteresis=updates.feed_block_hysteresis,
+                expiry_every_s=updates.expiry_every_ms / 1e3,
+            ),
         )
-        return RayShard(actor, SequencerEntry)
 
     def _start_actor(self, shard: int, replica: int) -> ShardHandle:
         from silvershard.cluster import shard_actor
-        from silvershard.deploy.ray_shard import RayShard
 
-        # ray.remote turns the class into something that its type does not say.
-        actor_class: Any = shard_actor.ShardActor
-        actor = actor_class.options(name=f"shard-{shard}-{replica}").remote(
+        return self._actor(
+            shard_actor.ShardActor,
+            _shard_name(shard, replica),
+            ShardEntry,
             str(self._snapshot),
             shard,
             self._config.sharding.shards,
@@ -215,7 +276,20 @@ class LocalCluster:
             headroom=self._config.updates.headroom,
             max_batch=self._config.updates.max_batch,
         )
-        return RayShard(actor, ShardEntry)
+
+    # ray.remote turns the class into something that its type does not say.
+    def _actor(
+        self, actor_class: Any, name: str, kind: type[BaseModel], *args: Any, **more: Any
+    ) -> Handle[Any]:
+        """Start an actor where the site wants it, or adopt the one that runs there."""
+        from silvershard.deploy.ray_shard import RayShard
+
+        actor = self._site.find(name)
+        if actor is None:
+            options = self._site.options(name)
+            more |= self._site.binding(name)
+            actor = actor_class.options(name=name, **options).remote(*args, **more)
+        return RayShard(actor, kind)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the router has reached every shard and has answered one question.
@@ -262,6 +336,7 @@ class LocalCluster:
 
     def poll(self) -> None:
         """Look at everything once, repair the router, and keep map and record true."""
+        self._site.poll(self._generations.kept)
         self._tables.hold(self._generations.wanted)
         self._tables.poll()
         for one in self._shards:
@@ -284,6 +359,8 @@ class LocalCluster:
         if self._map is None and len(entries) < self._num_named:
             # The first map is whole, so that the router never believes in a smaller catalogue.
             return
+        if time.monotonic() < self._settled_s and not self._all_serve:
+            return
         sequencer = self._sequencer.entry if self._sequencer else None
         made = ShardMap(
             version=self._map.version if self._map else 1,
@@ -301,8 +378,14 @@ class LocalCluster:
             return
         if self._map is not None:
             made = made.model_copy(update={"version": self._map.version + 1})
+        self._site.write_map(made)
         self._map = made
-        self._map.write_atomic(self._state.shard_map_file)
+
+    @property
+    def _all_serve(self) -> bool:
+        """Return whether all that the map could name is there to be named."""
+        is_sequenced = self._sequencer is None or self._sequencer.state == "serving"
+        return is_sequenced and len(self._generations.in_service) == self._num_named
 
     def _write_record(self) -> None:
         now_s = time.monotonic()
@@ -321,7 +404,14 @@ class LocalCluster:
             router=self._router.record,
             shards=tuple(shards),
             tables=self._tables.records,
-            sequencer=self._sequencer.record if self._sequencer else None,
+            sequencer=self._sequencer.record.model_copy(
+                update={"host": self._site.host_of(_SEQUENCER)}
+            )
+            if self._sequencer
+            else None,
+            routers=self._site.routers,
+            ray=self._site.ray,
+            host=self._site.name,
             generations=self._generations.records,
             admin=self.admin,
             http=self._router.http,
@@ -330,7 +420,7 @@ class LocalCluster:
             since_unix_s=self._since_unix_s,
         )
         if record != self._written:
-            self._state.write_record(record)
+            self._site.write_record(record)
             self._written = record
 
     def _take_census(self) -> None:

@@ -16,7 +16,6 @@ from silvershard.deploy import launch
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.log_pins import check_log
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.shard_host import held_from
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
@@ -143,7 +142,7 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         phase = "starting" if state.is_locked() else "down"
         return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
     document = described(record)
-    alive = is_alive(record.driver)
+    alive = record.runs
     document["daemon"]["state"] = "running" if alive else "gone"
     router_serves = _health(record.address, f"model/{record.model}")
     if record.router.state == "serving" and not router_serves:

@@ -16,7 +16,6 @@ from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.memory_plan import free_memory, held_by, plan_memory
 from silvershard.deploy.placement import Copy, Host, Placement, Wanted, place, size
 from silvershard.deploy.plan_speed import Expected, Speed, SpeedTask, expected, measure
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import pairs, table
 from silvershard.shard.outline import read_outline
@@ -187,7 +186,7 @@ def plan(
 def _this_machine(state: StateDir, config: Config) -> Host:
     record = state.read_record() if state.root.is_dir() else None
     free = free_memory()
-    if record is not None and is_alive(record.driver):
+    if record is not None and record.runs and not record.ray:
         # What runs on this directory would be replaced.
         free += held_by(
             [one.pid for one in record.shards if one.pid] + [record.guard.pid, record.driver.pid]

@@ -74,8 +74,9 @@ class ActorWatch(Generic[E]):
         handle: Handle[E],
         runtime: RuntimeSection,
         *,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Callable[[str], Pulse] | None = Pulse,
         clock: Callable[[], float] = time.monotonic,
+        restarts: int = 0,
     ) -> None:
         """Watch an actor.
 
@@ -83,13 +84,15 @@ class ActorWatch(Generic[E]):
             shard: its number among those of its kind.
             handle: the actor.
             runtime: limits.
-            feel: takes the pulse of the process at an address.
+            feel: takes the pulse of the process at an address; None where the process may be on
+                another host: there its host looks whether it hangs, and Ray says when it ended.
             clock: measures its lives.
+            restarts: how often it had been started again before it was watched.
         """
         self.shard = shard
         self.state: ShardPhase = "starting"
         self.reason = ""
-        self.restarts = 0
+        self.restarts = restarts
         self.entry: E | None = None
         """Where it serves; None while it does not."""
         self.last: E | None = None
@@ -113,7 +116,8 @@ class ActorWatch(Generic[E]):
         """Look once, without waiting."""
         if self.state == "failed":
             return
-        if self.entry is not None and (self._process is None or not is_alive(self._process)):
+        is_gone = self._process is None or not is_alive(self._process)
+        if self.entry is not None and self._feel is not None and is_gone:
             self._lost(f"process {self.entry.pid} ended")
         self._count_restarts()
         self._kill_if_hung()
@@ -161,9 +165,9 @@ class ActorWatch(Generic[E]):
             self._give_up(str(error))
             return
         if found is not None:
-            self.entry, self._process = found, identify(found.pid)
-            self.last = found
-            self._pulse = self._feel(found.address)
+            self.entry = self.last = found
+            if self._feel is not None:
+                self._process, self._pulse = identify(found.pid), self._feel(found.address)
             self.state, self.reason = "serving", ""
 
     def _give_up(self, reason: str) -> None:
@@ -188,12 +192,18 @@ class ShardWatch(ActorWatch[ShardEntry]):
         runtime: RuntimeSection,
         *,
         replica: int = 0,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Callable[[str], Pulse] | None = Pulse,
         clock: Callable[[], float] = time.monotonic,
+        restarts: int = 0,
+        host: str = "",
     ) -> None:
-        """Watch a process of a shard; ``replica`` is the number of the copy."""
-        super().__init__(shard, handle, runtime, feel=feel, clock=clock)
+        """Watch a process of a shard.
+
+        ``replica`` is the number of the copy, and ``host`` where it is, if there are several.
+        """
+        super().__init__(shard, handle, runtime, feel=feel, clock=clock, restarts=restarts)
         self.replica = replica
+        self.host = host
 
     @property
     def name(self) -> str:
@@ -206,6 +216,7 @@ class ShardWatch(ActorWatch[ShardEntry]):
         return ShardRecord(
             shard=self.shard,
             replica=self.replica,
+            host=self.host,
             state=self.state,
             pid=self.entry.pid if self.entry else 0,
             epoch=self.entry.epoch if self.entry else 0,
