@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import ray
 import torch
 
-from silvershard.cluster.epochs import next_epoch
 from silvershard.cluster.follower import MAX_BATCH
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.log_reach import reach_log
@@ -91,6 +90,9 @@ class ShardActor:
         )
         epoch = None
         if epochs:
+            # A single machine needs no redis-py.
+            from silvershard.cluster.epochs import next_epoch
+
             await_staged(lambda: wanted_generations(map_path, snapshot)[0])
             epoch = next_epoch(epochs, f"shard-{shard}-{replica}")
         first, further = wanted_generations(map_path, snapshot)

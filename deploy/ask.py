@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from silvershard.cluster import Client, Query, Result
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.feature_json import from_json
+from silvershard.deploy.hosts_launch import record_of
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import Cell, milliseconds, pairs, table
 from silvershard.deploy.users import read_user
@@ -160,7 +161,7 @@ def address_of(state: StateDir, given: str) -> str:
     """
     if given:
         return given
-    record = state.read_record() if state.root.is_dir() else None
+    record = record_of(state)
     if record is None or not record.address:
         raise CommandError(
             f"no cluster runs on {state.root}: start one with `silvershard up`, or use --address"

@@ -6,13 +6,13 @@ on without supervisor, Ray and store. Hosts write what they hold; the supervisor
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from silvershard.cluster.redis_server import RedisServer, ServerUnavailable
 from silvershard.deploy.config import Config
+from silvershard.deploy.placement import Copy, Host, HostState
 from silvershard.deploy.state import RouterRecord
 from silvershard.shard.errors import StateError
 
@@ -42,10 +42,27 @@ class PlacedHost(BaseModel):
 
     name: str = Field(min_length=1, description="what people call it")
     address: str = Field(min_length=1, description="its IP address, which Ray knows it by")
+    cpus: float = Field(gt=0, description="cores that shard processes may use")
+    memory_bytes: int = Field(ge=0, description="memory that silvershard may use")
+    zone: str = Field(default="", description="what fails together; empty: a zone of its own")
+    labels: dict[str, str] = Field(default_factory=dict, description="what placement can ask for")
+    state: HostState = Field(default="up", description="what it was listed as")
     router: bool = Field(description="whether it has a router")
     copies: tuple[tuple[int, int], ...] = Field(
         default=(), description="shard and number of each copy; standbys come after replicas"
     )
+
+    def listed(self) -> Host:
+        """Return the host as placement knows it."""
+        return Host(
+            name=self.name,
+            cpus=self.cpus,
+            memory_bytes=self.memory_bytes,
+            zone=self.zone,
+            labels=self.labels,
+            state=self.state,
+            address=self.address,
+        )
 
 
 class Launched(BaseModel):
@@ -69,6 +86,17 @@ class Launched(BaseModel):
     def host_of(self, shard: int, replica: int) -> PlacedHost:
         """Return where a copy was placed."""
         return next(one for one in self.hosts if (shard, replica) in one.copies)
+
+    def present(self) -> dict[Copy, str]:
+        """Return where every copy is, as placement knows them."""
+        replicas = self.config.sharding.replicas
+        return {
+            Copy(shard, number, standby=False)
+            if number < replicas
+            else Copy(shard, number - replicas, standby=True): one.name
+            for one in self.hosts
+            for shard, number in one.copies
+        }
 
     def own_config(self, host: PlacedHost) -> Config:
         """Return the settings of a host, whose processes bind its own address."""
@@ -102,16 +130,14 @@ class ClusterStore:
         Raises:
             ConfigError: if the url cannot be used.
         """
+        # A single machine needs no redis-py.
+        from silvershard.cluster.redis_server import RedisServer
+
         self.url = url
         self._server = RedisServer(url, timeout_s)
         self._key = f"{self._server.prefix}:cluster"
         self._hosts = f"{self._server.prefix}:hosts"
         self._write = self._server.client.register_script(_WRITE)
-
-    @classmethod
-    def opened(cls, url: str) -> Self | None:
-        """Return the store at ``url``; None where the control store is no server."""
-        return cls(url) if url.startswith(("redis://", "rediss://")) else None
 
     def begin(self, launched: Launched) -> bool:
         """Write down what is started; return False if something runs already.
@@ -176,6 +202,8 @@ class ClusterStore:
         self._server.close()
 
     def _call(self, work: Callable[[], T]) -> T:
+        from silvershard.cluster.redis_server import ServerUnavailable
+
         try:
             return self._server.call(work)
         except ServerUnavailable as error:

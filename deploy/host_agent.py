@@ -20,10 +20,11 @@ from silvershard.deploy.cluster_store import (
     Launched,
     PlacedHost,
 )
+from silvershard.deploy.config import Config
 from silvershard.deploy.host_router import HostRouter, RouterDir
 from silvershard.deploy.processes import Process, identify, send_signal
 from silvershard.deploy.pulse import Pulse
-from silvershard.deploy.staging import ReadChunk, bring
+from silvershard.deploy.staging import Reach, Stager
 from silvershard.deploy.state import ClusterRecord, RouterRecord, StateDir, write_atomic
 from silvershard.shard.errors import RetrievalError, StateError
 from silvershard.shard.generations import list_generations
@@ -31,8 +32,9 @@ from silvershard.shard.generations import list_generations
 TICK_S = 0.1
 _REPORT_S = 0.5
 
-Reach = Callable[[str], ReadChunk]
-"""Returns the way to read from the host of a name."""
+
+class NotLaunched(StateError):
+    """The store knows of no cluster: it was ended."""
 
 
 class Router(Protocol):
@@ -115,23 +117,22 @@ class HostAgent:
             clock: for the pauses.
 
         Raises:
-            StateError: if the store cannot be used, or nothing was launched.
+            NotLaunched: if the cluster was ended.
+            StateError: if the store cannot be used.
             Refused: if the state directory cannot be used.
         """
         self._store = store
         launched = store.read(Launched, "launch")
-        if launched is None:
-            raise StateError(f"control store {store.url}: nothing was launched")
+        if launched is None or launched.stopping:
+            raise NotLaunched(f"control store {store.url}: nothing is launched")
         self.host: PlacedHost = launched.host(name)
         self.state = StateDir(Path(launched.root))
         self._config = launched.own_config(self.host)
-        self._reach = reach
         self._clock = clock
         self._hangs = hangs or HangWatch(self._config.runtime.hang_s)
         self._beat = 0
         self._next_report_s = 0.0
-        self._staging = ""
-        self._stager: threading.Thread | None = None
+        self._stager = Stager(self.state.generations, name, reach)
         self._said = ""
         self._mirrored: dict[Path, str] = {}
         self.state.create()
@@ -169,8 +170,7 @@ class HostAgent:
         self._hangs.close()
         if self.router is not None:
             self.router.stop()
-        for path in (self.state.shard_map_file, self.state.record_file):
-            path.unlink(missing_ok=True)
+        clear_mirror(self.state)
 
     def _mirror(self) -> None:
         """Copy the map and the record into files where they differ."""
@@ -196,40 +196,11 @@ class HostAgent:
                 yield one.address, one.pid
 
     def _stage(self) -> None:
-        """Fetch one generation that shall be here and is not, on a thread of its own."""
-        if self._stager is not None and self._stager.is_alive():
-            return
-        self._stager = None
-        held = set(list_generations(self.state.generations))
-        wanted = [int(one) for one in json.loads(self._store.text("wanted") or "[]")]
-        lacking = [one for one in wanted if one not in held]
-        if not lacking:
-            self._staging = ""
-            return
-        generation = lacking[0]
-        sources = [
-            name
-            for name, report in sorted(self._store.reports().items())
-            if generation in report.generations and name != self.host.name
-        ]
-        if not sources:
-            self._staging = f"generation {generation} is on no host"
-            return
-        self._stager = threading.Thread(
-            target=self._bring, args=(generation, sources), daemon=True, name="stager"
-        )
-        self._stager.start()
-
-    def _bring(self, generation: int, sources: list[str]) -> None:
-        """Fetch a generation from the first host that can be read; runs on a thread of its own."""
-        for source in sources:
-            self._staging = f"generation {generation} from {source}"
-            try:
-                bring(self.state.generations, generation, self.host.name, self._reach(source))
-                return
-            except Exception as error:  # noqa: BLE001 - the border of a thread; said aloud
-                self._staging = f"generation {generation} from {source}: {error}"
-                self._say(self._staging)
+        """Fetch what shall be here and is not."""
+        wanted = json.loads(self._store.text("wanted") or "[]")
+        self._stager.poll(wanted, self._store.reports())
+        if self._stager.said:
+            self._say(self._stager.said)
 
     def _report(self) -> None:
         now_s = self._clock()
@@ -243,7 +214,7 @@ class HostAgent:
                 host=self.host.name,
                 beat=self._beat,
                 generations=tuple(list_generations(self.state.generations)),
-                staging=self._staging,
+                staging=self._stager.said,
                 router=router.record.model_copy(
                     update={"host": self.host.name, "address": router.address}
                 )
@@ -257,3 +228,22 @@ class HostAgent:
         if text != self._said:
             self._said = text
             print(json.dumps({"event": "host", "message": text}), file=sys.stderr, flush=True)
+
+
+def end_left(root: Path, host: str) -> None:
+    """End the router that a cluster left on a host which was away when it was ended.
+
+    Args:
+        root: state directory.
+        host: its name.
+    """
+    state = StateDir(root)
+    if state.root.is_dir():
+        HostRouter(RouterDir(state, host), Config()).stop()
+        clear_mirror(state)
+
+
+def clear_mirror(state: StateDir) -> None:
+    """Remove what describes a running cluster on a host."""
+    for path in (state.shard_map_file, state.record_file):
+        path.unlink(missing_ok=True)

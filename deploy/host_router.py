@@ -88,13 +88,21 @@ class HostRouter(RouterWatch):
         self._adopted = False
 
     def start(self) -> None:
-        """Start the process, or adopt the one that runs."""
+        """Start the process, or adopt the one that runs with the same settings."""
         running = self._running()
-        if running is None:
-            super().start()
+        if running is not None and self._is_same():
+            self._adopted = True
+            self._process = Detached(running)
             return
-        self._adopted = True
-        self._process = Detached(running)
+        self.stop()
+        super().start()
+
+    def _is_same(self) -> bool:
+        """Return whether the settings in the file are those that it would be started with."""
+        try:
+            return self._place.router_file.read_text() == self.settings().model_dump_json(indent=1)
+        except OSError:
+            return False
 
     def poll(self) -> None:
         """Look once; start the router again when it has ended and its pause is over."""
@@ -102,7 +110,10 @@ class HostRouter(RouterWatch):
         super().poll()
 
     def stop(self) -> None:
-        """End the process in order."""
+        """End the process in order, also one that was not adopted yet."""
+        running = self._running()
+        if self._process is None and running is not None:
+            self._process = Detached(running)
         super().stop()
         for path in (self._pid_file, self._said_file, self._place.router_file):
             path.unlink(missing_ok=True)

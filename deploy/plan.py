@@ -125,6 +125,7 @@ def plan(
     generation: int | None,
     *,
     hosts: str | None = None,
+    machines: Sequence[Host] | None = None,
     seconds: float = SECONDS,
     report: Report = lambda _: None,
 ) -> dict[str, Any]:
@@ -135,6 +136,7 @@ def plan(
         config: settings in force.
         generation: as for ``choose_generation``.
         hosts: as for ``read_hosts``; None: those of the settings, else this machine.
+        machines: the hosts themselves, which decide alone.
         seconds: how long its speed is measured; 0: not at all.
         report: hears what takes a while.
 
@@ -146,7 +148,7 @@ def plan(
         ConfigError: if a host cannot be used as written.
     """
     number, path = choose_generation(state, generation)
-    listed = hosts_of(config.hosts, hosts)
+    listed = list(machines or ()) or hosts_of(config.hosts, hosts)
     own = not listed
     machines = listed or [_this_machine(state, config)]
     most = read_outline(path).num_partitions

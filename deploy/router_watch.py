@@ -93,8 +93,14 @@ class RouterWatch:
 
     def start(self) -> None:
         """Start the process; call it on a thread that lives as long as the router shall."""
+        self._state.router_file.write_text(self.settings().model_dump_json(indent=1))
+        self._process = self._spawn()
+        self._began_s = time.monotonic()
+
+    def settings(self) -> RouterConfig:
+        """Return what the process is told."""
         listen = self._config.listen.model_copy(update={"port": self._port})
-        settings = RouterConfig(
+        return RouterConfig(
             map_path=str(self._state.shard_map_file),
             drain_s=self._config.runtime.drain_s,
             listen=listen,
@@ -107,9 +113,6 @@ class RouterWatch:
             admission=self._config.admission,
             degrade=self._config.degrade,
         )
-        self._state.router_file.write_text(settings.model_dump_json(indent=1))
-        self._process = self._spawn()
-        self._began_s = time.monotonic()
 
     def _spawn(self) -> RouterProcess:
         """Start the process, which ends with this one."""
