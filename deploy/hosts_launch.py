@@ -240,6 +240,7 @@ def _start(
         name=NAME, namespace=NAMESPACE, lifetime="detached", max_concurrency=_CALLS
     ).remote(store.url)
     give_up_s = time.monotonic() + launched.config.runtime.start_timeout_s + 30.0
+    said = ""
     while True:
         told = store.read(Progress, "progress") or Progress(phase="supervisor")
         if told.error:
@@ -251,7 +252,9 @@ def _start(
             return record
         if time.monotonic() > give_up_s:
             raise TimedOut(f"the cluster did not start in time: {told.phase}")
-        report(told.phase)
+        if told.phase != said:
+            said = told.phase
+            report(said)
         time.sleep(_POLL_S)
 
 
@@ -261,6 +264,7 @@ def _wait_for_agents(store: ClusterStore, launched: Launched, report: Report) ->
     Raises:
         TimedOut: naming the hosts that have not.
     """
+    report("agents of hosts")
     give_up_s = time.monotonic() + _AGENTS_S
     while True:
         silent = sorted({one.name for one in launched.hosts} - store.reports().keys())
@@ -271,7 +275,6 @@ def _wait_for_agents(store: ClusterStore, launched: Launched, report: Report) ->
                 f"after {_AGENTS_S:g} s there is no word from the agent of {', '.join(silent)}: "
                 f"is {store.url.partition('?')[0]} reachable there, and silvershard installed?"
             )
-        report(f"agents of {', '.join(silent)}")
         time.sleep(_POLL_S)
 
 
