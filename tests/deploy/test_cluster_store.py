@@ -1,5 +1,4 @@
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,36 +8,13 @@ from silvershard.deploy.cluster_store import (
     Freshness,
     HostReport,
     Launched,
-    PlacedHost,
     Superseded,
 )
-from silvershard.deploy.config import Config
 from silvershard.deploy.placement import Copy
 from silvershard.deploy.progress import Progress
 from silvershard.shard.errors import StateError
 
-
-def host(name: str, number: int, *copies: tuple[int, int]) -> PlacedHost:
-    return PlacedHost(
-        name=name,
-        address=f"10.0.0.{number}",
-        cpus=2.0,
-        memory_bytes=1 << 30,
-        router=True,
-        copies=copies,
-    )
-
-
-def launched(root: Path = Path("/state")) -> Launched:
-    return Launched(
-        config=Config(),
-        generation=3,
-        model="films",
-        root=str(root),
-        ray="10.0.0.9:6379",
-        hosts=(host("a", 1, (0, 0), (1, 1)), host("b", 2, (1, 0), (0, 1))),
-        since_unix_s=1.0,
-    )
+Launch = Callable[..., Launched]
 
 
 @pytest.fixture
@@ -48,7 +24,7 @@ def store(make_redis: Callable[..., Any]) -> Iterator[ClusterStore]:
     made.close()
 
 
-def test_one_cluster_runs_at_a_time(store: ClusterStore) -> None:
+def test_one_cluster_runs_at_a_time(store: ClusterStore, launched: Launch) -> None:
     assert store.read(Launched, "launch") is None
     assert store.begin(launched())
     assert not store.begin(launched().model_copy(update={"generation": 4}))
@@ -115,7 +91,7 @@ def test_silence_is_counted_by_our_own_clock() -> None:
     assert freshness.silent_s(HostReport(host="a", beat=1)) == 0.0
 
 
-def test_what_was_launched_says_what_is_where() -> None:
+def test_what_was_launched_says_what_is_where(launched: Launch) -> None:
     made = launched()
     assert made.host("b").address == "10.0.0.2"
     assert made.host_of(0, 1).name == "b"

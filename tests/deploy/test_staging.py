@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from silvershard.deploy.cluster_store import HostReport
 from silvershard.deploy import staging
+from silvershard.deploy.cluster_store import HostReport
 from silvershard.deploy.staging import Stager, bring, read_chunk
 from silvershard.shard.errors import SnapshotError
 from silvershard.shard.generations import generation_dir, list_generations
