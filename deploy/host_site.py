@@ -170,12 +170,18 @@ class HostSite:
         """Start an actor on the first host that is there, and on another one when that is lost."""
         return MovingHandle(self, actor, start)
 
-    def settle(self, actor: str, *, avoid: str = "") -> None:
-        """Choose the host of an actor that may be anywhere."""
+    def settle(self, actor: str) -> None:
+        """Learn the host of an actor that may be anywhere, or choose one that is there."""
         up = self._actors.addresses()
-        names = [one.name for one in self._launched.hosts if one.address in up]
-        others = [name for name in names if name != avoid] or [self._launched.hosts[0].name]
-        self._movable[actor] = others[0]
+        host = self._told_host() if self.find(actor) is not None else ""
+        chosen = [one.name for one in self._launched.hosts if one.address in up]
+        self._movable[actor] = host or (chosen or [self._launched.hosts[0].name])[0]
+
+    def _told_host(self) -> str:
+        """Return where the last supervisor had the sequencer."""
+        record = self._store.read(ClusterRecord, "record")
+        sequencer = record.sequencer if record is not None else None
+        return sequencer.host if sequencer is not None else ""
 
     def is_lost(self, actor: str) -> bool:
         """Return whether Ray has given up the host of an actor, and there is another one."""
@@ -249,39 +255,63 @@ class HostSite:
 class MovingHandle(Generic[E]):
     """An actor that is started on another host when Ray has given up the one that it is on."""
 
-    def __init__(self, site: HostSite, actor: str, start: Callable[[], Handle[E]]) -> None:
-        """Start it, or adopt it where it is."""
+    def __init__(
+        self,
+        site: HostSite,
+        actor: str,
+        start: Callable[[], Handle[E]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start it, or adopt it where it is.
+
+        Args:
+            site: the hosts.
+            actor: its name.
+            start: starts it where the site wants it.
+            clock: for the pauses.
+        """
         self._site = site
         self._actor = actor
         self._start = start
+        self._clock = clock
         self._restarts = 0
+        """Of those that were given up, themselves counted."""
         site.settle(actor)
-        self._handle = start()
-        self._looked_s = time.monotonic()
+        self._handle: Handle[E] | None = start()
+        self._looked_s = clock()
 
     def restarts(self) -> int:
         """Return how often it was started again, here or elsewhere."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s >= self._looked_s + _NODES_S:
             self._looked_s = now_s
-            if self._site.is_lost(self._actor):
-                self._restarts += self._handle.restarts() + 1
-                self._handle.end()
-                self._site.settle(self._actor, avoid=self._site.host_of(self._actor))
-                self._handle = self._start()
-        return self._restarts + self._handle.restarts()
+            self._look()
+        return self._restarts + (self._handle.restarts() if self._handle is not None else 0)
+
+    def _look(self) -> None:
+        if self._handle is not None and self._site.is_lost(self._actor):
+            self._restarts += self._handle.restarts() + 1
+            self._handle.end()
+            self._handle = None
+        # Ray gives the name free a little later.
+        if self._handle is None and self._site.find(self._actor) is None:
+            self._site.settle(self._actor)
+            self._handle = self._start()
 
     def entry(self) -> E | None:
         """Return where it serves, None while it loads."""
-        return self._handle.entry()
+        return self._handle.entry() if self._handle is not None else None
 
     def ask_again(self) -> None:
         """Forget what it said."""
-        self._handle.ask_again()
+        if self._handle is not None:
+            self._handle.ask_again()
 
     def end(self) -> None:
         """End it for good."""
-        self._handle.end()
+        if self._handle is not None:
+            self._handle.end()
 
 
 def tied_to(address: str) -> dict[str, Any]:
