@@ -99,6 +99,7 @@ class HostedCluster:
         stop = self.network.root / f"stop-{self._loads}"
         process = self.network.switch.spawn(
             *(sys.executable, "-P", str(LOAD), "--history", str(history), "--until", str(stop)),
+            *("--number", str(self._loads)),
             *("--routers", ",".join(f"{NETWORK}.{10 + one}:8001" for one in routers)),
         )
         try:

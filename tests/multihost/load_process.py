@@ -1,8 +1,9 @@
 """A constant load on a cluster from outside its hosts; every request goes into a history.
 
-Run it with ``--history FILE --routers A,B --until FILE``: each router is asked by a thread of its
-own, which demands an answer from every document within two seconds, and the first one is also given
-updates, which are read back. It ends when the last file is there.
+Run it with ``--history FILE --routers A,B --number N --until FILE``: each router is asked by a
+thread of its own, which demands an answer from every document within two seconds, and the first one
+is also given updates of items that no load of another number has, which are read back. It ends when
+the last file is there.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from silvershard.cluster.consistency import UpdateToken, newest  # noqa: E402
 from silvershard.cluster.updates import ItemUpsert  # noqa: E402
 from silvershard.shard.errors import RetrievalError  # noqa: E402
 
-PAUSE_S = 0.05
+PAUSE_S = 0.1
 DEADLINE_S = 2.0
 FIRST_ITEM = 1 << 41
 OWN_ITEMS = 50
@@ -54,8 +55,11 @@ class Reader(threading.Thread):
 class Writer(threading.Thread):
     """Changes items through one router and reads them back; what is refused is sent again."""
 
-    def __init__(self, address: str, recorder: Recorder, ended: threading.Event) -> None:
+    def __init__(
+        self, address: str, recorder: Recorder, ended: threading.Event, first: int
+    ) -> None:
         super().__init__(name="writer")
+        self._first = first
         self._address = address
         self._recorder = recorder
         self._ended = ended
@@ -74,7 +78,7 @@ class Writer(threading.Thread):
                     continue
 
     def _write(self, client: RecordingClient, version: int) -> None:
-        item = FIRST_ITEM + version % OWN_ITEMS
+        item = self._first + version % OWN_ITEMS
         update = ItemUpsert(
             item,
             attributes={"year": item - FIRST_ITEM, "genre": ["own"]},
@@ -86,11 +90,12 @@ class Writer(threading.Thread):
         self._tokens = newest((*self._tokens, *client.apply([update]).tokens))
 
     def _read(self, client: RecordingClient) -> None:
+        low = self._first - FIRST_ITEM
         client.retrieve(
             Query(
                 features={},
                 k=OWN_ITEMS,
-                filter="genre:own",
+                filter=f"genre:own AND year >= {low} AND year < {low + OWN_ITEMS}",
                 exact=True,
                 min_coverage=1.0,
                 return_fields=["title"],
@@ -103,13 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--history", type=Path, required=True)
     parser.add_argument("--routers", required=True)
+    parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--until", type=Path, required=True)
     options = parser.parse_args()
     routers = options.routers.split(",")
     ended = threading.Event()
     with Recorder(options.history) as recorder:
         threads: list[threading.Thread] = [Reader(one, recorder, ended) for one in routers]
-        threads.append(Writer(routers[0], recorder, ended))
+        first = FIRST_ITEM + options.number * OWN_ITEMS
+        threads.append(Writer(routers[0], recorder, ended, first))
         for one in threads:
             one.start()
         while not options.until.exists():
