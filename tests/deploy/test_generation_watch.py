@@ -888,10 +888,10 @@ def test_a_generation_that_a_host_never_gets_is_given_up_with_the_reason(setup: 
 
 def test_several_hosts_decide_by_their_own_plan(state: StateDir) -> None:
     setup = Setup(state)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, str]] = []
 
     def plan(live: Any, new: Any) -> MemoryPlan:
-        seen.append((live.generation, new.generation))
+        seen.append((live.path.name, new.path.name))
         return MemoryPlan("refused", 0, 0, 0, 0, 0, "h2 has no room")
 
     setup.plan = plan
@@ -904,4 +904,4 @@ def test_several_hosts_decide_by_their_own_plan(state: StateDir) -> None:
         "failed",
         "h2 has no room",
     )
-    assert seen == [(1, 2)]
+    assert seen == [("gen-000001", "gen-000002")]
