@@ -168,7 +168,12 @@ def running(state: StateDir) -> ClusterRecord:
 def memory_plan(
     config: Config, record: ClusterRecord, control: Control, live: Outline, new: Outline
 ) -> MemoryPlan:
-    """Return how a generation can be brought into a running cluster now."""
+    """Return how a generation can be brought into a running cluster now.
+
+    Of several hosts it is only said what the checks take here: their supervisor decides.
+    """
+    if record.ray:
+        return plan_memory(config, None, new, held_bytes=0, free_bytes=free_memory())
     sharding = config.sharding.model_copy(
         update={
             "shards": max(one.shard for one in record.shards) + 1,

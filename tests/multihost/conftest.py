@@ -22,7 +22,9 @@ from history.events import QueryEvent
 from history.recorder import Recorder
 from multihost.hosts import NETWORK, Box, Network, reason_to_skip, until
 
+from silvershard.model.spec import SearchDefaults
 from silvershard.shard.generations import generation_dir
+from silvershard.shard.publish import publish_generation
 
 SHARDS, REPLICAS = 2, 2
 HOSTS = [
@@ -53,6 +55,7 @@ class HostedCluster:
     def up(self, *words: str, hosts: Sequence[dict[str, Any]] = HOSTS) -> Any:
         return self.cli(
             *("up", "--hosts", json.dumps(hosts), "--insecure", "--output", "json"),
+            *("--generation", "1"),
             *("--shards", str(SHARDS), "--replicas", str(REPLICAS), *words),
         )
 
@@ -139,10 +142,25 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="session")
 def unstarted(network: Network, generation: Any) -> HostedCluster:
-    """Hosts of which the first one has a generation."""
+    """Hosts of which the first one has two generations, clustered otherwise."""
     repository = network.hosts[0].folder / "state" / "generations"
     repository.mkdir(mode=0o700)
     shutil.copytree(generation.path, generation_dir(repository, 1))
+    publish_generation(
+        repository,
+        name="films",
+        model=generation.model,
+        builder="two_tower",
+        config=generation.model.config.model_dump(mode="json"),
+        catalogue=generation.catalogue,
+        schema=generation.schema,
+        defaults=SearchDefaults(probes=4, ann_k=40),
+        num_clusters=16,
+        false_positive_rate=0.1,
+        max_exact_planes=6,
+        seed=18,
+        generation=2,
+    )
     return HostedCluster(network)
 
 

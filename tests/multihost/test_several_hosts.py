@@ -55,6 +55,17 @@ def test_copies_of_a_shard_are_on_different_hosts_and_every_router_answers(
         assert (answer["coverage"], len(answer["items"])) == (1.0, 3)
 
 
+def test_a_generation_is_brought_to_every_host_and_activated(whole: HostedCluster) -> None:
+    remote = whole.hosts[2].folder / "state" / "generations" / "gen-000002"
+    assert not remote.exists()
+    with whole.under_load(0, 1):
+        done = whole.cli("activate", "2", "--checks", "files")
+        assert done.returncode == 0, done.stderr
+        until(lambda: {whole.map(one)["generation"] for one in range(3)} == {2}, "not everywhere")
+    assert (remote / "manifest.json").is_file()
+    assert whole.status(2)["generation"] == 2
+
+
 def test_a_second_cluster_on_the_same_store_is_refused(whole: HostedCluster) -> None:
     done = whole.up()
     assert done.returncode == 4
