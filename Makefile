@@ -17,7 +17,7 @@ COMPILER := $(shell command -v $${CXX:-g++})
 PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-crash test-mutants test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-crash test-mutants test-multihost test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 	$(BIN)/silvershard demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed ## run every test that this machine can run
-	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash --ignore tests/mutants
+	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash --ignore tests/mutants --ignore tests/multihost
 	$(BIN)/pytest -n0 tests/crash
 
 test-crash: $(VENV)/.installed ## swap generations 50 times, kill 200 processes and drop what they did not sync, under load
@@ -34,6 +34,9 @@ test-crash: $(VENV)/.installed ## swap generations 50 times, kill 200 processes 
 
 test-mutants: $(VENV)/.installed ## plant bugs in a copy of the tree: each must be noticed by the history checker or by a test
 	$(BIN)/pytest -n0 tests/mutants
+
+test-multihost: $(VENV)/.installed ## cut off and kill hosts that are namespaces of this machine (root; ten minutes)
+	timeout --kill-after 30 $(or $(BUDGET_S),1500) $(BIN)/pytest -n0 tests/multihost
 
 test-sanitized: $(VENV)/.installed ## test the native operators under AddressSanitizer and UBSan
 	$(BIN)/python -P tests/native_builds.py sanitized

@@ -22,6 +22,7 @@ from silvershard.cluster.security import peers_of
 from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.shard_loader import ShardLoader, wanted_generations
 from silvershard.cluster.shard_server import ShardServer
+from silvershard.cluster.staged import await_staged
 from silvershard.cluster.table_config import ShardTables
 from silvershard.cluster.table_source import RemoteSources, settings_of
 
@@ -53,6 +54,7 @@ class ShardActor:
         headroom: float = 0.1,
         max_batch: int = MAX_BATCH,
         faults_dir: str = "",
+        epochs: str = "",
     ) -> None:
         """Load a shard, let it catch up with the update log, and open a free port.
 
@@ -72,6 +74,8 @@ class ShardActor:
             headroom: free pages for updates, as a share of those in use.
             max_batch: most updates that are applied at once.
             faults_dir: where its faults are written down; empty: there are none.
+            epochs: control store that numbers the incarnations of a cluster of several hosts, where
+                a generation may also be on its way to this one; empty: the time does.
         """
         log_to_stderr()
         torch.set_num_threads(num_threads)
@@ -91,6 +95,13 @@ class ShardActor:
             gaps=gaps,
             faults=faults,
         )
+        epoch = None
+        if epochs:
+            # A single machine needs no redis-py.
+            from silvershard.cluster.epochs import next_epoch
+
+            await_staged(lambda: wanted_generations(map_path, snapshot)[0])
+            epoch = next_epoch(epochs, f"shard-{shard}-{replica}")
         first, further = wanted_generations(map_path, snapshot)
         sources = settings.sources
         loaded = ready(load(Path(first)))
@@ -105,6 +116,7 @@ class ShardActor:
             replica=replica,
             host=host,
             peers=own,
+            epoch=epoch,
             lookups=sources.counts if isinstance(sources, RemoteSources) else dict,
             gaps=gaps,
             faults=faults,

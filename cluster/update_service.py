@@ -11,7 +11,7 @@ import grpc.aio
 
 from silvershard.cluster import retrieval_pb2, update_pb2
 from silvershard.cluster.codec import Refusal
-from silvershard.cluster.dialer import PLAIN, Dialer
+from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.service import DETAILS, PUSHBACK, abort
 from silvershard.shard.errors import RetrievalError
@@ -29,7 +29,7 @@ _GRACE_S = 0.5
 class _Link:
     """A sequencer, and the calls that wait for it."""
 
-    def __init__(self, address: str, dialer: Dialer) -> None:
+    def __init__(self, address: str, dialer: Dials) -> None:
         self.address = address
         self.calls: set[grpc.aio.Call] = set()
         self.channel = dialer.aio_channel(address, LINK_OPTIONS)
@@ -57,7 +57,7 @@ class UpdateService:
     another took its place, break off.
     """
 
-    def __init__(self, sequencer: Callable[[], str | None], dialer: Dialer = PLAIN) -> None:
+    def __init__(self, sequencer: Callable[[], str | None], dialer: Dials = PLAIN) -> None:
         """Make the service.
 
         Args:

@@ -30,7 +30,6 @@ from silvershard.deploy.memory_plan import (
     plan_memory,
     render,
 )
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
 from silvershard.shard.generations import generation_dir
@@ -155,7 +154,7 @@ def running(state: StateDir) -> ClusterRecord:
         CommandError: if none runs, or it is still starting.
     """
     record = state.read_record() if state.root.is_dir() else None
-    if record is None or not is_alive(record.driver):
+    if record is None or not record.runs:
         raise CommandError(f"no cluster runs on {state.root}: start one with `silvershard up`")
     if record.map_version == 0:
         raise CommandError(f"the cluster on {state.root} is still starting: wait for it")
@@ -165,7 +164,12 @@ def running(state: StateDir) -> ClusterRecord:
 def memory_plan(
     config: Config, record: ClusterRecord, control: Control, live: Outline, new: Outline
 ) -> MemoryPlan:
-    """Return how a generation can be brought into a running cluster now."""
+    """Return how a generation can be brought into a running cluster now.
+
+    Of several hosts it is only said what the checks take here: their supervisor decides.
+    """
+    if record.ray:
+        return plan_memory(config, None, new, held_bytes=0, free_bytes=free_memory())
     sharding = config.sharding.model_copy(
         update={
             "shards": max(one.shard for one in record.shards) + 1,

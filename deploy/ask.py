@@ -12,6 +12,7 @@ from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.feature_json import from_json
+from silvershard.deploy.hosts_launch import record_of
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import Cell, milliseconds, pairs, table
 from silvershard.deploy.users import read_user
@@ -161,7 +162,7 @@ def address_of(state: StateDir, given: str) -> str:
     """
     if given:
         return given
-    record = state.read_record() if state.root.is_dir() else None
+    record = record_of(state)
     if record is None or not record.address:
         raise CommandError(
             f"no cluster runs on {state.root}: start one with `silvershard up`, or use --address"

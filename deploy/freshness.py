@@ -9,7 +9,6 @@ from silvershard.cluster import shard_pb2, shard_pb2_grpc, update_pb2, update_pb
 from silvershard.cluster.dialer import Dialer
 from silvershard.deploy.access import dialer_within
 from silvershard.deploy.errors import CommandError, ExitCode
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.shard_host import Held, held_from
 from silvershard.deploy.state import SequencerRecord, ShardRecord, StateDir
 from silvershard.deploy.tables import pairs, table
@@ -30,7 +29,7 @@ def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         CommandError: if no cluster runs, or it takes no updates.
     """
     record = state.read_record() if state.root.is_dir() else None
-    if record is None or not is_alive(record.driver):
+    if record is None or not record.runs:
         raise CommandError(f"no cluster runs on {state.root}: start one with `silvershard up`")
     if record.sequencer is None:
         raise CommandError(f"the cluster on {state.root} takes no updates: set updates.enabled")

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy import readiness
 from silvershard.deploy.config import Config
 from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, Operation
-from silvershard.deploy.memory_plan import MemoryPlan, Mode, free_memory, plan_swap
+from silvershard.deploy.memory_plan import MemoryPlan, free_memory, plan_swap
 from silvershard.deploy.outlines import Outlines
 from silvershard.deploy.readiness import Lacking, Readiness
 from silvershard.deploy.roster import Key, Roster
@@ -28,20 +27,9 @@ from silvershard.deploy.shard_host import Connect, Held, ShardHost
 from silvershard.deploy.shard_hosts import ShardHosts, reconcile
 from silvershard.deploy.shard_watch import ShardWatch
 from silvershard.deploy.state import GenerationRecord, StateDir
+from silvershard.deploy.swap import Swap
 from silvershard.shard.errors import RetrievalError, SnapshotError
-
-
-class _Swap(NamedTuple):
-    """A swap that is going on."""
-
-    operation: Operation
-    mode: Mode
-    give_up_s: float
-    load_s: float
-    """When the processes that are taken out of service may begin to load."""
-    commit_s: float | None = None
-    """When routers have met the processes that were out of service; None: they are still out."""
-
+from silvershard.shard.outline import Outline
 
 _MEET_S = 1.0
 """Time for routers to connect to processes before they depend on them."""
@@ -58,6 +46,8 @@ class GenerationWatch:
         *,
         connect: Connect = ShardHost,
         free_bytes: Callable[[], int] = free_memory,
+        lacking: Callable[[int], str] = lambda _: "",
+        plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Serve a generation, which the store names as the live one after ``started``.
@@ -70,18 +60,22 @@ class GenerationWatch:
             generation: what the processes load when they start.
             connect: opens the way to a shard process.
             free_bytes: returns the memory that the machine has left.
+            lacking: returns in words which host a generation is not on yet; empty: it is on all.
+            plan: returns how one comes in beside the live one; None: this machine decides.
             clock: for pauses and limits.
         """
         self._state = state
         self._config = config
         self._free_bytes = free_bytes
+        self._lacking_host = lacking
+        self._planned = plan
         self._clock = clock
         self._store = state.control
         self._hosts = ShardHosts(connect)
         self.roster = Roster(config.sharding.replicas)
         self._starting = generation
         """What is live as soon as the cluster has started; 0 from then on."""
-        self._swap: _Swap | None = None
+        self._swap: Swap | None = None
         self._waiting = "", 0.0
         """The operation that has not begun, and since when."""
         self._readiness = Readiness()
@@ -160,6 +154,11 @@ class GenerationWatch:
         """Return the generations that some process shall hold."""
         copies = range(self._config.sharding.copies)
         return set().union(*(self._wanted(replica) for replica in copies))
+
+    @property
+    def kept(self) -> set[int]:
+        """Return the generations that must stay on disk."""
+        return self._control.kept
 
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
@@ -265,7 +264,7 @@ class GenerationWatch:
         if operation.generation == 0:
             self._commit(operation)
             return
-        obstacle = self._obstacle(operation)
+        obstacle = self._lacking_host(operation.generation) or self._obstacle(operation)
         if obstacle:
             self._leave_waiting(operation, obstacle)
             return
@@ -290,7 +289,7 @@ class GenerationWatch:
         load_s = now_s + self._drain_s(is_wave=True) if plan.mode == "wave" else now_s
         running = operation.model_copy(update={"state": "running", "progress": "loading"})
         self._accept(self._store.change(lambda now: now.replaced(running)))
-        self._swap = _Swap(running, plan.mode, now_s + self._config.swap.timeout_s, load_s)
+        self._swap = Swap(running, plan.mode, now_s + self._config.swap.timeout_s, load_s)
         self._readiness = Readiness()
 
     def _leave_waiting(self, operation: Operation, obstacle: str) -> None:
@@ -313,17 +312,20 @@ class GenerationWatch:
         # At most two generations are held beside a canary.
         if self._parked or self._gave_way:
             self._parked, self._gave_way = False, operation.operation_id
-        stay = {control.live, control.canary, control.warm, generation}
-        others = set().union(*held) - stay
+        others = set().union(*held) - {control.live, control.canary, control.warm, generation}
         return f"generation {min(others)} is still held" if others else ""
 
     def _plan(self, generation: int) -> MemoryPlan:
         """Return how to bring a generation in; the processes that hold it need no room for it."""
+        live, new = self._outlines.outline(self.live), self._outlines.outline(generation)
+        holding = [generation in one for one in self._hosts.reports.values()]
+        if self._planned is not None:
+            return self._planned(None if all(holding) else live, new)
         return plan_swap(
             self._config,
-            self._outlines.outline(self.live),
-            self._outlines.outline(generation),
-            [generation in one for one in self._hosts.reports.values()],
+            live,
+            new,
+            holding,
             (entry.pid for entry in self._hosts.entries.values()),
             free_bytes=self._free_bytes(),
         )
@@ -351,7 +353,7 @@ class GenerationWatch:
         self._gave_way = ""
         self._parked = not is_lost and self._plan(previous).mode == "beside"
 
-    def _advance(self, swap: _Swap, watches: Sequence[ShardWatch]) -> None:
+    def _advance(self, swap: Swap, watches: Sequence[ShardWatch]) -> None:
         """Commit a swap when every process that counts has the generation prepared and level."""
         generation = swap.operation.generation
         is_wave = swap.mode == "wave" and self.live != generation
@@ -401,7 +403,7 @@ class GenerationWatch:
         lacking = readiness.refusals(self._hosts.reports, self.live, coming)
         return lacking, behind or lacking.early
 
-    def _report(self, swap: _Swap, progress: str) -> None:
+    def _report(self, swap: Swap, progress: str) -> None:
         if swap.operation.progress == progress:
             return
         running = swap.operation.model_copy(update={"progress": progress})

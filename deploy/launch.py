@@ -26,8 +26,9 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, NotPublished, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
+from silvershard.deploy.progress import Progress
 from silvershard.deploy.router_watch import http_wanted
-from silvershard.deploy.serve import Launch, Progress
+from silvershard.deploy.serve import Launch
 from silvershard.deploy.state import RAY_DIR_PREFIX, ClusterRecord, StateDir, remove_ray_dir
 from silvershard.shard.errors import ConfigError, StateError
 from silvershard.shard.generations import generation_dir, list_generations

@@ -4,7 +4,7 @@ import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, table_pb2, table_pb2_grpc
 from silvershard.cluster.dialer import PLAIN, Dialer
-from silvershard.deploy import launch
+from silvershard.deploy import hosts_launch, launch
 from silvershard.deploy.access import dialer_within
 from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.log_pins import check_log
-from silvershard.deploy.processes import is_alive
+from silvershard.deploy.placement import Host
 from silvershard.deploy.shard_host import held_from
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
@@ -129,26 +129,78 @@ def up(state: StateDir, config: Config, *, generation: int | None) -> dict[str, 
     return {**described(record), "seconds": round(seconds, 1)}
 
 
-def down(state: StateDir, *, timeout_s: float) -> dict[str, Any]:
+def up_hosts(
+    state: StateDir,
+    config: Config,
+    hosts: Sequence[Host],
+    *,
+    generation: int | None,
+    ray: str | None,
+    routers: int | None,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Start a cluster on several hosts, saying the plan before; return what runs."""
+    began_s = time.perf_counter()
+    bar = PhaseBar("starting the cluster")
+
+    def admit(path: Path) -> None:
+        bar.phase("update log")
+        verify_log(state, config, path)
+        bar.phase("generation")
+        verify_snapshot(path, config.sharding.shards)
+
+    def show_plan(document: Mapping[str, Any]) -> None:
+        from silvershard.deploy.plan import render
+
+        report(render(document) + "\n")
+
+    try:
+        record = hosts_launch.up(
+            state,
+            config,
+            hosts,
+            generation=generation,
+            ray=ray,
+            routers=routers,
+            admit=admit,
+            show_plan=show_plan,
+            report=bar.phase,
+        )
+    finally:
+        bar.close()
+    return {**described(record), "seconds": round(time.perf_counter() - began_s, 1)}
+
+
+def down(state: StateDir, *, timeout_s: float, ray: str | None = None) -> dict[str, Any]:
     """Stop the cluster; return what was there."""
     began_s = time.perf_counter()
     bar = PhaseBar("stopping the cluster")
     try:
         bar.phase("requests in flight are finished")
-        stopped = launch.stop(state, timeout_s=timeout_s)
+        found = hosts_launch.launched_on(state)
+        unreachable: tuple[str, ...] = ()
+        if found is not None:
+            unreachable = hosts_launch.down(*found, ray=ray, timeout_s=timeout_s)
+            stopped = launch.Stopped(was_running=True, leftovers=0, killed=0)
+        else:
+            stopped = launch.stop(state, timeout_s=timeout_s)
     finally:
         bar.close()
-    return {**stopped._asdict(), "seconds": round(time.perf_counter() - began_s, 1)}
+    return {
+        **stopped._asdict(),
+        "unreachable": list(unreachable),
+        "seconds": round(time.perf_counter() - began_s, 1),
+    }
 
 
 def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     """Return what runs, as its processes themselves say, and the exit code for it."""
-    record = state.read_record() if state.root.is_dir() else None
+    record = hosts_launch.record_of(state)
     if record is None:
         phase = "starting" if state.is_locked() else "down"
         return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
     document = described(record)
-    alive = is_alive(record.driver)
+    alive = record.runs
     document["daemon"]["state"] = "running" if alive else "gone"
     dialer = dialer_within(record)
     router_serves = _health(record.address, f"model/{record.model}", dialer)
@@ -180,7 +232,11 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     }
     covered = sum(serving.values())
     document["coverage"] = covered / record.documents if record.documents else 1.0
-    watched = [document["router"], *document["shards"], *document["tables"]]
+    watched = [
+        *(document["routers"] or [document["router"]]),
+        *document["shards"],
+        *document["tables"],
+    ]
     watched += [sequencer] if sequencer else []
     held = [
         one["prepared"] == one["processes"]
@@ -272,7 +328,9 @@ def described(record: ClusterRecord) -> dict[str, Any]:
         "http": record.http,
         "uptime_s": round(time.time() - record.since_unix_s, 1),
         "daemon": {"pid": record.guard.pid, "state": "running"},
+        "host": record.host,
         "router": record.router.model_dump(),
+        "routers": [one.model_dump() for one in record.routers],
         "shards": [shard.model_dump() for shard in record.shards],
         "tables": [tables.model_dump() for tables in record.tables],
         "sequencer": record.sequencer.model_dump() if record.sequencer else None,
@@ -285,8 +343,7 @@ def render_cluster(document: dict[str, Any]) -> str:
     if "shards" not in document:
         said = "is starting" if document["state"] == "starting" else "nothing is running"
         return f"{document['state_dir']}: {said}"
-    daemon, router = document["daemon"], document["router"]
-    reason = f" ({router['reason']})" if router["reason"] else ""
+    daemon, host = document["daemon"], document["host"]
     facts = [
         ("cluster", document["state"]),
         ("address", document["address"]),
@@ -295,16 +352,18 @@ def render_cluster(document: dict[str, Any]) -> str:
         ("model", f"{document['model']}, generation {document['generation']}"),
         ("documents", f"{document['documents']:,}"),
         ("coverage", f"{document['coverage']:.4f}"),
-        ("daemon", f"pid {daemon['pid']}, {daemon['state']}"),
-        ("router", f"pid {router['pid'] or '-'}, {router['state']}{reason}"),
+        (
+            "supervisor" if host else "daemon",
+            f"pid {daemon['pid']}, {daemon['state']}{f' on {host}' if host else ''}",
+        ),
+        *(("router", _told(one)) for one in document["routers"] or [document["router"]]),
     ]
-    sequencer = document["sequencer"]
-    if sequencer:
-        reason = f" ({sequencer['reason']})" if sequencer["reason"] else ""
-        facts.append(("sequencer", f"pid {sequencer['pid'] or '-'}, {sequencer['state']}{reason}"))
+    if document["sequencer"]:
+        facts.append(("sequencer", _told(document["sequencer"])))
     rows = [
         (
             f"{shard['shard']}.{shard['replica']}",
+            *((shard["host"],) if host else ()),
             "standby" if shard["standby"] and shard["state"] == "serving" else shard["state"],
             str(shard["pid"] or "-"),
             shard["documents"],
@@ -317,7 +376,8 @@ def render_cluster(document: dict[str, Any]) -> str:
         for shard in document["shards"]
     ]
     headers = (
-        *("shard", "state", "pid", "documents", "behind", "restarts", "address", "epoch"),
+        *(("shard", "host", "state") if host else ("shard", "state")),
+        *("pid", "documents", "behind", "restarts", "address", "epoch"),
         "reason",
     )
     parts = [pairs(facts), table(headers, rows, max_width=100)]
@@ -329,6 +389,14 @@ def render_cluster(document: dict[str, Any]) -> str:
         rows = [(name, *counts.values()) for name, counts in sorted(document["lookups"].items())]
         parts.append(table(("looked up", *_COUNTS), rows))
     return "\n\n".join(parts)
+
+
+def _told(process: dict[str, Any]) -> str:
+    """Return in a few words where a process is and how it does."""
+    parts = [f"pid {process['pid'] or '-'}", process["state"]]
+    if process["host"]:
+        parts += [f"on {process['host']}", *([process["address"]] if process["address"] else [])]
+    return ", ".join(parts) + (f" ({process['reason']})" if process["reason"] else "")
 
 
 def _generations_table(records: Sequence[dict[str, Any]]) -> str:
@@ -370,6 +438,11 @@ def _tables_table(records: Sequence[dict[str, Any]]) -> str:
 
 def render_down(document: dict[str, Any], state: StateDir) -> str:
     """Return what ``down`` did for people."""
+    if document["unreachable"]:
+        return (
+            f"stopped the cluster on {state.root}; {', '.join(document['unreachable'])} cannot be "
+            "reached: what runs there ends when it is back"
+        )
     if document["was_running"]:
         killed = document["killed"]
         note = f"; {killed} processes had to be killed" if killed else ""

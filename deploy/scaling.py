@@ -24,11 +24,10 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import Control, Operation
 from silvershard.deploy.generation_watch import GenerationWatch
-from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.readiness import Readiness, Reports, is_prepared
 from silvershard.deploy.shard_host import Connect
 from silvershard.deploy.shard_hosts import ShardHosts
-from silvershard.deploy.shard_set import ShardSet, StartShard
+from silvershard.deploy.shard_set import ShardSet, StartShard, WatchShard
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import RetrievalError
 
@@ -77,7 +76,7 @@ class Scaling:
         connect: Connect,
         draw_map: DrawMap,
         start_check: StartCheck,
-        feel: Feel = Pulse,
+        watch: WatchShard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start nothing yet.
@@ -90,10 +89,10 @@ class Scaling:
             connect: opens the way to one.
             draw_map: makes the map by which a new set is checked.
             start_check: compares the answers by two maps.
-            feel: takes the pulse of the process at an address.
+            watch: watches a shard process; None: on this machine.
             clock: for limits and drains.
         """
-        self.current = ShardSet(config.sharding, start, config.runtime, feel=feel)
+        self.current = ShardSet(config.sharding, start, config.runtime, watch=watch)
         """The processes that serve."""
         self._state = state
         self._config = config
@@ -102,7 +101,7 @@ class Scaling:
         self._connect = connect
         self._draw_map = draw_map
         self._start_check = start_check
-        self._feel = feel
+        self._watch = watch
         self._clock = clock
         self._store = state.control
         self._going: _Going | None = None
@@ -152,7 +151,7 @@ class Scaling:
             coming, hosts = self.current, None
             added = range(self.current.sharding.copies, sharding.copies)
         else:
-            coming = ShardSet(sharding, self._start, self._config.runtime, feel=self._feel)
+            coming = ShardSet(sharding, self._start, self._config.runtime, watch=self._watch)
             hosts, added = ShardHosts(self._connect), range(sharding.copies)
         self._going = _Going(running, coming, added, hosts, now_s + timeout_s)
         coming.start(added)

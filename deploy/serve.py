@@ -18,6 +18,7 @@ from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import die_with_parent, identify
+from silvershard.deploy.progress import Progress
 from silvershard.deploy.runtime import prepare_ray, ray_runtime, threads_per_shard
 from silvershard.deploy.state import StateDir, remove_ray_dir
 from silvershard.shard.errors import RetrievalError, SnapshotError
@@ -32,17 +33,6 @@ class Launch(BaseModel):
     config: Config = Field(description="settings")
     generation: int = Field(ge=1, description="number of the generation")
     snapshot: str = Field(description="its directory")
-
-
-class Progress(BaseModel):
-    """One line of what the driver tells the command that waits for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    phase: str = Field(default="", description="what is being waited for")
-    ready: bool = Field(default=False, description="the cluster serves")
-    error: str = Field(default="", description="why it cannot serve")
-    exit_code: int = Field(default=0, description="exit code that goes with the error")
 
 
 class _Teller:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 
 from silvershard.deploy.config_sections import RuntimeSection, ShardingSection
-from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.shard_watch import ShardHandle, ShardWatch
 
 StartShard = Callable[[int, int, int], ShardHandle]
 """Starts the process of a shard, given S, its number and that of the copy; returns its handle."""
+
+WatchShard = Callable[[int, int, ShardHandle], ShardWatch]
+"""Watches the process of a shard, given its number, that of the copy, and its handle."""
 
 
 class ShardSet:
@@ -23,7 +25,7 @@ class ShardSet:
         start: StartShard,
         runtime: RuntimeSection,
         *,
-        feel: Feel = Pulse,
+        watch: WatchShard | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -31,13 +33,13 @@ class ShardSet:
             sharding: how many there shall be.
             start: starts one.
             runtime: limits of a process.
-            feel: takes the pulse of the process at an address.
+            watch: watches one; None: on this machine.
         """
         self.sharding = sharding
         self.watches: list[ShardWatch] = []
         self._start = start
         self._runtime = runtime
-        self._feel = feel
+        self._watch = watch or self._watched
 
     def start(self, replicas: Iterable[int]) -> None:
         """Start these copies of every shard, all at once."""
@@ -55,8 +57,10 @@ class ShardSet:
                 self.watches[at] = self._started(shard, replica)
 
     def _started(self, shard: int, replica: int) -> ShardWatch:
-        handle = self._start(self.sharding.shards, shard, replica)
-        return ShardWatch(shard, handle, self._runtime, replica=replica, feel=self._feel)
+        return self._watch(shard, replica, self._start(self.sharding.shards, shard, replica))
+
+    def _watched(self, shard: int, replica: int, handle: ShardHandle) -> ShardWatch:
+        return ShardWatch(shard, handle, self._runtime, replica=replica)
 
     def poll(self) -> None:
         """Look at every process once."""

@@ -73,9 +73,10 @@ class ActorWatch(Generic[E]):
         handle: Handle[E],
         runtime: RuntimeSection,
         *,
-        feel: Feel = Pulse,
+        feel: Feel | None = Pulse,
         clock: Callable[[], float] = time.monotonic,
         processes: Processes | None = None,
+        restarts: int = 0,
     ) -> None:
         """Watch an actor.
 
@@ -83,15 +84,17 @@ class ActorWatch(Generic[E]):
             shard: its number among those of its kind.
             handle: the actor.
             runtime: limits.
-            feel: takes the pulse of the process at an address.
+            feel: takes the pulse of the process at an address; None where the process may be on
+                another host: there its host looks whether it hangs, and Ray says when it ended.
             clock: measures its lives.
             processes: those of its machine; None: of this one.
+            restarts: how often it had been started again before it was watched.
         """
         self._processes = processes or Processes()
         self.shard = shard
         self.state: ShardPhase = "starting"
         self.reason = ""
-        self.restarts = 0
+        self.restarts = restarts
         self.entry: E | None = None
         """Where it serves; None while it does not."""
         self.last: E | None = None
@@ -115,7 +118,7 @@ class ActorWatch(Generic[E]):
         """Look once, without waiting."""
         if self.state == "failed":
             return
-        if self.entry is not None and not self._is_alive():
+        if self.entry is not None and self._feel is not None and not self._is_alive():
             self._lost(f"process {self.entry.pid} ended")
         self._count_restarts()
         self._kill_if_hung()
@@ -166,9 +169,10 @@ class ActorWatch(Generic[E]):
             self._give_up(str(error))
             return
         if found is not None:
-            self.entry, self._process = found, self._processes.identify(found.pid)
-            self.last = found
-            self._pulse = self._feel(found.address)
+            self.entry = self.last = found
+            if self._feel is not None:
+                self._process = self._processes.identify(found.pid)
+                self._pulse = self._feel(found.address)
             self.state, self.reason = "serving", ""
 
     def _give_up(self, reason: str) -> None:
@@ -193,13 +197,27 @@ class ShardWatch(ActorWatch[ShardEntry]):
         runtime: RuntimeSection,
         *,
         replica: int = 0,
-        feel: Feel = Pulse,
+        feel: Feel | None = Pulse,
         clock: Callable[[], float] = time.monotonic,
         processes: Processes | None = None,
+        restarts: int = 0,
+        host: str = "",
     ) -> None:
-        """Watch a process of a shard; ``replica`` is the number of the copy."""
-        super().__init__(shard, handle, runtime, feel=feel, clock=clock, processes=processes)
+        """Watch a process of a shard.
+
+        ``replica`` is the number of the copy, and ``host`` where it is, if there are several.
+        """
+        super().__init__(
+            shard,
+            handle,
+            runtime,
+            feel=feel,
+            clock=clock,
+            processes=processes,
+            restarts=restarts,
+        )
         self.replica = replica
+        self.host = host
 
     @property
     def name(self) -> str:
@@ -212,6 +230,7 @@ class ShardWatch(ActorWatch[ShardEntry]):
         return ShardRecord(
             shard=self.shard,
             replica=self.replica,
+            host=self.host,
             state=self.state,
             pid=self.entry.pid if self.entry else 0,
             epoch=self.entry.epoch if self.entry else 0,

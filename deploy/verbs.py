@@ -38,13 +38,16 @@ from silvershard.deploy.arguments import (
     new_log_option,
     parents,
     query_options,
+    ray_option,
     reporter,
     serving_options,
+    several_hosts_options,
     show,
     state_of,
 )
 from silvershard.deploy.config import Config, to_yaml
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.hosts import hosts_of
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import ConfigError, DeadlineExceeded, RemoteError, RetrievalError
 
@@ -133,7 +136,7 @@ def _arguments() -> argparse.ArgumentParser:
     publish.add_argument(
         "--activate", action="store_true", help="make it live in the running cluster then"
     )
-    text = "start a cluster on this machine and keep it running"
+    text = "start a cluster on this machine, or on several hosts, and keep it running"
     up = verb("up", text, _up, state, config, timeout)
     up.add_argument(
         "--generation",
@@ -147,10 +150,11 @@ def _arguments() -> argparse.ArgumentParser:
         help="run until SIGTERM, Ctrl-C or `silvershard down`, for containers and systemd",
     )
     serving_options(up)
+    several_hosts_options(up)
     new_log_option(publish)
     new_log_option(up)
     text = "stop the cluster and wait until its last process is gone"
-    verb("down", text, _down, state, config, timeout)
+    ray_option(verb("down", text, _down, state, config, timeout))
     doctor_verb.add_verb(verb, state, config)
     verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
     query = verb("query", "ask a running cluster", _query, state, timeout)
@@ -289,6 +293,21 @@ def _up(options: argparse.Namespace) -> int:
     config = load_settings(options, state, **{"runtime.start_timeout_s": options.timeout}).config
     if options.new_log:
         _leave_log(options, state, config)
+    hosts = hosts_of(config.hosts, options.hosts)
+    if hosts:
+        if options.foreground:
+            options.wrong_usage("--foreground is for a single machine: Ray keeps several hosts up")
+        document = operate.up_hosts(
+            state,
+            config,
+            hosts,
+            generation=options.generation,
+            ray=options.ray,
+            routers=options.routers,
+            report=reporter(options),
+        )
+        show(options, document, lambda: operate.render_cluster(document))
+        return ExitCode.OK
     if options.foreground:
 
         def ready(document: dict[str, Any]) -> None:
@@ -314,9 +333,11 @@ def _down(options: argparse.Namespace) -> int:
 
     state = state_of(options)
     config = load_settings(options, state).config
-    document = operate.down(state, timeout_s=options.timeout or config.runtime.stop_timeout_s)
+    document = operate.down(
+        state, timeout_s=options.timeout or config.runtime.stop_timeout_s, ray=options.ray
+    )
     show(options, document, lambda: operate.render_down(document, state))
-    return ExitCode.OK
+    return ExitCode.DEGRADED if document["unreachable"] else ExitCode.OK
 
 
 def _status(options: argparse.Namespace) -> int:

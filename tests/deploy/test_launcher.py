@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from silvershard.deploy.processes import is_alive
 from silvershard.deploy.sequencer_watch import SequencerEntry
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardDead
-from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+from silvershard.deploy.site import ThisMachine
+from silvershard.deploy.state import ClusterRecord, RouterPhase, RouterRecord, StateDir
 from silvershard.deploy.table_tier import TableHost
 from silvershard.shard.generations import generation_dir
 
@@ -245,11 +246,6 @@ def test_ready_means_all_shards_and_the_router(setup: Setup) -> None:
     assert setup.asked == []
     setup.cluster.wait_until_ready(0.0)
     assert setup.asked == ["127.0.0.1:8001"]
-
-
-def test_a_cluster_whose_first_question_is_not_answered_is_not_ready() -> None:
-    with pytest.raises(CommandError, match="the first question was not answered: UNAVAILABLE"):
-        launcher.ask_canary("127.0.0.1:1")
 
 
 def test_a_shard_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -> None:
@@ -510,4 +506,91 @@ def test_the_first_map_names_no_standby_and_is_whole_without(
     assert sorted((one.shard, one.replica) for one in setup.map.entries) == [(0, 0), (1, 0)]
     standby = [(one.shard, one.replica) for one in setup.cluster.shards if one.standby]
     assert standby == [(0, 1), (1, 1)]
+    setup.cluster.stop()
+
+
+class FakeSite(ThisMachine):
+    """Several hosts whose routers follow a map already."""
+
+    feel = None
+    ray = "10.0.0.9:6379"
+    name = "h1"
+
+    def __init__(self, found: ShardMap | None) -> None:
+        self.found = found
+        self.maps: list[ShardMap] = []
+        self.records: list[ClusterRecord] = []
+        self.kept: set[int] = set()
+
+    def host_of(self, actor: str) -> str:
+        return f"host of {actor}"
+
+    def poll(self, kept: Collection[int]) -> None:
+        self.kept = set(kept)
+
+    def read_map(self) -> ShardMap | None:
+        return self.found
+
+    def write_map(self, shard_map: ShardMap) -> None:
+        self.maps.append(shard_map)
+
+    def write_record(self, record: ClusterRecord) -> None:
+        self.records.append(record)
+
+
+def found_map() -> ShardMap:
+    entries = tuple(
+        ShardEntry(shard=one, replica=0, address=f"x:{one}", epoch=7, documents=9, pid=1)
+        for one in range(2)
+    )
+    return ShardMap(version=8, generation=3, snapshot="/g", num_shards=2, entries=entries)
+
+
+def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    now_s = 1000.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
+    site = FakeSite(found_map())
+    setup = Setup(tmp_path, site=site)
+    # It was started again before, which is no reason to give it up.
+    setup.shards[0].count = 9
+    setup.cluster.adopt()
+    assert setup.state.control.read().live == 3
+    assert site.kept == set()
+    setup.cluster.poll()
+    setup.shards[0].serve(epoch=7)
+    setup.cluster.poll()
+    assert site.maps == []
+    assert site.kept == {3}
+    setup.shards[1].serve(epoch=8)
+    setup.cluster.poll()
+    assert [one.version for one in site.maps] == [9]
+    assert [(one.shard, one.epoch) for one in site.maps[0].entries] == [(0, 7), (1, 8)]
+    record = site.records[-1]
+    assert [(one.host, one.restarts) for one in record.shards] == [
+        ("host of shard-0-0", 9),
+        ("host of shard-1-0", 0),
+    ]
+    assert (record.ray, record.host) == ("10.0.0.9:6379", "h1")
+    assert not setup.state.record_file.exists()
+    setup.cluster.stop()
+
+
+def test_who_has_not_spoken_in_time_leaves_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    now_s = 1000.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
+    site = FakeSite(found_map())
+    setup = Setup(tmp_path, site=site)
+    setup.cluster.adopt()
+    setup.shards[1].serve(epoch=7)
+    setup.cluster.poll()
+    assert site.maps == []
+    now_s += 11.0
+    setup.cluster.poll()
+    assert [served(one) for one in site.maps] == [[1]]
     setup.cluster.stop()
