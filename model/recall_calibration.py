@@ -62,7 +62,7 @@ class RecallCalibration(BaseModel):
         """Return the share of an exact answer that a plan is expected to find, 0..1.
 
         None where nothing like it was measured: more results, fewer candidates or probes than any,
-        a filter that is not answered from all pages, or another use of the decoder.
+        another use of the decoder, or a filter, unless all that it lets through are candidates.
 
         Args:
             plan: that was run.
@@ -74,8 +74,7 @@ class RecallCalibration(BaseModel):
         if plan.kind == ALL_PAGES and plan.ann_k >= count:
             return 1.0
         within = k <= self.ks[-1] and plan.ann_k >= self.ann_ks[0] and plan.probes >= self.probes[0]
-        filtered = eligible is not None and plan.kind != ALL_PAGES
-        if not within or filtered or bool(plan.semantic_k) != self.semantic:
+        if eligible is not None or not within or bool(plan.semantic_k) != self.semantic:
             return None
         # Fewer results are found at least as well, and more candidates find no less.
         depth = bisect_left(self.ks, k)
