@@ -91,6 +91,7 @@ def secured(
     tls = authority.section("server", "feed.test", "127.0.0.1")
     made = {role: make_token(f"{role}er", [role], now_unix_s=1) for role in ROLES}
     made["expired"] = make_token("late", ["admin"], now_unix_s=1, expires_unix_s=2)
+    made["acme"] = make_token("shop", ["query"], tenant="acme", now_unix_s=1)
     path = state.root / "tokens.json"
     TokenFile(tokens=tuple(one.row for one in made.values())).write(path)
     config = load(
@@ -101,6 +102,8 @@ def secured(
             **{"model.name": "films", "sharding.shards": 2},
             **{f"security.tls.{key}": value for key, value in tls.items()},
             "security.tokens": str(path),
+            # One at once, and then one in a quarter of an hour.
+            "admission.tenants": {"acme": {"qps": 0.001}},
         },
     )
     with pytest.MonkeyPatch.context() as environment:
@@ -144,6 +147,23 @@ def test_items_are_changed_by_who_may_change_them(secured: Secured) -> None:
         assert refused.value.code == "PERMISSION_DENIED"
     with secured.client("update") as client:
         assert not client.apply([patch]).rejected
+
+
+def test_a_token_acts_for_its_tenant_alone_and_within_its_limit(secured: Secured) -> None:
+    with secured.client("acme") as client:
+        with pytest.raises(RequestRefused) as refused:
+            client.retrieve(k=1, tenant="other")
+        assert (refused.value.code, refused.value.reason) == (
+            "PERMISSION_DENIED",
+            "TENANT_MISMATCH",
+        )
+        assert client.retrieve(k=1).coverage.documents == 1.0
+        for tenant in ("", "acme"):
+            with pytest.raises(RequestRefused) as refused:
+                client.retrieve(k=1, tenant=tenant)
+            assert refused.value.code == "RESOURCE_EXHAUSTED"
+    with secured.client("query") as client:
+        assert client.retrieve(k=1, tenant="other").coverage.documents == 1.0
 
 
 def first_item(secured: Secured) -> int:
