@@ -145,6 +145,9 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         phase = "starting" if state.is_locked() else "down"
         return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
     document = described(record)
+    going = state.control.read().current
+    if going is not None:
+        document["operation"] = {"what": going.what, "progress": going.progress or going.state}
     alive = is_alive(record.driver)
     document["daemon"]["state"] = "running" if alive else "gone"
     router_serves = _health(record.address, f"model/{record.model}")
@@ -292,6 +295,9 @@ def render_cluster(document: dict[str, Any]) -> str:
         ("daemon", f"pid {daemon['pid']}, {daemon['state']}"),
         ("router", f"pid {router['pid'] or '-'}, {router['state']}{reason}"),
     ]
+    going = document.get("operation")
+    if going:
+        facts.append(("going on", f"{going['what']}: {going['progress']}"))
     sequencer = document["sequencer"]
     if sequencer:
         reason = f" ({sequencer['reason']})" if sequencer["reason"] else ""
