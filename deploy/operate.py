@@ -200,6 +200,9 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         phase = "starting" if state.is_locked() else "down"
         return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
     document = described(record)
+    going = state.control.read().current
+    if going is not None:
+        document["operation"] = {"what": going.what, "progress": going.progress or going.state}
     alive = record.runs
     document["daemon"]["state"] = "running" if alive else "gone"
     dialer = dialer_within(record)
@@ -358,6 +361,9 @@ def render_cluster(document: dict[str, Any]) -> str:
         ),
         *(("router", _told(one)) for one in document["routers"] or [document["router"]]),
     ]
+    going = document.get("operation")
+    if going:
+        facts.append(("going on", f"{going['what']}: {going['progress']}"))
     if document["sequencer"]:
         facts.append(("sequencer", _told(document["sequencer"])))
     rows = [

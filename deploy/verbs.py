@@ -45,6 +45,7 @@ from silvershard.deploy.arguments import (
     show,
     state_of,
 )
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config, to_yaml
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.hosts import hosts_of
@@ -249,7 +250,8 @@ def _publish(options: argparse.Namespace) -> int:
             "--recluster reads no data: leave --data and --data-as-of out", ExitCode.USAGE
         )
     state = state_of(options)
-    config = load_settings(options, state).config
+    # A generation must have partitions for as many shards as the cluster was scaled to.
+    config = in_force(load_settings(options, state).config, state.control.read().scaled)
     report = reporter(options)
     if options.activate:
         # What cannot be done in the end should be said before the work.

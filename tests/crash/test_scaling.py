@@ -10,6 +10,7 @@ import pytest
 from history.checker import PROPERTIES
 
 from silvershard.cluster import Client, Query
+from silvershard.deploy.activate import activate, rollback
 from silvershard.deploy.config import load
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.processes import descendants, kill_all
@@ -167,15 +168,21 @@ def test_what_goes_wrong_while_a_cluster_is_scaled_leaves_the_old_set_or_none(
 ) -> None:
     recorder = marked_recorder
     options = {**OPTIONS, "sharding.shards": 1}
-    with crash.running(tmp_path / "s", marked_generations[:1], **options) as cluster:
+    with crash.running(tmp_path / "s", marked_generations[:2], **options) as cluster:
         crash.until(cluster.is_whole, "the cluster did not become whole")
-        store = cluster.state.control
+        store, said = cluster.state.control, []
         writer = crash.Writer(cluster.address, recorder, seed=2)
         liked = generation.catalogue.item_ids[:6].tolist()
         reader = crash.Reader(
             cluster.address, recorder, liked, [writer.ledger], timeout_s=READER_TIMEOUT_S
         )
         with crash.working(writer, reader), Scales(cluster, crash.until) as scales:
+            # Generation 1 is live, and 2 the one before it.
+            config = load(None, environ={}, options=cluster.options)
+            with recorder.activation(1):
+                activate(
+                    cluster.state, config, 1, load=False, timeout_s=TIMEOUT_S, report=said.append
+                )
             # It is called off.
             refused = scales.start(shards=2)
             store.call_off(scales.reach("prepared"), "the test did")
@@ -203,6 +210,12 @@ def test_what_goes_wrong_while_a_cluster_is_scaled_leaves_the_old_set_or_none(
                 assert not kill_all(victims[:1])
             assert done.result(TIMEOUT_S)["done"]
             crash.until(lambda: is_settled(cluster, 2, 1), "it has not two shards")
+            # The new set holds the generation before, so that it is there without a load.
+            held = {one.generation: one.prepared for one in cluster.record.generations}
+            assert held == {1: 2, 2: 2}
+            with recorder.activation(2):
+                rollback(cluster.state, timeout_s=TIMEOUT_S, report=said.append)
+            crash.until(lambda: cluster.record.generation == 2, "generation 2 is not live again")
             crash.look_at_all(cluster, recorder, writer.ledger)
         assert writer.failures == 0
         # The driver dies meanwhile, and its cluster comes back as it was.
@@ -217,7 +230,7 @@ def test_what_goes_wrong_while_a_cluster_is_scaled_leaves_the_old_set_or_none(
         assert store.read().operation(name).state == "abandoned"
         # What was scaled is in force, and not what the settings said before.
         crash.until(lambda: is_settled(cluster, 2, 1), "it has not two shards again")
-        same_as_the_module(cluster, marked_generations[0], liked)
+        same_as_the_module(cluster, marked_generations[1], liked)
         crash.look_at_all(cluster, recorder, writer.end())
     crash.assert_right(recorder, *set(PROPERTIES) - {"bounded_recovery"})
 

@@ -13,7 +13,9 @@ from silvershard.cluster.table_follower import TableProgress
 from silvershard.cluster.table_server import TableServer
 from silvershard.cluster.update_log import NewRecord, open_log
 from silvershard.deploy import operate
+from silvershard.deploy.cluster_size import ClusterSize, Scaled
 from silvershard.deploy.config import load
+from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import (
@@ -69,6 +71,21 @@ def test_a_lost_shard_is_degraded_with_its_reason(
     shown = operate.render_cluster(document)
     for text in ("degraded", "0.6000", "gave up after 5 deaths", "films, generation 3"):
         assert text in shown
+
+
+def test_what_is_going_on_is_shown(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    state.write_record(record())
+    assert "going on" not in operate.render_cluster(operate.status(state)[0])
+    size = ClusterSize(shards=3, replicas=2)
+    operation = wanted("scale", 0, "live").model_copy(
+        update={"scaled": Scaled(size=size, instead_of=size), "progress": "prepared 2 of 6"}
+    )
+    state.control.change(lambda now: now.with_operation(operation))
+    shown = operate.render_cluster(operate.status(state)[0])
+    assert "scale to 3 shards x 2 replicas: prepared 2 of 6" in shown
+    state.control.call_off(operation.operation_id, "a person did")
+    assert "going on" not in operate.render_cluster(operate.status(state)[0])
 
 
 def test_health_is_asked_for_by_name(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
