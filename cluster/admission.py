@@ -54,10 +54,20 @@ class Dropped:
 
     refused: Counter[str] = field(default_factory=Counter)
     """By cause: ``queue`` on arrival, ``displaced`` by others, ``deadline`` and ``tenant``."""
+    shed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """The same by cause and tenant; those that the configuration does not name are ``other``."""
+    shed_by_priority: Counter[str] = field(default_factory=Counter)
+    """The same by priority: ``low`` below 0, ``normal``, ``high`` above 0."""
+    uncovered: int = 0
+    """Those that were executed, but too few documents answered."""
     expired: Counter[str] = field(default_factory=Counter)
     """Whose time ran out, by the stage that did not run: ``queue``, ``rounds``."""
     cancelled: Counter[str] = field(default_factory=Counter)
     """Whose callers went away, by where they were: ``queue``, ``run``."""
+
+
+def _level(priority: int) -> str:
+    return "normal" if not priority else "low" if priority < 0 else "high"
 
 
 class WaitingLine(Generic[T]):
@@ -254,6 +264,10 @@ class TenantLimits:
         if name:
             self._left[name] += 1
 
+    def label(self, tenant: str) -> str:
+        """Return the name of a tenant in metrics, of which there are few."""
+        return self._known(tenant) or "other"
+
     def _known(self, tenant: str) -> str:
         if tenant in self._tenants:
             return tenant
@@ -347,16 +361,23 @@ class Admission(Generic[T]):
             return leaving
         displaced = self.line.enter(entering)
         if displaced is None:
-            self.dropped.refused["queue"] += len(entering)
+            for one in entering:
+                self.refuse("queue", one)
             raise Overloaded(
                 f"{len(self.line)} of at most {self.line.capacity} requests are waiting",
                 self.retry_after_s(),
             )
         for one in displaced:
-            self.dropped.refused["displaced"] += 1
+            self.refuse("displaced", one)
             message = f"{self.line.capacity} requests that go first are waiting"
             leaving.append((one, Overloaded(message, self.retry_after_s())))
         return leaving
+
+    def refuse(self, cause: str, ticket: T) -> None:
+        """Count a request that is refused."""
+        self.dropped.refused[cause] += 1
+        self.dropped.shed[cause, self.tenants.label(ticket.tenant)] += 1
+        self.dropped.shed_by_priority[_level(ticket.priority)] += 1
 
     def sweep(self) -> list[tuple[T, Exception]]:
         """Take out of the line who can no longer be answered in time, and say why."""
@@ -387,17 +408,27 @@ class Admission(Generic[T]):
             late: whether none of its requests was answered in time.
         """
         self._turn(-1)
+        self.sized(size, answered=answered, late=late)
+        if not answered:
+            return
+        spent_s = self._clock() - started_s
+        self._batch_s += (_SMOOTHING if self._batch_s else 1.0) * (spent_s - self._batch_s)
+        self._limit.finished(size, started_s, someone_waits=len(self.line) > 0)
+
+    def sized(self, size: int, *, answered: bool, late: bool) -> None:
+        """Learn from a batch how large one may be, also from one that waited for updates.
+
+        Args:
+            size: requests in it.
+            answered: whether it came to its end by itself and without an error.
+            late: whether none of its requests was answered in time.
+        """
         if late:
             # Of a small one, its size was not the reason.
             if 2 * size > self._largest:
                 self._largest = max(size // 2, 1)
         elif answered and size >= self._largest:
             self._largest = min(self._largest + 1, self._max_batch)
-        if not answered:
-            return
-        spent_s = self._clock() - started_s
-        self._batch_s += (_SMOOTHING if self._batch_s else 1.0) * (spent_s - self._batch_s)
-        self._limit.finished(size, started_s, someone_waits=len(self.line) > 0)
 
     def _turn(self, change: int) -> None:
         self._load, self._load_at_s = self.load, self._clock()
@@ -421,7 +452,7 @@ class Admission(Generic[T]):
             return DeadlineExceeded("the time of the request ran out in the queue")
         if not self._running or wait_s + self._batch_s <= left_s:
             return None
-        self.dropped.refused["deadline"] += 1
+        self.refuse("deadline", ticket)
         return Overloaded(
             f"the request has {left_s:.3f} s left, waiting and running take about "
             f"{wait_s + self._batch_s:.3f} s",

@@ -10,9 +10,12 @@ from silvershard.cluster.admission import Admission, Dropped, Ticket
 from silvershard.cluster.config import AdmissionSection
 from silvershard.cluster.consistency import ANY
 from silvershard.cluster.coordinator import Query
+from silvershard.cluster.metrics import Histogram
 from silvershard.cluster.races import SOON_S
 from silvershard.cluster.rounds import Fate
 from silvershard.shard.errors import DeadlineExceeded, Overloaded
+
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Run = Callable[[Sequence[Query]], Awaitable[list[Fate]]]
 
@@ -65,6 +68,8 @@ class Batcher:
         self._max_delay_s = max_delay_s
         self._clock = clock
         self._observe = observe
+        self.sizes = Histogram(_SIZES)
+        """Requests of each batch."""
         self._running: set[asyncio.Task[None]] = set()
         self._demanding: set[asyncio.Task[None]] = set()
         """Those that may wait for updates; the others are in ``_running``."""
@@ -84,6 +89,11 @@ class Batcher:
     def limit(self) -> int:
         """Return the batches that may run at a time now."""
         return self._admission.limit
+
+    @property
+    def largest(self) -> int:
+        """Return the requests that a batch may have now."""
+        return self._admission.largest
 
     def is_hot(self) -> bool:
         """Return True while no shard should be asked twice for the same."""
@@ -136,7 +146,7 @@ class Batcher:
         try:
             self._admission.tenants.take(one.tenant)
         except Overloaded as error:
-            self.dropped.refused["tenant"] += 1
+            self._admission.refuse("tenant", one)
             one.end(error)
             return False
         return True
@@ -189,6 +199,7 @@ class Batcher:
         self._observe(self._line.delay_s)
         while batch := self._next_batch():
             demands = batch[0].demands
+            self.sizes.observe(len(batch))
             started_s = self._clock() if demands else self._admission.started()
             task = asyncio.create_task(self._run(batch, started_s))
             running = self._demanding if demands else self._running
@@ -252,7 +263,10 @@ class Batcher:
                 for one, fate in zip(batch, fates, strict=True):
                     one.end(fate)
         finally:
-            if not batch[0].demands:
+            if batch[0].demands:
+                # How long it took says nothing of a batch that may have waited for updates.
+                self._admission.sized(len(batch), answered=answered, late=late)
+            else:
                 self._admission.ended(len(batch), started_s, answered=answered, late=late)
 
     def _finished(self, task: asyncio.Task[None]) -> None:

@@ -30,7 +30,7 @@ from silvershard.cluster.degrade_policy import UNDEMANDING, DegradePolicy
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.fanout import LOSSES, Fanout, Wait
 from silvershard.cluster.freshness import Seen
-from silvershard.cluster.outcome import CoverageLost, DegradeReason
+from silvershard.cluster.outcome import CoverageLost, CoverageTimedOut, DegradeReason
 from silvershard.cluster.replica_choice import ReplicaChoice, kind_of
 from silvershard.cluster.rounds import Batch, Fate, Rounds, Served, owners, shortfall
 from silvershard.cluster.shard_link import ShardLink
@@ -189,6 +189,8 @@ class Coordinator:
             for group, answered in zip(groups, found, strict=True)
             for at, fate in zip(group, answered, strict=True)
         }
+        uncovered = (CoverageLost, CoverageTimedOut)
+        self._dropped.uncovered += sum(isinstance(one, uncovered) for one in fates.values())
         return [fates[at] for at in range(len(queries))]
 
     async def _answer_group(self, queries: Sequence[Query]) -> list[Fate]:

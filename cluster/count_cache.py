@@ -1,4 +1,4 @@
-"""How many items filters let through, remembered for a moment."""
+"""How many items of the catalogue each filter lets through, as it was lately."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +13,7 @@ class CountCache:
     """Eligible counts of filters over the whole catalogue, for a second."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        """Make one that knows nothing."""
         self._clock = clock
         self._counts: OrderedDict[tuple[str, bytes], tuple[int, float]] = OrderedDict()
 

@@ -3,10 +3,15 @@
 Source: Dean and Barroso, The Tail at Scale, CACM 2013, "Within Request Short-Term Adaptations".
 """
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from silvershard.cluster.config import HedgingSection, RetriesSection
+from silvershard.cluster.metrics import Histogram
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 # Hedges that may follow each other at once, whatever was sent before.
 _HEDGE_BURST = 16
@@ -47,12 +52,6 @@ class TokenBucket:
         self._tokens -= _ONE
         return True
 
-    def widen(self, burst: int) -> None:
-        """Hold at least ``burst`` tokens from now on; what is added is full."""
-        added = max(burst * _ONE - self._capacity, 0)
-        self._capacity += added
-        self._tokens += added
-
 
 @dataclass
 class ExtraCounts:
@@ -69,6 +68,12 @@ class ExtraCounts:
     """Sent because a replica gave no sign of life, outside the budget."""
     retries: int = 0
     retries_suppressed: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Replicas that were set aside, by cause."""
+    ended: Counter[str] = field(default_factory=Counter)
+    """Calls to shards by the name of their gRPC status; ``CANCELLED``: another one was faster."""
+    seconds: Histogram = field(default_factory=partial(Histogram, _SECONDS))
+    """Of those that were answered."""
 
 
 class ExtraCalls:
@@ -96,15 +101,6 @@ class ExtraCalls:
         self._is_hot = is_hot
         self._hedges = TokenBucket(hedging.budget, _HEDGE_BURST)
         self._retries = TokenBucket(retries.budget, retry_burst)
-
-    def allow_burst(self, retries: int) -> None:
-        """Make room for retries that follow each other at once.
-
-        A process that dies fails every call that it has not answered at the same moment, and each
-        of them is asked again at once; it takes no more than that, because its connection is down
-        from then on.
-        """
-        self._retries.widen(retries)
 
     def count_call(self) -> None:
         """Count a first call."""

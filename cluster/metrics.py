@@ -6,7 +6,7 @@ Source: Prometheus documentation, "Exposition formats", text format 0.0.4.
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of ``Metrics.text``."""
@@ -36,6 +36,35 @@ class Counter:
             ]
 
 
+class Tally:
+    """Counts that are kept elsewhere, and are read there whenever somebody asks."""
+
+    kind = "counter"
+
+    def __init__(self, read: Callable[[], Mapping[tuple[str, ...], float]], *labels: str) -> None:
+        """Make a tally.
+
+        Args:
+            read: returns the counts by the values of the labels; called on any thread.
+            labels: names of the labels.
+        """
+        self._read = read
+        self._names = labels
+
+    def samples(self) -> list[tuple[str, str, float]]:
+        """Return the counts as they are now, in order."""
+        counts = dict(self._read())
+        return [
+            ("", _braces(zip(self._names, one, strict=True)), counts[one]) for one in sorted(counts)
+        ]
+
+
+class Gauges(Tally):
+    """Numbers by labels that are read where they lie."""
+
+    kind = "gauge"
+
+
 class Gauge:
     """A number that is read where it lies whenever somebody asks."""
 
@@ -55,11 +84,12 @@ class Histogram:
 
     kind = "histogram"
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    def __init__(self, bounds: Sequence[float], label: str = "") -> None:
         """Make a histogram.
 
         Args:
             bounds: upper ends of the buckets, inclusive, ascending.
+            label: name of the label by whose value observations are told apart; empty: none.
 
         Raises:
             ValueError: if they do not ascend.
@@ -68,28 +98,41 @@ class Histogram:
             raise ValueError(f"bounds must ascend, got {list(bounds)}")
         self._bounds = (*bounds, math.inf)
         self._lock = threading.Lock()
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
+        self._label = label
+        self._series: dict[str, tuple[list[int], list[float]]] = {}
+        """Counts and sum by the value of the label."""
+        if not label:
+            self._series[""] = self._empty()
 
-    def observe(self, value: float) -> None:
-        """Count one observation."""
+    def observe(self, value: float, label: str = "") -> None:
+        """Count one observation, under a value of the label."""
         with self._lock:
-            self._counts[bisect_left(self._bounds, value)] += 1
-            self._sum += value
+            if label not in self._series:
+                self._series[label] = self._empty()
+            counts, total = self._series[label]
+            counts[bisect_left(self._bounds, value)] += 1
+            total[0] += value
+
+    def _empty(self) -> tuple[list[int], list[float]]:
+        return [0] * len(self._bounds), [0.0]
 
     def samples(self) -> list[tuple[str, str, float]]:
         """Return buckets, each with all below it, then sum and count."""
         with self._lock:
-            counts, total = list(self._counts), self._sum
+            series = {one: (list(at[0]), at[1][0]) for one, at in self._series.items()}
         found: list[tuple[str, str, float]] = []
-        below = 0
-        for bound, count in zip(self._bounds, counts, strict=True):
-            below += count
-            found.append(("_bucket", _labels("le", _number(bound)), below))
-        return [*found, ("_sum", "", total), ("_count", "", below)]
+        for value in sorted(series):
+            counts, total = series[value]
+            own = [(self._label, value)] if self._label else []
+            below = 0
+            for bound, count in zip(self._bounds, counts, strict=True):
+                below += count
+                found.append(("_bucket", _braces([*own, ("le", _number(bound))]), below))
+            found += [("_sum", _braces(own), total), ("_count", _braces(own), below)]
+        return found
 
 
-Metric = Counter | Gauge | Histogram
+Metric = Counter | Tally | Gauge | Histogram
 
 
 class Metrics:
@@ -137,10 +180,17 @@ def _lines(name: str, meaning: str, metric: Metric) -> Iterable[str]:
 
 
 def _labels(name: str, value: str) -> str:
-    if not name:
-        return ""
-    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'{{{name}="{escaped}"}}'
+    return _braces([(name, value)] if name else [])
+
+
+def _braces(labels: Iterable[tuple[str, str]]) -> str:
+    """Return labels and their values as Prometheus reads them; empty without any."""
+    pairs = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels)
+    return f"{{{pairs}}}" if pairs else ""
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _number(value: float) -> str:

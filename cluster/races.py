@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from silvershard.cluster.codec import status_row
 from silvershard.cluster.replica_choice import Call, Latencies, ReplicaChoice, Standing
 from silvershard.cluster.shard_link import LinkState, ShardLink
 from silvershard.shard.errors import (
@@ -182,6 +183,7 @@ class Races(Generic[T]):
         for race in self.open:
             self._count_hedge(race, won=False)
             for task, attempt in race.running.items():
+                self._count("DEADLINE_EXCEEDED")
                 self._choice.gave_up(attempt.call)
                 self._on_hang(attempt.call.link)
                 self._cancel(task)
@@ -218,10 +220,13 @@ class Races(Generic[T]):
         try:
             value = task.result()
         except DeadlineExceeded as error:
+            self._count("DEADLINE_EXCEEDED")
             self._choice.gave_up(call)
             self._on_hang(call.link)
             self._fail(attempt, error)
         except self._losses as error:
+            row = status_row(error)
+            self._count("INTERNAL" if row is None else row.code)
             if isinstance(error, ShardUnavailable | Overloaded):
                 self._choice.failed(call)
             else:
@@ -231,10 +236,13 @@ class Races(Generic[T]):
             self._choice.abandoned(call)
             raise
         else:
+            self._count("OK")
+            self._choice.extra.counts.seconds.observe(self._clock() - call.started_s)
             self._choice.answered(call)
             race.winner = call.link, value
             self._count_hedge(race, won=attempt.is_hedge)
             for other, late in race.running.items():
+                self._count("CANCELLED")
                 self._choice.gave_up(late.call)
                 self._cancel(other)
                 self._on_outrun(late.call.link)
@@ -289,6 +297,9 @@ class Races(Generic[T]):
         elif not race.suppressed:
             race.suppressed = True
             extra.counts.hedges_suppressed += 1
+
+    def _count(self, code: str) -> None:
+        self._choice.extra.counts.ended[code] += 1
 
     def _count_hedge(self, race: Race[T], *, won: bool) -> None:
         if race.hedged:

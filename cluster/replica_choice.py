@@ -9,7 +9,7 @@ ejection of outliers with a cap and a panic threshold follows the Envoy proxy.
 import math
 import random
 from bisect import bisect_left, insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -168,7 +168,7 @@ class ReplicaChoice:
             rng: picks the two replicas of which the better one is asked.
         """
         self.extra = extra
-        self.set_aside: Counter[Cause] = Counter()
+        self.set_aside = extra.counts.set_aside
         """How often a replica was set aside."""
         self._health = health
         self._clock = clock

@@ -20,6 +20,7 @@ _DURATION_BOUNDS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0),
 )
+_STAGE_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2.0, 10.0)
 _COVERAGE_BOUNDS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0)
 
 
@@ -47,6 +48,10 @@ class RequestMeter(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._seconds = Histogram(_DURATION_BOUNDS_S)
         self._coverage = Histogram(_COVERAGE_BOUNDS)
         self._degraded = Counter("reason")
+        self._exhausted = Counter()
+        self._stages = Histogram(_STAGE_BOUNDS_S, "stage")
+        self._waits = Histogram(_STAGE_BOUNDS_S)
+        self._left = Histogram(_DURATION_BOUNDS_S)
         metrics.add(
             "silvershard_requests_total",
             "Requests that ended, by the name of their gRPC status; those of a batch one by one.",
@@ -72,6 +77,26 @@ class RequestMeter(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             "Answers that were not what they should be, by reason; one may have several.",
             self._degraded,
         )
+        metrics.add(
+            "silvershard_exhausted_total",
+            "Answers with fewer results than were asked for, because no more are eligible.",
+            self._exhausted,
+        )
+        metrics.add(
+            "silvershard_stage_duration_seconds",
+            "Time that an answer took in each stage.",
+            self._stages,
+        )
+        metrics.add(
+            "silvershard_queue_wait_seconds",
+            "Time that a request which was answered waited for its batch.",
+            self._waits,
+        )
+        metrics.add(
+            "silvershard_deadline_remaining_seconds",
+            "Time that a call with a deadline had left when it came.",
+            self._left,
+        )
 
     async def intercept_service(
         self,
@@ -95,6 +120,9 @@ class RequestMeter(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def counted(message: Any, context: grpc.aio.ServicerContext) -> Any:
             began_s = self._clock()
             self._inflight += 1
+            left_s = context.time_remaining()
+            if left_s is not None:
+                self._left.observe(left_s)
             try:
                 reply = await behaviour(message, context)
             except asyncio.CancelledError:
@@ -129,6 +157,13 @@ class RequestMeter(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _served(self, response: retrieval_pb2.RetrieveResponse) -> None:
         self._requests.add("OK")
         self._coverage.observe(response.coverage.documents)
+        if response.exhausted:
+            self._exhausted.add()
+        for stage, spent_us in response.timings_us.items():
+            if stage == "queue":
+                self._waits.observe(spent_us / 1e6)
+            elif stage != "total":
+                self._stages.observe(spent_us / 1e6, stage)
         for reason in response.coverage.reasons:
             name = retrieval_pb2.DegradeReason.Name(reason)
             self._degraded.add(name.removeprefix("DEGRADE_REASON_"))

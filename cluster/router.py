@@ -22,12 +22,13 @@ from silvershard.cluster.dialer import Dials, peer_dialer
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.faults import faults_of_router
 from silvershard.cluster.http_server import HttpServer
-from silvershard.cluster.links import Connections, Links
+from silvershard.cluster.links import Connections, GrpcShardLink, Links
 from silvershard.cluster.listen import bind, server_options
 from silvershard.cluster.map_file import MapFile, MapSource, Stamp
-from silvershard.cluster.metrics import Gauge, Metrics
+from silvershard.cluster.metrics import Metrics
 from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.request_meter import RequestMeter
+from silvershard.cluster.router_metrics import add_router_metrics
 from silvershard.cluster.router_pages import RouterFacts, router_pages
 from silvershard.cluster.security import front_protection
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
@@ -123,14 +124,19 @@ class Router:
             clock=clock,
             observe=self._ladder.observe,
         )
-        self._extra = ExtraCalls(config.hedging, config.retries, is_hot=self._batcher.is_hot)
+        self._extra = ExtraCalls(
+            config.hedging,
+            config.retries,
+            # A process that dies fails what it was asked by the batches that run, and no more:
+            # its connection is down from then on.
+            retry_burst=config.admission.concurrency.max,
+            is_hot=self._batcher.is_hot,
+        )
         self._facts = RouterFacts()
         self._metrics = Metrics()
         self._meter = RequestMeter(SERVICE, self._metrics)
-        self._metrics.add(
-            "silvershard_queue_depth",
-            "Requests that wait for a batch.",
-            Gauge(lambda: self._batcher.num_waiting),
+        add_router_metrics(
+            self._metrics, self._batcher, self._extra, lambda: self._logged_level, self._live_links
         )
         audit = AuditLog(Path(config.security.audit)) if config.security.audit else None
         self._protection = front_protection(config.security, audit, self._metrics)
@@ -355,9 +361,6 @@ class Router:
                 f"shard map names generation {number}, its snapshot holds {spec.generation}"
             )
         links = Links(self._connections, number, linger_s=query.deadline_max_ms / 1e3)
-        # Every batch that runs may count and encode at the same time, and a host that is lost may
-        # hold a replica of every shard.
-        self._extra.allow_burst(2 * self._config.admission.concurrency.max * num_shards)
         coordinator = Coordinator(
             spec,
             num_shards,
@@ -372,6 +375,14 @@ class Router:
         )
         hashed = manifest.content_hash
         return _Held(coordinator, links, hashed, snapshot, num_shards, manifest.calibration)
+
+    def _live_links(self) -> list[GrpcShardLink]:
+        """Return the replicas of the live generation; any thread may ask."""
+        shard_map, held = self._map, self._held
+        one = held.get(shard_map.generation) if shard_map is not None else None
+        if one is None:
+            return []
+        return [link for shard in range(one.num_shards) for link in one.links.replicas(shard)]
 
     def _retire(self, links: Links) -> None:
         """Close links that no new request uses, once those that do have ended by their deadline."""

@@ -15,3 +15,14 @@ def test_the_count_cache_keeps_the_newest_thousand(whole: Any) -> None:
     assert cache.get(compiled[0]) is None
     assert cache.get(compiled[1]) == 1
     assert cache.get(compiled[1024]) == 1024
+
+
+def test_a_count_is_forgotten_after_a_second(whole: Any) -> None:
+    now_s = [5.0]
+    cache = CountCache(lambda: now_s[0])
+    one = compile_request(Request(filter="maker:1"), whole.spec)
+    cache.put(one, 7)
+    now_s[0] = 5.99
+    assert cache.get(one) == 7
+    now_s[0] = 6.0
+    assert cache.get(one) is None

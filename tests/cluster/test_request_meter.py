@@ -42,7 +42,8 @@ class Metered:
 
             found = await self.meter.intercept_service(continuation, SimpleNamespace(method=method))
             return await found.unary_unary(
-                Request() if message is None else message, SimpleNamespace(code=lambda: code)
+                Request() if message is None else message,
+                SimpleNamespace(code=lambda: code, time_remaining=lambda: 1.5),
             )
 
         return asyncio.run(called())
