@@ -55,7 +55,8 @@ class Dropped:
     refused: Counter[str] = field(default_factory=Counter)
     """By cause: ``queue`` on arrival, ``displaced`` by others, ``deadline`` and ``tenant``."""
     expired: Counter[str] = field(default_factory=Counter)
-    """Whose time ran out, by the stage that did not run: ``queue``, ``rounds``."""
+    """Whose time ran out, by the stage that did not run: ``queue``, ``rounds``; ``run``: whose
+    neighbours went on."""
     cancelled: Counter[str] = field(default_factory=Counter)
     """Whose callers went away, by where they were: ``queue``, ``run``."""
 
