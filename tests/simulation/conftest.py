@@ -10,7 +10,7 @@ if "simulation" not in sys.modules:
     _package.__path__ = [str(Path(__file__).parent)]
     sys.modules["simulation"] = _package
 
-RUN = 10_000
+RUN = 20_000
 """Requests of one seed."""
 
 

@@ -19,7 +19,7 @@ def simulated(plan: Plan, root: Path) -> Outcome:
     return World(plan, root).run()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_no_fault_breaks_a_promise(seed: int, tmp_path: Path) -> None:
     outcome = simulated(Plan(seed, RUN), tmp_path)
     assert not outcome.violations, str(outcome)

@@ -44,8 +44,8 @@ RECOVERY_S = 15.0
 """After the last fault everything is well again within that: the longest time that a replica is
 set aside, and the time to load."""
 
-_GROUPS_PER_S = 24.0
-_GROUP = 14
+_GROUPS_PER_S = 15.0
+_GROUP = 24
 """Requests that come together at most."""
 _KEPT = 40_000
 
@@ -293,12 +293,16 @@ class World:
 
     def run(self) -> Outcome:
         """Return what becomes of it all."""
-        level = logging.root.manager.disable
+        level, thresholds = logging.root.manager.disable, gc.get_threshold()
         logging.disable(logging.CRITICAL)
+        # Little of what is made lives on, and what does is never alone.
+        gc.set_threshold(20_000, 20, 50)
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_until_complete(self._run())
         finally:
+            gc.unfreeze()
+            gc.set_threshold(*thresholds)
             self.loop.close()
             asyncio.set_event_loop(None)
             logging.disable(level)
