@@ -1,8 +1,9 @@
 """Measures an index that changes in place: a fixed catalogue under millions of updates.
 
-Usage: ``python -P benchmarks/churn.py [--quick] [--updates N] [--items N]``. 70 % of the updates
-are patches, 20 % upserts with other embeddings and 10 % deletes, whose items come back later; in
-the end every item is what it was. No number is printed before the index equals a rebuild of its
+Usage: ``python -P benchmarks/churn.py [--quick] [--updates N] [--items N] [--batch N]``. As many
+updates are committed at once as by a shard where nothing else is decided. 70 % of the updates are
+patches, 20 % upserts with other embeddings and 10 % deletes, whose items come back later; in the
+end every item is what it was. No number is printed before the index equals a rebuild of its
 items. Each run appends one JSON line to ``benchmarks/results/<machine>.jsonl``; the last line
 printed is one JSON object.
 
@@ -31,6 +32,7 @@ if "benchmarks" not in sys.modules:
     sys.modules["benchmarks"] = _PACKAGE
 
 from benchmarks.run import machine  # noqa: E402
+from silvershard.cluster.follower import MAX_BATCH  # noqa: E402
 from silvershard.kernels import quantize_rows  # noqa: E402
 from silvershard.model.catalogue import Catalogue, Ragged  # noqa: E402
 from silvershard.model.clustering import nearest_clusters  # noqa: E402
@@ -52,7 +54,6 @@ _T = TypeVar("_T")
 
 DIM, SIGNALS, GENRES, TAGS = 64, 4, 150, 20_000
 HEADROOM = 0.25
-BATCH = 2_000
 FILTERS = ("", "genre:3", "NOT genre:1", "tag:7 OR tag:11", "year >= 2000 AND NOT tag:3")
 SCHEMA = Schema(
     attributes=(
@@ -306,7 +307,7 @@ def _searched(index: ItemIndex, state: State, text: str) -> list[torch.Tensor]:
 
 
 def run(
-    num_items: int, num_updates: int, num_clusters: int, batch: int = BATCH
+    num_items: int, num_updates: int, num_clusters: int, batch: int = MAX_BATCH
 ) -> dict[str, object]:
     """Return the figures of one run of commits of ``batch`` updates.
 
@@ -375,11 +376,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="300,000 updates of 100,000 items")
     parser.add_argument("--updates", type=int, default=None)
     parser.add_argument("--items", type=int, default=None)
+    parser.add_argument("--batch", type=int, default=MAX_BATCH)
     given = parser.parse_args()
     items = given.items or (100_000 if given.quick else 1_000_000)
     updates = given.updates or (300_000 if given.quick else 10_000_000)
     torch.set_num_threads(1)
-    figures = run(items, updates, max(16, items * 4096 // 1_000_000))
+    figures = run(items, updates, max(16, items * 4096 // 1_000_000), given.batch)
     figures = {"benchmark": "churn", **figures, **machine()}
     results = _HERE / "results"
     results.mkdir(exist_ok=True)

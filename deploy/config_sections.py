@@ -237,7 +237,10 @@ class UpdatesSection(BaseModel):
         default=1, ge=1, le=64, description="partitions of a log that is made, a power of two"
     )
     max_batch: int = Field(
-        default=2048, ge=1, le=65536, description="updates that a shard applies at once at most"
+        default=1024,
+        ge=1,
+        le=65536,
+        description="updates that a shard applies at once at most, while queries wait",
     )
     headroom: float = Field(
         default=0.1,
