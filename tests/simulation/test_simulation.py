@@ -31,21 +31,20 @@ def test_no_fault_breaks_a_promise(seed: int, tmp_path: Path) -> None:
     assert outcome.unverified <= RUN // 100, str(outcome)
 
 
+@pytest.mark.timeout(400)
 def test_a_seed_does_the_same_in_every_process(tmp_path: Path) -> None:
-    def trace(hash_seed: str) -> str:
-        command = [sys.executable, "-P", ROOT / "tests/simulation/run.py"]
-        done = subprocess.run(
-            [*command, "--seed", "5", "--requests", "1500"],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.split("trace ")[1].split()[0]
-
-    assert trace("1") == trace("2") == simulated(Plan(5, 1500), tmp_path).trace
+    command = [sys.executable, "-P", ROOT / "tests/simulation/run.py"]
+    done = subprocess.run(
+        [*command, "--seed", "5", "--requests", "700"],
+        env={**os.environ, "PYTHONHASHSEED": "3"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trace = done.stdout.split("trace ")[1].split()[0]
+    assert trace == simulated(Plan(5, 700), tmp_path).trace
 
 
 def test_seeds_differ_and_steps_end_the_faults(tmp_path: Path) -> None:
