@@ -19,6 +19,10 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Run = Callable[[Sequence[Query]], Awaitable[list[Fate]]]
 
+# What ran out of time waits no longer for its neighbours. An answer that is being put together
+# comes sooner than that.
+_PATIENCE_S = 0.02
+
 
 @dataclass(eq=False)
 class _Waiting(Ticket):
@@ -119,12 +123,7 @@ class Batcher:
         """
         mine = [self._waiting(query, run) for query in queries]
         entering = [one for one in mine if self._take(one)]
-        loop, now_s = asyncio.get_running_loop(), self._clock()
-        # While nothing begins and nothing ends, nobody else looks whose time is over.
-        timers = [
-            loop.call_later(max(deadline_s - now_s, 0.0) + SOON_S, self._sweep)
-            for deadline_s in {one.deadline_s for one in entering}
-        ]
+        timers = self._watch(entering)
         try:
             if entering:
                 self._enter(entering)
@@ -170,6 +169,20 @@ class Batcher:
         elif one.fate.cancelled() or not one.fate.done():
             self.dropped.cancelled["run"] += 1
         one.fate.cancel()
+
+    def _watch(self, entering: Sequence[_Waiting]) -> list[asyncio.TimerHandle]:
+        """Look at the line when the time of requests is over, also if no batch begins or ends."""
+        loop, now_s = asyncio.get_running_loop(), self._clock()
+        return [
+            loop.call_later(max(deadline_s - now_s, 0.0) + SOON_S, self._sweep)
+            for deadline_s in {one.deadline_s for one in entering}
+        ]
+
+    def _give_up(self, one: _Waiting) -> None:
+        """End a request that has no time left, although its batch goes on."""
+        if not one.fate.done():
+            self.dropped.expired["run"] += 1
+            one.end(DeadlineExceeded("the time of the request ran out in its batch"))
 
     def _sweep(self) -> None:
         self._end(self._admission.sweep())
@@ -250,6 +263,13 @@ class Batcher:
 
         for one in batch:
             one.fate.add_done_callback(stop_if_nobody_waits)
+        loop, now_s = asyncio.get_running_loop(), self._clock()
+        last_s = max(one.deadline_s for one in batch)
+        timers = [
+            loop.call_later(max(one.deadline_s - now_s, 0.0) + _PATIENCE_S, self._give_up, one)
+            for one in batch
+            if one.deadline_s < last_s
+        ]
         answered = late = False
         try:
             with contextlib.suppress(asyncio.CancelledError):
@@ -263,6 +283,8 @@ class Batcher:
                 for one, fate in zip(batch, fates, strict=True):
                     one.end(fate)
         finally:
+            for timer in timers:
+                timer.cancel()
             if batch[0].demands:
                 # How long it took says nothing of a batch that may have waited for updates.
                 self._admission.sized(len(batch), answered=answered, late=late)

@@ -103,12 +103,11 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
 
     async def aclose(self) -> None:
         """Disconnect; calls in flight fail."""
-        pending = set(self._tasks)
-        while pending:
+        while pending := [task for task in self._tasks if not task.done()]:
             for task in pending:
                 task.cancel()
             # A cancellation that reaches a call just as it ends may get lost in there.
-            _, pending = await asyncio.wait(pending, timeout=RECONNECT_S)
+            await asyncio.wait(pending, timeout=RECONNECT_S)
         self._lose("the link was closed")
 
     @abstractmethod

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 HISTORY = "tests/history/test_live_cluster.py"
 """The checker of histories, over what a small cluster did."""
 
+SIMULATION = "tests/simulation/test_simulation.py::test_no_fault_breaks_a_promise"
+"""The properties of a cluster in virtual time."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -242,5 +245,83 @@ MUTANTS: tuple[Mutant, ...] = (
         "        self._unanswered.add(partition)\n        try:\n",
         "        try:\n",
         "tests/cluster/test_sequencer.py::test_nothing_gets_into_the_log_behind_a_decision",
+    ),
+    # What takes chance to happen.
+    _one(
+        "an incarnation that was replaced may still answer",
+        "cluster/links.py",
+        "            if epochs.get(place, 0) > connection.entry.epoch:\n",
+        "            if epochs.get(place, 0) < connection.entry.epoch:\n",
+        SIMULATION,
+    ),
+    _one(
+        "the merge leaves a shard out",
+        "cluster/rounds.py",
+        "            seconds = [self._closed[shard] for shard in self._fanout.alive]\n",
+        "            seconds = [self._closed[shard] for shard in self._fanout.alive][:2]\n",
+        SIMULATION,
+    ),
+    _one(
+        "a shard that did not answer counts as covered",
+        "cluster/fanout.py",
+        "            documents=self.coverage_of(alive),\n",
+        "            documents=self.coverage_of(range(len(self.documents))),\n",
+        SIMULATION,
+    ),
+    _one(
+        "who is slower goes on",
+        "cluster/races.py",
+        "                self._cancel(other)\n",
+        "                del other\n",
+        SIMULATION,
+    ),
+    _one(
+        "hedges cost nothing",
+        "cluster/extra_calls.py",
+        "        return not self._is_hot() and self._hedges.take()\n",
+        "        return not self._is_hot()\n",
+        SIMULATION,
+    ),
+    _one(
+        "every bad replica is ejected",
+        "cluster/replica_choice.py",
+        "        most = math.floor(self._health.max_ejected * len(replicas) + 1e-9)\n",
+        "        most = len(replicas)\n",
+        SIMULATION,
+    ),
+    _one(
+        "a shard is not told how little time is left",
+        "cluster/shard_connection.py",
+        "        call.remaining_us = max(0, int(remaining_s * 1e6))\n",
+        "        call.remaining_us = max(0, int(remaining_s * 1e9))\n",
+        SIMULATION,
+    ),
+    _one(
+        "a shard answers for a generation that it does not hold",
+        "cluster/hosting.py",
+        "        raise GenerationError(generation, served[-1].generation if served else 0)\n",
+        "        return served[-1]\n",
+        SIMULATION,
+    ),
+    _one(
+        "a generation goes live before every process has it",
+        "deploy/generation_watch.py",
+        "        is_whole = prepared == len(counted) and shards ==",
+        "        is_whole = prepared > 0 and shards ==",
+        SIMULATION,
+    ),
+    _one(
+        "nobody looks whose time is over in the queue",
+        "cluster/batcher.py",
+        "            loop.call_later(max(deadline_s - now_s, 0.0) + SOON_S, self._sweep)\n",
+        "            loop.call_later(max(deadline_s - now_s, 0.0) + 60.0, self._sweep)\n",
+        SIMULATION,
+    ),
+    _one(
+        "a replica that has lost what was open is taken for one that has it",
+        "cluster/rounds.py",
+        "        return len(found) == len(missing)\n",
+        "        return True\n",
+        SIMULATION,
     ),
 )
