@@ -4,8 +4,12 @@ import signal
 import time
 from typing import Any
 
+import pytest
 from multihost.conftest import HOSTS, REPLICAS, SHARDS, HostedCluster
 from multihost.hosts import HEAD, NETWORK, until
+
+# The first of them also starts the cluster.
+pytestmark = pytest.mark.timeout(600)
 
 ACTORS = ("ray::HostActor", "ray::ShardActor", "ray::SequencerActor", "ray::SupervisorActor")
 
