@@ -537,12 +537,14 @@ def test_another_number_of_shards_has_room_once_each_of_them_has_said_so(
     scene.sequencer.follow(live, 2)
     scene.accept(ItemUpsert(NEW + 1))
     scene.sequencer.follow(live, 3)
-    writes = [one for part in scene.writes(ItemUpsert(NEW + 2))[0].values() for one in part]
-    assert scene.sequencer.awaits_room(writes)
-    scene.refuse(ItemUpsert(NEW + 2), "RESOURCE_EXHAUSTED")
+    items = [ItemUpsert(NEW + 2 + number) for number in range(40)]
+    writes = [one for part in scene.writes(*items)[0].values() for one in part]
+    # Those of every shard, also of the numbers that there were before.
+    assert all(scene.sequencer.awaits_room([one]) for one in writes)
+    scene.refuse(items[0], "RESOURCE_EXHAUSTED")
     feed.report([RoomReport(shard, 0, 1000, 10, (0,)) for shard in range(3)])
     assert not scene.sequencer.awaits_room(writes)
-    scene.accept(ItemUpsert(NEW + 2))
+    scene.accept(*items)
 
 
 def test_outcomes_are_counted_by_operation_and_code(scene: Scene) -> None:
