@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import ray
@@ -59,6 +60,13 @@ class HostActor:
         self._thread.start()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:  # noqa: BLE001  # the border of a thread: Ray starts the next process
+            traceback.print_exc()
+            os._exit(1)
+
+    def _work(self) -> None:
         while self._agent is None:
             try:
                 self._agent = HostAgent(self._store, self._host, reach=reach)

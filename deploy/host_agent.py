@@ -153,15 +153,21 @@ class HostAgent:
 
     def tick(self) -> None:
         """Do everything once; what the store is needed for waits while it is away."""
+        for duty in (self._look_after_router, self._end_hangs, self._talk):
+            try:
+                duty()
+            except (RetrievalError, OSError) as error:
+                self._say(str(error))
+
+    def _look_after_router(self) -> None:
         if self.router is not None:
             self.router.poll()
-        self._end_hangs()
-        try:
-            self._mirror()
-            self._stage()
-            self._report()
-        except RetrievalError as error:
-            self._say(str(error))
+
+    def _talk(self) -> None:
+        """Read what the store says, and write what this host has."""
+        self._mirror()
+        self._stage()
+        self._report()
 
     def run(self, stop: threading.Event) -> None:
         """Go on until told to stop."""

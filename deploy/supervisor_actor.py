@@ -2,6 +2,7 @@
 
 import os
 import threading
+import traceback
 from typing import Any
 
 import ray
@@ -27,8 +28,15 @@ class SupervisorActor:
         """
         address: Any = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._supervisor = Supervisor(ClusterStore(url), actors(), str(address), reach=reach)
-        self._thread = threading.Thread(target=self._supervisor.run, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._supervisor.run()
+        except Exception:  # noqa: BLE001  # the border of a thread: Ray starts the next process
+            traceback.print_exc()
+            os._exit(1)
 
     def describe(self) -> dict[str, int]:
         """Return the process."""

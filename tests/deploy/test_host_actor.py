@@ -112,3 +112,18 @@ def test_a_generation_is_read_from_the_agent_of_a_host(monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="the agent of c does not run"):
         reach("c")
     assert actor_name("c") == "host-c"
+
+
+def test_an_error_that_nobody_expects_ends_the_process_so_that_ray_starts_the_next(
+    store: ClusterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+
+    def broken(*arguments: object, **more: object) -> None:
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(host_actor, "HostAgent", broken)
+    monkeypatch.setattr(host_actor.os, "_exit", codes.append)
+    actor = Plain(store.url, "a", str(tmp_path))
+    actor._thread.join(30)
+    assert codes == [1]

@@ -160,6 +160,14 @@ def test_a_host_says_what_it_has(agent: HostAgent, store: ClusterStore) -> None:
         agent.tick()
 
 
+def test_a_damaged_record_keeps_nobody_from_work(agent: HostAgent, store: ClusterStore) -> None:
+    agent.state.record_file.write_text("{")
+    agent.tick()
+    assert store.reports()["a"].beat == 1
+    assert isinstance(agent.router, FakeRouter)
+    assert agent.router.did == ["poll"]
+
+
 def test_a_process_of_this_host_that_hangs_is_killed(
     store: ClusterStore, launched: Callable[..., Launched], tmp_path: Path
 ) -> None:
