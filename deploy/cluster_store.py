@@ -12,7 +12,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from silvershard.deploy.config import Config
-from silvershard.deploy.placement import Copy, Host, HostState
+from silvershard.deploy.host_state import HostState
+from silvershard.deploy.placement import Copy, Host
 from silvershard.deploy.state import RouterRecord
 from silvershard.shard.errors import StateError
 

@@ -67,7 +67,7 @@ async def connected(shard: Echo, **options: Any) -> AsyncIterator[ShardConnectio
     address = bind(server, "127.0.0.1", 0)
     await server.start()
     entry = ShardEntry(shard=2, replica=1, address=address, epoch=7, documents=1, pid=1)
-    connection = ShardConnection(entry, options.get("ping", PING), options.get("faults"))
+    connection = ShardConnection(entry, options.get("ping", PING), faults=options.get("faults"))
     connection.start()
     try:
         yield connection
