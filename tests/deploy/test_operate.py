@@ -233,10 +233,20 @@ def test_down_says_what_it_did(
         "was_running": was_running,
         "leftovers": leftovers,
         "killed": killed,
+        "unreachable": [],
         "seconds": 1.5,
     }
     shown = operate.render_down(document, state)
     assert shown.startswith(said.format(root=state.root))
+
+
+def test_down_names_the_hosts_that_it_could_not_reach(state: StateDir) -> None:
+    document = {"was_running": True, "leftovers": 0, "killed": 0, "unreachable": ["h1", "h2"]}
+    shown = operate.render_down({**document, "seconds": 1.5}, state)
+    assert shown == (
+        f"stopped the cluster on {state.root}; h1, h2 cannot be reached: what runs there ends when "
+        "it is back"
+    )
 
 
 def test_a_broken_snapshot_is_found_before_it_is_served(tmp_path: Path, generation: Any) -> None:
