@@ -21,6 +21,38 @@ class ListenSection(BaseModel):
     )
 
 
+class OtelSection(BaseModel):
+    """Which requests a collector of OpenTelemetry traces is told of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint: str = Field(
+        default="",
+        pattern=r"^$|^https?://[^/\s]+$",
+        description="collector that takes OTLP over gRPC, `http://host:4317` or with TLS "
+        "`https://host:4317`; empty: nothing is told; needs the extra `otel`",
+    )
+    sample: float = Field(
+        default=0.001, ge=0, le=1, description="share of the requests that is told in any case"
+    )
+    always: tuple[Literal["degraded", "error", "slow"], ...] = Field(
+        default=("degraded", "error", "slow"), description="requests that are always told"
+    )
+    slow_ms: int = Field(default=100, ge=1, description="from when a request counts as slow")
+
+
+class RecallAuditSection(BaseModel):
+    """Which answers a router searches again in all clusters, to know its recall."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample: float = Field(default=0.001, ge=0, le=1, description="share of the answers; 0: none")
+    k: int = Field(default=100, ge=1, le=10_000, description="most results that are compared")
+    share: float = Field(
+        default=0.02, gt=0, le=1, description="share of the time in which an audit may run"
+    )
+
+
 class ObservabilitySection(BaseModel):
     """Where a router answers probes and shows its metrics."""
 
@@ -34,6 +66,15 @@ class ObservabilitySection(BaseModel):
     insecure: bool = Field(
         default=False,
         description="allow an address other than loopback although it asks nobody who they are",
+    )
+
+    otel: OtelSection = Field(
+        default=OtelSection(),
+        description="traces: `endpoint`, `sample`, `always`, `slow_ms`",
+    )
+    recall_audit: RecallAuditSection = Field(
+        default=RecallAuditSection(),
+        description="answers that are searched again in all clusters: `sample`, `k`, `share`",
     )
 
     @field_validator("http")

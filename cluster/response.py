@@ -3,6 +3,8 @@
 Shapes: K results.
 """
 
+import math
+
 from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.codec import coverage_to
 from silvershard.cluster.field_columns import column_to
@@ -66,11 +68,15 @@ def expected_recall(
     fallback = DegradeReason.EMBEDDING_FALLBACK in coverage.reasons
     if calibration is None or own_order or uncounted or fallback:
         return None
+    # Those shards that answered have the candidates of all to themselves.
+    plan = served.answer.plan
+    deep = math.ceil(plan.ann_k / coverage.documents) if coverage.documents else plan.ann_k
     found = calibration.estimate(
-        served.answer.plan,
+        plan._replace(ann_k=deep),
         k=message.k,
         documents=counts.addressed,
         eligible=counts.eligible if message.filter else None,
     )
-    # Its best items are as likely to be in a shard as any of its documents.
+    # The best items are as likely to be in a shard as any documents. Where one is missing, more of
+    # the results are of the others, so that this is the least that is expected.
     return None if found is None else found * coverage.documents

@@ -24,6 +24,7 @@ _READS = (
     "ListOperations",
     "ListShards",
     "Freshness",
+    "ListFaults",
 )
 """Methods of the admin plane that change nothing and start nothing."""
 

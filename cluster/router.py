@@ -26,13 +26,15 @@ from silvershard.cluster.links import Connections, GrpcShardLink, Links
 from silvershard.cluster.listen import bind, server_options
 from silvershard.cluster.map_file import MapFile, MapSource, Stamp
 from silvershard.cluster.metrics import Metrics
+from silvershard.cluster.recall_audit import RecallAudit
 from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.request_meter import RequestMeter
-from silvershard.cluster.router_metrics import add_router_metrics
+from silvershard.cluster.router_metrics import add_recall_metrics, add_router_metrics
 from silvershard.cluster.router_pages import RouterFacts, router_pages
 from silvershard.cluster.security import front_protection
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
+from silvershard.cluster.tracing import RequestTracer
 from silvershard.cluster.update_service import SERVICE as UPDATES
 from silvershard.cluster.update_service import UpdateService
 from silvershard.model.recall_calibration import RecallCalibration
@@ -91,7 +93,8 @@ class Router:
             rng: chooses among replicas.
 
         Raises:
-            ConfigError: if a file of tokens, secrets or certificates cannot be used.
+            ConfigError: if a file of tokens, secrets or certificates cannot be used, or packages
+                are missing that its settings need.
         """
         self.address = ""
         self._config = config
@@ -138,11 +141,19 @@ class Router:
         add_router_metrics(
             self._metrics, self._batcher, self._extra, lambda: self._logged_level, self._live_links
         )
+        self._recall = RecallAudit(
+            config.observability.recall_audit, is_hot=self._batcher.is_hot, clock=clock
+        )
+        add_recall_metrics(self._metrics, self._recall)
+        otel = config.observability.otel
+        self._tracer = RequestTracer(SERVICE, otel) if otel.endpoint else None
         audit = AuditLog(Path(config.security.audit)) if config.security.audit else None
         self._protection = front_protection(config.security, audit, self._metrics)
         self._http = HttpServer(router_pages(lambda: self._facts, self._metrics))
         self._logged_level = 0
-        self.service = RetrievalService(lambda: self._offer, self._batcher, config.query, clock)
+        self.service = RetrievalService(
+            lambda: self._offer, self._batcher, config.query, clock, served=self._recall.served
+        )
         """Answers requests, whoever brings them."""
         self._updates = UpdateService(lambda: self._map.sequencer if self._map else None, dialer)
         self._health = health.aio.HealthServicer()
@@ -167,7 +178,11 @@ class Router:
             # First of all: whoever probes is told that this router starts.
             self._http.start(observability.http, insecure=observability.insecure)
         server = grpc.aio.server(
-            interceptors=(*self._protection.interceptors, self._meter),
+            interceptors=(
+                *self._protection.interceptors,
+                *((self._tracer,) if self._tracer is not None else ()),
+                self._meter,
+            ),
             options=server_options(self._config.query.max_request_bytes),
         )
         self.service.add_to(server)
@@ -200,11 +215,14 @@ class Router:
         for task in self._retired:
             task.cancel()
         await asyncio.gather(*self._retired, return_exceptions=True)
+        await self._recall.aclose()
         await self._updates.aclose()
         await self._connections.aclose()
         if self._faults is not None:
             self._faults.stop()
         self._http.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def follow(self) -> None:
         """Take over the shard map if it changed, and publish what is healthy."""

@@ -16,6 +16,7 @@ from silvershard.cluster.config import QuerySection
 from silvershard.cluster.consistency import ANY, consistency_from, stamp
 from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.degrade_policy import policy_from
+from silvershard.cluster.recall_audit import Run
 from silvershard.cluster.response import expected_recall, response_of
 from silvershard.cluster.rounds import Fate, Served
 from silvershard.cluster.security import tenant_of
@@ -93,6 +94,8 @@ class RetrievalService:
         batcher: Batcher,
         query: QuerySection,
         clock: Callable[[], float],
+        *,
+        served: Callable[[Query, Served, Run, int], None] | None = None,
     ) -> None:
         """Make the service.
 
@@ -101,11 +104,14 @@ class RetrievalService:
             batcher: runs the requests.
             query: limits and defaults.
             clock: must be the clock of the event loop.
+            served: hears of every answer, with what answers over the same generation and its
+                number of clusters.
         """
         self._offer = offer
         self._batcher = batcher
         self._query = query
         self._clock = clock
+        self._served = served
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server that is not started yet."""
@@ -208,7 +214,10 @@ class RetrievalService:
                 if len(asked) == 1 or not isinstance(found, Overloaded):
                     raise found
                 found = [found] * len(queries)
-            for (at, _), fate in zip(queries, found, strict=True):
+            coordinator = offer.generations[number].coordinator
+            for (at, query), fate in zip(queries, found, strict=True):
+                if self._served is not None and isinstance(fate, Served):
+                    self._served(query, fate, coordinator.answer, coordinator.spec.num_clusters)
                 fates[at] = self._response(fate, messages[at], offer.generations[number])
         return [fates[at] for at in range(len(messages))]
 

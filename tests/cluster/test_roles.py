@@ -26,6 +26,10 @@ CHANGES = {
     "SetAlias",
     "CancelOperation",
     "Audit",
+    "Scale",
+    "Restart",
+    "InjectFault",
+    "ClearFaults",
 }
 
 

@@ -519,7 +519,7 @@ def two_generations(
         manifest = snapshot.manifest
         if path.name == "two":
             spec = manifest.spec.model_copy(update={"generation": 2})
-            manifest = SimpleNamespace(spec=spec, content_hash="two")
+            manifest = SimpleNamespace(spec=spec, content_hash="two", calibration=None)
         return SimpleNamespace(manifest=manifest)
 
     monkeypatch.setattr("silvershard.cluster.router.open_snapshot", opened)

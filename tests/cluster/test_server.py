@@ -694,7 +694,8 @@ def test_answers_hold_the_share_of_an_exact_search_that_they_say(
         until(lambda: client.retrieve(min_coverage=0.0).coverage.documents < 1.0)
         for changes in ({}, {"nprobe": 2}, {"exact": True}):
             expected, held = compare(exact, ask(**changes))
-            assert held == pytest.approx(expected, abs=0.08)
+            # The others give more of theirs than their share of the best.
+            assert expected - 0.06 <= held < 0.7, (changes, expected, held)
 
 
 def test_a_generation_that_was_not_measured_gives_no_estimate(client: Client) -> None:

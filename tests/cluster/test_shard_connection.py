@@ -128,7 +128,7 @@ def test_what_is_given_up_is_said_soon_where_no_call_follows(run: Any) -> None:
 
 def test_what_is_given_up_while_there_is_no_connection_is_forgotten(run: Any) -> None:
     async def scene() -> None:
-        entry = ShardEntry(shard=2, replica=1, address="", epoch=7, documents=1, pid=1)
+        entry = ShardEntry(shard=2, replica=1, address="127.0.0.1:1", epoch=7, documents=1, pid=1)
         connection = ShardConnection(entry, PING)
         connection.release("a")
         await until(lambda: not connection._released)
@@ -274,7 +274,8 @@ def test_what_a_partition_separates_gets_no_call_no_reply_and_no_beat(
             await until(lambda: connection.state is LinkState.EJECTED)
             with pytest.raises(DeadlineExceeded):
                 await connection.call(shard_pb2.ShardCall(key="lost"), 3, 0.05)
-            connection.send(shard_pb2.ShardCall(key="lost", release=shard_pb2.Release()), 3)
+            connection.release("lost")
+            await until(lambda: not connection._released)
             suffer("partition", "shard 2.1", state="cleared")
             await until(lambda: connection.state is LinkState.UP)
             assert (await connection.call(shard_pb2.ShardCall(), 3, 5)).generation == 3

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.table_map import TableEntry, map_path
 from silvershard.cluster.update_log import open_log
@@ -33,7 +34,7 @@ from silvershard.shard.generations import generation_dir
 class FakeRouter:
     """A router that does what the test says."""
 
-    def __init__(self, state: StateDir, config: Config) -> None:
+    def __init__(self, state: StateDir, config: Config, dialer: Dialer = PLAIN) -> None:
         self.phase: RouterPhase = "serving"
         self.address = "127.0.0.1:8001"
         self.http = "127.0.0.1:8002"

@@ -74,7 +74,7 @@ def test_a_lost_shard_is_degraded_with_its_reason(
 
 
 def test_what_is_going_on_is_shown(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
     state.write_record(record())
     assert "going on" not in operate.render_cluster(operate.status(state)[0])
     size = ClusterSize(shards=3, replicas=2)
