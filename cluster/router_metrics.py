@@ -56,7 +56,9 @@ def add_router_metrics(
     metrics.add(
         "silvershard_shed_total",
         "Requests that were refused unexecuted, by cause: queue, displaced, deadline, tenant.",
-        Tally(lambda: dict(dropped.shed), "cause", "tenant"),
+        Tally(
+            lambda: {(*key,): count for key, count in dict(dropped.shed).items()}, "cause", "tenant"
+        ),
     )
     metrics.add(
         "silvershard_shed_by_priority_total",

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 from silvershard.deploy.control_store import Control, ControlStore, Operation
 from silvershard.deploy.errors import CommandError, Refused, TimedOut
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import StateDir
 
 _POLL_S = 0.05
@@ -72,7 +71,7 @@ def _wait(
         if found is None or found.has_ended:
             return found or operation.ended("abandoned", "it was forgotten")
         record = state.read_record()
-        if record is None or not is_alive(record.driver):
+        if record is None or not record.runs:
             raise CommandError("the cluster ended before it was done; what it served is as was")
         if time.monotonic() > until_s:
             raise TimedOut(

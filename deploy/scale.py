@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from silvershard.deploy.activate import running
+from silvershard.deploy.activate import running_here
 from silvershard.deploy.carry_out import Report, awaited, refuse_if_busy
 from silvershard.deploy.cluster_size import SIZE_LIMITS, ClusterSize, Scaled, resized, size_of
 from silvershard.deploy.config import Config
@@ -132,7 +132,7 @@ def scale(
         TimedOut: if it is not done in time; it goes on.
     """
     began_s = time.monotonic()
-    record = running(state)
+    record = running_here(state, "scale")
     store = state.control
     control = store.read()
     before = record.size

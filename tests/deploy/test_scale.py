@@ -195,3 +195,12 @@ def test_a_cluster_that_starts_is_not_scaled(state: StateDir) -> None:
     state.write_record(record.model_copy(update={"size": None}))
     with pytest.raises(CommandError, match="still starting"):
         ask(state, shards=3)
+
+
+def test_several_hosts_are_refused(state: StateDir) -> None:
+    record = state.read_record()
+    assert record is not None
+    state.write_record(record.model_copy(update={"ray": "10.0.0.9:6379"}))
+    with pytest.raises(Refused, match="several hosts, which this version cannot scale"):
+        ask(state, shards=3)
+    assert state.control.read().current is None

@@ -27,13 +27,13 @@ class CallLedger:
             return
         op, now_s = message.WhichOneof("op"), self._world.loop.now_s
         client = call.path.client.name
-        if op == "cancel":
-            self._forget(call, message.cancel)
-        elif op == "release":
-            key = client, message.key
+        for released in message.released:
+            key = client, released
             going = [one for one in self._living(key) if one[0] is call]
             if going:
                 self._world.loop.call_later(_SOON_S, self._check_released, key, going)
+        if op == "cancel":
+            self._forget(call, message.cancel)
         elif message.key:
             key = client, message.key
             active = self._active.setdefault(key, {})
@@ -47,11 +47,10 @@ class CallLedger:
         self._forget(call, message.call_id)
         if message.code == _INTERNAL:
             self._world.checks.violated(NO_UNKNOWN_FAILURE, message.message)
-        for one in message.tensors.tensors:
-            if one.name == "tasks" and one.data:
-                form = {"tasks": tensors.ROUND_TWO["tasks"]}
-                value = tensors.from_map(type(message.tensors)(tensors=[one]), form)["tasks"]
-                origin = self._world.origins[int(value.flatten()[0])]
+        if "tasks" in message.tensors.layout:
+            tasks = tensors.from_map(message.tensors, tensors.ROUND_TWO)["tasks"]
+            if tasks.numel():
+                origin = self._world.origins[int(tasks.flatten()[0])]
                 origin.received_s = min(origin.received_s, self._world.loop.now_s)
 
     def _ended(self, call: Any) -> None:
