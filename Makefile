@@ -17,7 +17,7 @@ COMPILER := $(shell command -v $${CXX:-g++})
 PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-crash test-mutants test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-crash test-chaos test-mutants test-multihost test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,14 +26,20 @@ demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, as
 	$(BIN)/silvershard demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed ## run every test that this machine can run
-	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash --ignore tests/mutants
+	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash --ignore tests/mutants --ignore tests/multihost
 	$(BIN)/pytest -n0 tests/crash
 
 test-crash: $(VENV)/.installed ## swap generations 50 times, kill 200 processes and drop what they did not sync, under load
 	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 tests/crash
 
+test-chaos: $(VENV)/.installed ## ask a cluster in virtual time a million requests beside 100,000 faults (REQUESTS=...; half an hour)
+	SILVERSHARD_SIMULATED_REQUESTS=$(or $(REQUESTS),1000000) $(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/simulation
+
 test-mutants: $(VENV)/.installed ## plant bugs in a copy of the tree: each must be noticed by the history checker or by a test
 	$(BIN)/pytest -n0 tests/mutants
+
+test-multihost: $(VENV)/.installed ## cut off and kill hosts that are namespaces of this machine (root; ten minutes)
+	timeout --kill-after 30 $(or $(BUDGET_S),1500) $(BIN)/pytest -n0 tests/multihost
 
 test-sanitized: $(VENV)/.installed ## test the native operators under AddressSanitizer and UBSan
 	$(BIN)/python -P tests/native_builds.py sanitized

@@ -13,12 +13,16 @@ from google.protobuf.message import Message
 from silvershard.cluster import admin_pb2, admin_pb2_grpc
 from silvershard.cluster.admin_pb2 import Operation
 from silvershard.cluster.codec import RequestRefused, code_name
+from silvershard.cluster.dialer import Dialer, client_dialer
+from silvershard.cluster.faults import FaultKind
 from silvershard.cluster.service import refused_by
 from silvershard.shard.errors import DeadlineExceeded
 
 _WAIT_S = 20.0
 """Longest wait of one call; a longer one would not notice a cluster that hangs."""
 _ANSWER_S = 5.0
+_FAULT_S = 30.0
+"""Longest wait until a fault is there or over."""
 _PAUSE_S = 0.1
 """Time between two waits, of which a cluster may cut the first one short."""
 
@@ -32,16 +36,30 @@ class AdminClient:
     it is not known whether it arrived: the same call under the same name is the same operation.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 10.0,
+        token: str = "",
+        root_certificates: bytes | None = None,
+        dialer: Dialer | None = None,
+    ) -> None:
         """Make a client; it connects with the first call.
 
         Args:
             address: host:port that ``silvershard status`` shows.
             timeout_s: time limit of a call; that of ``finish`` is its own.
+            token: bearer token to show; empty: none. In plain text only loopback addresses get it.
+            root_certificates: PEM of the CAs by which the cluster is known; None: plain text.
+            dialer: reaches the cluster, instead of ``token`` and ``root_certificates``.
+
+        Raises:
+            ConfigError: if a token would be shown to another machine in plain text.
         """
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address)
+        self._channel = (dialer or client_dialer(token, root_certificates)).channel(address)
         self._stub = admin_pb2_grpc.AdminStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -177,6 +195,33 @@ class AdminClient:
         )
         return self._operation(self._stub.SetAlias, request)
 
+    def scale(
+        self,
+        *,
+        shards: int | None = None,
+        replicas: int | None = None,
+        standby: int | None = None,
+        operation_id: str = "",
+        dry_run: bool = False,
+    ) -> Operation:
+        """Begin to give the cluster another number of shards or of their copies.
+
+        Args:
+            shards: how many there shall be; None: as now. Also below.
+            replicas: processes of each shard that are asked.
+            standby: further ones, kept warm.
+            operation_id: name of the operation.
+            dry_run: plan, and change nothing.
+        """
+        request = admin_pb2.ScaleRequest(
+            operation_id=_named(operation_id),
+            dry_run=dry_run,
+            shards=shards,
+            replicas=replicas,
+            standby=standby,
+        )
+        return self._operation(self._stub.Scale, request)
+
     def get_operation(self, operation_id: str) -> Operation:
         """Return an operation as it is now."""
         request = admin_pb2.GetOperationRequest(operation_id=operation_id)
@@ -249,6 +294,70 @@ class AdminClient:
         request = admin_pb2.FreshnessRequest()
         found: admin_pb2.FreshnessResponse = self._call(self._stub.Freshness, request)
         return found
+
+    def audit(self, *, limit: int = 100) -> list[admin_pb2.AuditEntry]:
+        """Return who changed what, and which calls were refused, the newest last.
+
+        Args:
+            limit: most entries, 1 to 1,000.
+        """
+        request = admin_pb2.AuditRequest(limit=limit)
+        found: admin_pb2.AuditResponse = self._call(self._stub.Audit, request)
+        return list(found.entries)
+
+    def inject_fault(
+        self,
+        kind: FaultKind,
+        target: str,
+        seconds: float = 0.0,
+        *,
+        delay_ms: int = 0,
+        share: float = 1.0,
+        copy_url: str = "",
+        allow_outage: bool = False,
+        operation_id: str = "",
+        dry_run: bool = False,
+    ) -> admin_pb2.Fault:
+        """Return a fault once it is there.
+
+        Args:
+            kind: what happens.
+            target: what it happens to, such as ``shard 1.0``.
+            seconds: how long it lasts; 0 for a kill.
+            delay_ms: by how much calls take longer, of a slow shard.
+            share: of the messages that are dropped, or of the free slots that are filled, 0..1.
+            copy_url: where another copy of the generation is that is damaged.
+            allow_outage: do it also where no other copy of a shard answers.
+            operation_id: name of the fault; empty: a random one.
+            dry_run: say what would be done, and do nothing.
+        """
+        duration = Duration()
+        duration.FromNanoseconds(int(seconds * 1e9))
+        request = admin_pb2.InjectFaultRequest(
+            operation_id=_named(operation_id),
+            dry_run=dry_run,
+            kind=f"FAULT_KIND_{kind.upper()}",
+            target=target,
+            duration=duration,
+            delay_ms=delay_ms,
+            share=share,
+            copy_url=copy_url,
+            allow_outage=allow_outage,
+        )
+        found: admin_pb2.Fault = self._call(self._stub.InjectFault, request, _FAULT_S)
+        return found
+
+    def list_faults(self) -> list[admin_pb2.Fault]:
+        """Return the faults that are remembered, the oldest first."""
+        request = admin_pb2.ListFaultsRequest()
+        found: admin_pb2.ListFaultsResponse = self._call(self._stub.ListFaults, request)
+        return list(found.faults)
+
+    def clear_faults(self, *operation_ids: str) -> list[admin_pb2.Fault]:
+        """End faults before their time, by default all; return all that are remembered."""
+        request = admin_pb2.ClearFaultsRequest(operation_ids=operation_ids)
+        found: admin_pb2.ListFaultsResponse = self._call(self._stub.ClearFaults, request, _FAULT_S)
+        return list(found.faults)
 
     def _operation(
         self, method: Any, request: Message, timeout_s: float | None = None

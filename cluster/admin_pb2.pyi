@@ -21,6 +21,7 @@ class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_KIND_ACTIVATE: _ClassVar[OperationKind]
     OPERATION_KIND_ROLLBACK: _ClassVar[OperationKind]
     OPERATION_KIND_SET_ALIAS: _ClassVar[OperationKind]
+    OPERATION_KIND_SCALE: _ClassVar[OperationKind]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +37,25 @@ class Checks(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CHECKS_ALL: _ClassVar[Checks]
     CHECKS_FILES: _ClassVar[Checks]
+
+class FaultKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAULT_KIND_UNSPECIFIED: _ClassVar[FaultKind]
+    FAULT_KIND_KILL: _ClassVar[FaultKind]
+    FAULT_KIND_HANG: _ClassVar[FaultKind]
+    FAULT_KIND_SLOW: _ClassVar[FaultKind]
+    FAULT_KIND_DROP: _ClassVar[FaultKind]
+    FAULT_KIND_PARTITION: _ClassVar[FaultKind]
+    FAULT_KIND_CORRUPT: _ClassVar[FaultKind]
+    FAULT_KIND_STALL: _ClassVar[FaultKind]
+    FAULT_KIND_FILL: _ClassVar[FaultKind]
+
+class FaultState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAULT_STATE_UNSPECIFIED: _ClassVar[FaultState]
+    FAULT_STATE_ACTIVE: _ClassVar[FaultState]
+    FAULT_STATE_OVER: _ClassVar[FaultState]
+    FAULT_STATE_CLEARED: _ClassVar[FaultState]
 OPERATION_KIND_UNSPECIFIED: OperationKind
 OPERATION_KIND_PLAN: OperationKind
 OPERATION_KIND_STAGE: OperationKind
@@ -44,6 +64,7 @@ OPERATION_KIND_WARM: OperationKind
 OPERATION_KIND_ACTIVATE: OperationKind
 OPERATION_KIND_ROLLBACK: OperationKind
 OPERATION_KIND_SET_ALIAS: OperationKind
+OPERATION_KIND_SCALE: OperationKind
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_WAITING: OperationState
 OPERATION_STATE_RUNNING: OperationState
@@ -53,9 +74,22 @@ OPERATION_STATE_CANCELLED: OperationState
 OPERATION_STATE_ABANDONED: OperationState
 CHECKS_ALL: Checks
 CHECKS_FILES: Checks
+FAULT_KIND_UNSPECIFIED: FaultKind
+FAULT_KIND_KILL: FaultKind
+FAULT_KIND_HANG: FaultKind
+FAULT_KIND_SLOW: FaultKind
+FAULT_KIND_DROP: FaultKind
+FAULT_KIND_PARTITION: FaultKind
+FAULT_KIND_CORRUPT: FaultKind
+FAULT_KIND_STALL: FaultKind
+FAULT_KIND_FILL: FaultKind
+FAULT_STATE_UNSPECIFIED: FaultState
+FAULT_STATE_ACTIVE: FaultState
+FAULT_STATE_OVER: FaultState
+FAULT_STATE_CLEARED: FaultState
 
 class Operation(_message.Message):
-    __slots__ = ("operation_id", "kind", "dry_run", "state", "progress", "error", "began", "ended", "plan", "staged", "verified", "moved")
+    __slots__ = ("operation_id", "kind", "dry_run", "state", "progress", "error", "began", "ended", "plan", "staged", "verified", "moved", "scaled")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +102,7 @@ class Operation(_message.Message):
     STAGED_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    SCALED_FIELD_NUMBER: _ClassVar[int]
     operation_id: str
     kind: OperationKind
     dry_run: bool
@@ -80,7 +115,8 @@ class Operation(_message.Message):
     staged: StagedSnapshot
     verified: VerifiedSnapshot
     moved: MovedAlias
-    def __init__(self, operation_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., dry_run: _Optional[bool] = ..., state: _Optional[_Union[OperationState, str]] = ..., progress: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[OperationError, _Mapping]] = ..., began: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., staged: _Optional[_Union[StagedSnapshot, _Mapping]] = ..., verified: _Optional[_Union[VerifiedSnapshot, _Mapping]] = ..., moved: _Optional[_Union[MovedAlias, _Mapping]] = ...) -> None: ...
+    scaled: ScaledCluster
+    def __init__(self, operation_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., dry_run: _Optional[bool] = ..., state: _Optional[_Union[OperationState, str]] = ..., progress: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[OperationError, _Mapping]] = ..., began: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., staged: _Optional[_Union[StagedSnapshot, _Mapping]] = ..., verified: _Optional[_Union[VerifiedSnapshot, _Mapping]] = ..., moved: _Optional[_Union[MovedAlias, _Mapping]] = ..., scaled: _Optional[_Union[ScaledCluster, _Mapping]] = ...) -> None: ...
 
 class OperationError(_message.Message):
     __slots__ = ("code", "reason", "message")
@@ -170,6 +206,36 @@ class MovedAlias(_message.Message):
     mode: str
     def __init__(self, alias: _Optional[str] = ..., generation: _Optional[int] = ..., before: _Optional[int] = ..., done: _Optional[bool] = ..., seconds: _Optional[float] = ..., mode: _Optional[str] = ...) -> None: ...
 
+class ScaledCluster(_message.Message):
+    __slots__ = ("before", "after", "done", "seconds", "starts", "ends", "new_bytes", "free_bytes")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    before: ClusterSize
+    after: ClusterSize
+    done: bool
+    seconds: float
+    starts: int
+    ends: int
+    new_bytes: int
+    free_bytes: int
+    def __init__(self, before: _Optional[_Union[ClusterSize, _Mapping]] = ..., after: _Optional[_Union[ClusterSize, _Mapping]] = ..., done: _Optional[bool] = ..., seconds: _Optional[float] = ..., starts: _Optional[int] = ..., ends: _Optional[int] = ..., new_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+
+class ClusterSize(_message.Message):
+    __slots__ = ("shards", "replicas", "standby")
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    shards: int
+    replicas: int
+    standby: int
+    def __init__(self, shards: _Optional[int] = ..., replicas: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+
 class PlanRequest(_message.Message):
     __slots__ = ("operation_id", "dry_run", "generation")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +324,20 @@ class SetAliasRequest(_message.Message):
     alias: str
     def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., generation: _Optional[int] = ..., checks: _Optional[_Union[Checks, str]] = ..., allow_schema: _Optional[bool] = ..., alias: _Optional[str] = ...) -> None: ...
 
+class ScaleRequest(_message.Message):
+    __slots__ = ("operation_id", "dry_run", "shards", "replicas", "standby")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    dry_run: bool
+    shards: int
+    replicas: int
+    standby: int
+    def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., shards: _Optional[int] = ..., replicas: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+
 class GetOperationRequest(_message.Message):
     __slots__ = ("operation_id",)
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -344,6 +424,40 @@ class HeldGeneration(_message.Message):
     reason: str
     def __init__(self, generation: _Optional[int] = ..., role: _Optional[str] = ..., prepared: _Optional[int] = ..., processes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class AuditRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class AuditResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[AuditEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[AuditEntry, _Mapping]]] = ...) -> None: ...
+
+class AuditEntry(_message.Message):
+    __slots__ = ("time", "event", "who", "peer", "method", "code", "reason", "suppressed", "request")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SUPPRESSED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    time: _timestamp_pb2.Timestamp
+    event: str
+    who: str
+    peer: str
+    method: str
+    code: str
+    reason: str
+    suppressed: int
+    request: str
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., event: _Optional[str] = ..., who: _Optional[str] = ..., peer: _Optional[str] = ..., method: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., suppressed: _Optional[int] = ..., request: _Optional[str] = ...) -> None: ...
+
 class FreshnessRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -427,3 +541,69 @@ class ShardFreshness(_message.Message):
     error: str
     trouble: str
     def __init__(self, shard: _Optional[int] = ..., replica: _Optional[int] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., documents: _Optional[int] = ..., cut: _Optional[_Iterable[int]] = ..., lag: _Optional[int] = ..., staleness_s: _Optional[float] = ..., pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., rejected: _Optional[int] = ..., error: _Optional[str] = ..., trouble: _Optional[str] = ...) -> None: ...
+
+class InjectFaultRequest(_message.Message):
+    __slots__ = ("operation_id", "dry_run", "kind", "target", "duration", "delay_ms", "share", "copy_url", "allow_outage")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    COPY_URL_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_OUTAGE_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    dry_run: bool
+    kind: FaultKind
+    target: str
+    duration: _duration_pb2.Duration
+    delay_ms: int
+    share: float
+    copy_url: str
+    allow_outage: bool
+    def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., kind: _Optional[_Union[FaultKind, str]] = ..., target: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., delay_ms: _Optional[int] = ..., share: _Optional[float] = ..., copy_url: _Optional[str] = ..., allow_outage: _Optional[bool] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("operation_id", "dry_run", "kind", "target", "duration", "delay_ms", "share", "copy_url", "state", "began", "ended", "pids")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    COPY_URL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    PIDS_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    dry_run: bool
+    kind: FaultKind
+    target: str
+    duration: _duration_pb2.Duration
+    delay_ms: int
+    share: float
+    copy_url: str
+    state: FaultState
+    began: _timestamp_pb2.Timestamp
+    ended: _timestamp_pb2.Timestamp
+    pids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, operation_id: _Optional[str] = ..., dry_run: _Optional[bool] = ..., kind: _Optional[_Union[FaultKind, str]] = ..., target: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., delay_ms: _Optional[int] = ..., share: _Optional[float] = ..., copy_url: _Optional[str] = ..., state: _Optional[_Union[FaultState, str]] = ..., began: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ListFaultsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListFaultsResponse(_message.Message):
+    __slots__ = ("faults",)
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    faults: _containers.RepeatedCompositeFieldContainer[Fault]
+    def __init__(self, faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ...) -> None: ...
+
+class ClearFaultsRequest(_message.Message):
+    __slots__ = ("operation_ids",)
+    OPERATION_IDS_FIELD_NUMBER: _ClassVar[int]
+    operation_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, operation_ids: _Optional[_Iterable[str]] = ...) -> None: ...

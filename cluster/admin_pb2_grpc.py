@@ -72,6 +72,11 @@ class AdminStub:
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/silvershard.v1.Admin/Scale',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/silvershard.v1.Admin/GetOperation',
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.GetOperationRequest.SerializeToString,
@@ -101,6 +106,26 @@ class AdminStub:
                 '/silvershard.v1.Admin/Freshness',
                 request_serializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.SerializeToString,
                 response_deserializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.FromString,
+                _registered_method=True)
+        self.Audit = channel.unary_unary(
+                '/silvershard.v1.Admin/Audit',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.AuditRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.AuditResponse.FromString,
+                _registered_method=True)
+        self.InjectFault = channel.unary_unary(
+                '/silvershard.v1.Admin/InjectFault',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.InjectFaultRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.Fault.FromString,
+                _registered_method=True)
+        self.ListFaults = channel.unary_unary(
+                '/silvershard.v1.Admin/ListFaults',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.ListFaultsRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.ListFaultsResponse.FromString,
+                _registered_method=True)
+        self.ClearFaults = channel.unary_unary(
+                '/silvershard.v1.Admin/ClearFaults',
+                request_serializer=silvershard_dot_cluster_dot_admin__pb2.ClearFaultsRequest.SerializeToString,
+                response_deserializer=silvershard_dot_cluster_dot_admin__pb2.ListFaultsResponse.FromString,
                 _registered_method=True)
 
 
@@ -155,6 +180,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Gives the cluster another number of shards or of their copies, beside those that serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetOperation(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,6 +222,35 @@ class AdminServicer:
 
     def Freshness(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Audit(self, request, context):
+        """Who changed what through this plane, and which calls were refused; noted itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InjectFault(self, request, context):
+        """Faults on purpose, in a cluster that serves; refused unless chaos.enabled. A fault has a name
+        that the caller chooses, as an operation has. It ends by itself, whoever else is gone by then.
+        Returns when the fault is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFaults(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearFaults(self, request, context):
+        """Ends faults before their time. Returns when they are over.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -232,6 +293,11 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=silvershard_dot_cluster_dot_admin__pb2.SetAliasRequest.FromString,
                     response_serializer=silvershard_dot_cluster_dot_admin__pb2.Operation.SerializeToString,
             ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.Operation.SerializeToString,
+            ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
                     request_deserializer=silvershard_dot_cluster_dot_admin__pb2.GetOperationRequest.FromString,
@@ -261,6 +327,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Freshness,
                     request_deserializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.FromString,
                     response_serializer=silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.SerializeToString,
+            ),
+            'Audit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.AuditRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.AuditResponse.SerializeToString,
+            ),
+            'InjectFault': grpc.unary_unary_rpc_method_handler(
+                    servicer.InjectFault,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.InjectFaultRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.Fault.SerializeToString,
+            ),
+            'ListFaults': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFaults,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.ListFaultsRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.ListFaultsResponse.SerializeToString,
+            ),
+            'ClearFaults': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearFaults,
+                    request_deserializer=silvershard_dot_cluster_dot_admin__pb2.ClearFaultsRequest.FromString,
+                    response_serializer=silvershard_dot_cluster_dot_admin__pb2.ListFaultsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -466,6 +552,33 @@ class Admin:
             _registered_method=True)
 
     @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/Scale',
+            silvershard_dot_cluster_dot_admin__pb2.ScaleRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetOperation(request,
             target,
             options=(),
@@ -617,6 +730,114 @@ class Admin:
             '/silvershard.v1.Admin/Freshness',
             silvershard_dot_cluster_dot_admin__pb2.FreshnessRequest.SerializeToString,
             silvershard_dot_cluster_dot_admin__pb2.FreshnessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/Audit',
+            silvershard_dot_cluster_dot_admin__pb2.AuditRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.AuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InjectFault(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/InjectFault',
+            silvershard_dot_cluster_dot_admin__pb2.InjectFaultRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.Fault.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/ListFaults',
+            silvershard_dot_cluster_dot_admin__pb2.ListFaultsRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.ListFaultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silvershard.v1.Admin/ClearFaults',
+            silvershard_dot_cluster_dot_admin__pb2.ClearFaultsRequest.SerializeToString,
+            silvershard_dot_cluster_dot_admin__pb2.ListFaultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

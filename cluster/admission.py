@@ -61,7 +61,8 @@ class Dropped:
     uncovered: int = 0
     """Those that were executed, but too few documents answered."""
     expired: Counter[str] = field(default_factory=Counter)
-    """Whose time ran out, by the stage that did not run: ``queue``, ``rounds``."""
+    """Whose time ran out, by the stage that did not run: ``queue``, ``rounds``; ``run``: whose
+    neighbours went on."""
     cancelled: Counter[str] = field(default_factory=Counter)
     """Whose callers went away, by where they were: ``queue``, ``run``."""
 

@@ -11,12 +11,17 @@ from silvershard.cluster.config import AdmissionSection
 from silvershard.cluster.consistency import ANY
 from silvershard.cluster.coordinator import Query
 from silvershard.cluster.metrics import Histogram
+from silvershard.cluster.races import SOON_S
 from silvershard.cluster.rounds import Fate
 from silvershard.shard.errors import DeadlineExceeded, Overloaded
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Run = Callable[[Sequence[Query]], Awaitable[list[Fate]]]
+
+# What ran out of time waits no longer for its neighbours. An answer that is being put together
+# comes sooner than that.
+_PATIENCE_S = 0.02
 
 
 @dataclass(eq=False)
@@ -118,11 +123,14 @@ class Batcher:
         """
         mine = [self._waiting(query, run) for query in queries]
         entering = [one for one in mine if self._take(one)]
+        timers = self._watch(entering)
         try:
             if entering:
                 self._enter(entering)
             return [await one.fate for one in mine]
         finally:
+            for timer in timers:
+                timer.cancel()
             for one in mine:
                 self._leave(one)
 
@@ -146,7 +154,7 @@ class Batcher:
         self._observe(self._line.delay_s)
         full = len(self._line) + len(entering) > self._line.capacity
         if full and not self._line.newest_first:
-            self._end(self._admission.sweep())
+            self._sweep()
         try:
             self._end(self._admission.admit(entering))
         except Overloaded as error:
@@ -161,6 +169,23 @@ class Batcher:
         elif one.fate.cancelled() or not one.fate.done():
             self.dropped.cancelled["run"] += 1
         one.fate.cancel()
+
+    def _watch(self, entering: Sequence[_Waiting]) -> list[asyncio.TimerHandle]:
+        """Look at the line when the time of requests is over, also if no batch begins or ends."""
+        loop, now_s = asyncio.get_running_loop(), self._clock()
+        return [
+            loop.call_later(max(deadline_s - now_s, 0.0) + SOON_S, self._sweep)
+            for deadline_s in {one.deadline_s for one in entering}
+        ]
+
+    def _give_up(self, one: _Waiting) -> None:
+        """End a request that has no time left, although its batch goes on."""
+        if not one.fate.done():
+            self.dropped.expired["run"] += 1
+            one.end(DeadlineExceeded("the time of the request ran out in its batch"))
+
+    def _sweep(self) -> None:
+        self._end(self._admission.sweep())
 
     def _end(self, leaving: Sequence[tuple[_Waiting, Exception]]) -> None:
         for one, error in leaving:
@@ -183,7 +208,7 @@ class Batcher:
             self._timer = None
         if not any(self._may_run().values()):
             return
-        self._end(self._admission.sweep())
+        self._sweep()
         self._observe(self._line.delay_s)
         while batch := self._next_batch():
             demands = batch[0].demands
@@ -238,6 +263,13 @@ class Batcher:
 
         for one in batch:
             one.fate.add_done_callback(stop_if_nobody_waits)
+        loop, now_s = asyncio.get_running_loop(), self._clock()
+        last_s = max(one.deadline_s for one in batch)
+        timers = [
+            loop.call_later(max(one.deadline_s - now_s, 0.0) + _PATIENCE_S, self._give_up, one)
+            for one in batch
+            if one.deadline_s < last_s
+        ]
         answered = late = False
         try:
             with contextlib.suppress(asyncio.CancelledError):
@@ -251,6 +283,8 @@ class Batcher:
                 for one, fate in zip(batch, fates, strict=True):
                     one.end(fate)
         finally:
+            for timer in timers:
+                timer.cancel()
             if batch[0].demands:
                 # How long it took says nothing of a batch that may have waited for updates.
                 self._admission.sized(len(batch), answered=answered, late=late)

@@ -25,13 +25,9 @@ from silvershard.cluster.codec import (
     request_to,
 )
 from silvershard.cluster.config import MEBIBYTE
-from silvershard.cluster.consistency import (
-    Consistency,
-    UpdateToken,
-    consistency_to,
-    freshness_from,
-)
+from silvershard.cluster.consistency import Consistency, UpdateToken, consistency_to, freshness_from
 from silvershard.cluster.degrade_policy import UNDEMANDING, DegradePolicy, policy_to
+from silvershard.cluster.dialer import Dialer, client_dialer
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.outcome import Coverage
 from silvershard.cluster.service import refused_by
@@ -52,9 +48,8 @@ from silvershard.model.request import FeatureValues, FilterMode, FilterParam, Re
 from silvershard.shard.errors import DeadlineExceeded
 from silvershard.shard.fields import FieldValue
 
-_MAX_REPLY_BYTES = 256 * MEBIBYTE
 _OPTIONS = [
-    ("grpc.max_receive_message_length", _MAX_REPLY_BYTES),
+    ("grpc.max_receive_message_length", 256 * MEBIBYTE),
     ("grpc.max_metadata_size", 64 << 10),
 ]
 _POLL_S = 0.05
@@ -179,6 +174,9 @@ class Client:
         model: str = "",
         timeout_s: float = 10.0,
         max_request_bytes: int = 4 * MEBIBYTE,
+        token: str = "",
+        root_certificates: bytes | None = None,
+        dialer: Dialer | None = None,
     ) -> None:
         """Make a client; it connects with the first call.
 
@@ -187,12 +185,17 @@ class Client:
             model: logical model name; empty for the one that the router serves.
             timeout_s: time limit of a call that sets none.
             max_request_bytes: largest message that the router accepts.
+            token: bearer token to show; empty: none. In plain text only loopback addresses get it.
+            root_certificates: PEM of the CAs by which the router is known; None: plain text.
+            dialer: reaches the router, instead of ``token`` and ``root_certificates``.
         """
         self.address = address
         self.model = model
         self.timeout_s = timeout_s
         self.max_request_bytes = max_request_bytes
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = (dialer or client_dialer(token, root_certificates)).channel(
+            address, _OPTIONS
+        )
         self._stub = retrieval_pb2_grpc.RetrievalStub(self._channel)
         self._updates = retrieval_pb2_grpc.UpdatesStub(self._channel)
 
@@ -409,9 +412,8 @@ class Client:
         """Return True when the router has reached every shard since it started."""
         stub = health_pb2_grpc.HealthStub(self._channel)
         try:
-            reply = stub.Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
-            )
+            asked = health_pb2.HealthCheckRequest()
+            reply = stub.Check(asked, timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

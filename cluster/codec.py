@@ -243,6 +243,7 @@ def coverage_to(coverage: Coverage) -> retrieval_pb2.Coverage:
         shards_full=coverage.shards_full,
         shards_failed=coverage.shards_failed,
         reasons=[_REASON_PREFIX + name for name in coverage.reasons],
+        expected_recall=coverage.expected_recall,
     )
     for one in coverage.shards:
         message.shards.add(
@@ -278,6 +279,7 @@ def coverage_from(message: retrieval_pb2.Coverage) -> Coverage:
         shards_full=message.shards_full,
         shards_failed=message.shards_failed,
         reasons=tuple(_reason_from(number) for number in message.reasons),
+        expected_recall=message.expected_recall if message.HasField("expected_recall") else None,
         shards=tuple(
             ShardOutcome(
                 shard=one.shard,

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from silvershard.cluster.http_address import split_address
+from silvershard.cluster.security_config import SecuritySection
 
 MEBIBYTE = 1 << 20
 
@@ -18,9 +19,37 @@ class ListenSection(BaseModel):
     port: int = Field(
         default=8001, ge=0, le=65535, description="gRPC port; 0 lets the system choose a free one"
     )
-    insecure: bool = Field(
-        default=False,
-        description="allow an address other than loopback although nothing is encrypted",
+
+
+class OtelSection(BaseModel):
+    """Which requests a collector of OpenTelemetry traces is told of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint: str = Field(
+        default="",
+        pattern=r"^$|^https?://[^/\s]+$",
+        description="collector that takes OTLP over gRPC, `http://host:4317` or with TLS "
+        "`https://host:4317`; empty: nothing is told; needs the extra `otel`",
+    )
+    sample: float = Field(
+        default=0.001, ge=0, le=1, description="share of the requests that is told in any case"
+    )
+    always: tuple[Literal["degraded", "error", "slow"], ...] = Field(
+        default=("degraded", "error", "slow"), description="requests that are always told"
+    )
+    slow_ms: int = Field(default=100, ge=1, description="from when a request counts as slow")
+
+
+class RecallAuditSection(BaseModel):
+    """Which answers a router searches again in all clusters, to know its recall."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample: float = Field(default=0.001, ge=0, le=1, description="share of the answers; 0: none")
+    k: int = Field(default=100, ge=1, le=10_000, description="most results that are compared")
+    share: float = Field(
+        default=0.02, gt=0, le=1, description="share of the time in which an audit may run"
     )
 
 
@@ -37,6 +66,15 @@ class ObservabilitySection(BaseModel):
     insecure: bool = Field(
         default=False,
         description="allow an address other than loopback although it asks nobody who they are",
+    )
+
+    otel: OtelSection = Field(
+        default=OtelSection(),
+        description="traces: `endpoint`, `sample`, `always`, `slow_ms`",
+    )
+    recall_audit: RecallAuditSection = Field(
+        default=RecallAuditSection(),
+        description="answers that are searched again in all clusters: `sample`, `k`, `share`",
     )
 
     @field_validator("http")
@@ -287,12 +325,18 @@ class RouterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     map_path: str = Field(min_length=1, description="shard map file that the launcher keeps true")
+    faults_dir: str = Field(
+        default="", description="where faults of its links are written down; empty: there are none"
+    )
     poll_ms: int = Field(default=100, ge=1, description="time between two looks at the shard map")
     drain_s: float = Field(
         default=10.0, ge=0, description="longest wait for requests in flight on SIGTERM"
     )
     num_threads: int = Field(default=1, ge=1, description="threads of each tensor operation")
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
+    security: SecuritySection = Field(
+        default=SecuritySection(), description="who may ask, and how the shards are reached"
+    )
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
     health: HealthSection = Field(

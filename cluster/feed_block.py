@@ -71,12 +71,25 @@ class FeedBlock:
         self._lock = threading.Lock()
         self._shards: dict[int, _Shard] = {}
         self._resumed: dict[int, int] = {}
-        """Per log partition, its end when the sequencer began: what was accepted before it."""
+        """Per log partition, its end when this began to know of shards."""
+        self._ends: dict[int, int] = {}
+        """Per log partition, the last end that is known."""
 
     def resume(self, partition: int, end: int) -> None:
         """Count every record up to ``end`` as a new item until replicas report beyond it."""
         with self._lock:
-            self._resumed[partition] = end
+            self._resumed[partition] = self._ends[partition] = end
+
+    def forget(self) -> None:
+        """Know nothing of any shard, as after a start: they hold other items from now on.
+
+        What was accepted, or is on its way into the log, counts until replicas report beyond it.
+        """
+        with self._lock:
+            for partition, end in self._ends.items():
+                pending = sum(one.pending.get(partition, 0) for one in self._shards.values())
+                self._resumed[partition] = end + pending
+            self._shards.clear()
 
     def report(self, reports: Iterable[RoomReport]) -> None:
         """Take over what all replicas said last; those that are missing are gone.
@@ -136,6 +149,7 @@ class FeedBlock:
                 until it is applied.
         """
         with self._lock:
+            self._ends[partition] = max(position, self._ends.get(partition, 0))
             for shard in self._shards.values():
                 if count := shard.pending.pop(partition, 0):
                     shard.accepted.setdefault(partition, deque()).append((position, count))

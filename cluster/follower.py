@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.freshness import Cut, Lag, Refused
 from silvershard.cluster.update_log import (
     READ_BYTES,
@@ -117,6 +118,7 @@ class Follower(Generic[P]):
         gap: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
+        faults: Faults | None = None,
     ) -> None:
         """Make a follower that does not run yet.
 
@@ -132,6 +134,7 @@ class Follower(Generic[P]):
             gap: waits for a moment without a query, and returns for how long.
             clock: measures times.
             unix_clock: tells how old a record is.
+            faults: say when the log cannot be reached; None: never.
         """
         self.counts = UpdateCounts()
         self.failure = ""
@@ -158,6 +161,7 @@ class Follower(Generic[P]):
         """What preparing the batch took."""
         self._clock = clock
         self._unix_clock = unix_clock
+        self._faults = faults
         self._began_s = clock()
         start = cut or (0,) * log.num_partitions
         self._lag = Lag(start, start, float("-inf"), float("inf"))
@@ -345,6 +349,8 @@ class Follower(Generic[P]):
             self._apply_urgent()
 
     def _ends(self) -> Cut:
+        if self._faults is not None:
+            self._faults.check_log(self._log.url)
         return tuple(self._log.end(one) for one in range(self._log.num_partitions))
 
     def _apply_urgent(self) -> None:

@@ -70,6 +70,15 @@ RunOnModel = Callable[..., "Future[Any]"]
 """Runs a function on the thread of the model."""
 
 
+Spawn = Callable[[Callable[[], None], str], None]
+"""Runs a function, which may take long, beside everything else, under a name."""
+
+
+def spawn(work: Callable[[], None], name: str) -> None:
+    """Run a function on a thread of its own."""
+    threading.Thread(target=work, name=name, daemon=True).start()
+
+
 class _Retired(Exception):
     """What is being loaded is not wanted any more."""
 
@@ -159,6 +168,7 @@ class Hosting:
         clock: Callable[[], float],
         load: Load | None = None,
         changed: Callable[[], None] = lambda: None,
+        spawn: Spawn = spawn,
     ) -> None:
         """Make a hosting without a generation.
 
@@ -168,7 +178,9 @@ class Hosting:
             clock: the clock of the executors.
             load: loads further generations; None: there will be none.
             changed: is told, on any thread, when a generation comes into service or leaves it.
+            spawn: runs what loads a generation, or waits for the model to let go of one.
         """
+        self._spawn = spawn
         self._shard = shard
         self._run_on_model = run_on_model
         self._clock = clock
@@ -238,8 +250,7 @@ class Hosting:
         if held is not None:
             self.retire(generation)
         hosted = self._held[generation] = Hosted(generation, snapshot)
-        name = f"prepare-{generation}"
-        threading.Thread(target=self._prepare, args=(hosted,), name=name, daemon=True).start()
+        self._spawn(partial(self._prepare, hosted), f"prepare-{generation}")
         return hosted
 
     def retire(self, generation: int) -> None:
@@ -250,9 +261,7 @@ class Hosting:
         hosted.retired = True
         self._wake()
         # It may be waiting for the model, which this thread must not wait for.
-        threading.Thread(
-            target=_let_go, args=(hosted.follower,), name=f"retire-{generation}", daemon=True
-        ).start()
+        self._spawn(partial(_let_go, hosted.follower), f"retire-{generation}")
         self._changed()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:

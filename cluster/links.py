@@ -13,6 +13,8 @@ from torch import Tensor
 from silvershard.cluster import shard_pb2, tensors
 from silvershard.cluster.codec import values_to
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dials
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.field_columns import column_from
 from silvershard.cluster.freshness import ANYTHING, Demand, Seen
 from silvershard.cluster.hosting import seen_from
@@ -193,8 +195,19 @@ class GrpcShardLink:
 class Connections:
     """The connections to all processes that any shard map names, each shared by who needs it."""
 
-    def __init__(self, ping: PingSection) -> None:
+    def __init__(
+        self, ping: PingSection, dialer: Dials = PLAIN, faults: Faults | None = None
+    ) -> None:
+        """Connect to nobody yet.
+
+        Args:
+            ping: when a replica counts as hung.
+            dialer: opens the channels.
+            faults: say which messages are lost on their way; None: none.
+        """
         self._ping = ping
+        self._dialer = dialer
+        self._faults = faults
         self._held: dict[tuple[int, int, str, int], tuple[ShardConnection, int]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._lingers = True
@@ -204,7 +217,7 @@ class Connections:
         key = _incarnation(entry)
         connection, users = self._held.get(key, (None, 0))
         if connection is None:
-            connection = ShardConnection(entry, self._ping)
+            connection = ShardConnection(entry, self._ping, self._dialer, self._faults)
             connection.start()
         self._held[key] = (connection, users + 1)
         return connection
@@ -267,13 +280,13 @@ class Links:
         """
         wanted = {_incarnation(entry): entry for entry in shard_map.entries}
         epochs = {(entry.shard, entry.replica): entry.epoch for entry in shard_map.entries}
-        for key in self._links.keys() - wanted.keys():
+        for key in [one for one in self._links if one not in wanted]:
             connection = self._links.pop(key).connection
             place = connection.entry.shard, connection.entry.replica
             if epochs.get(place, 0) > connection.entry.epoch:
                 connection.fence()
             self._connections.release(connection, self._linger_s)
-        for key in wanted.keys() - self._links.keys():
+        for key in [one for one in wanted if one not in self._links]:
             connection = self._connections.acquire(wanted[key])
             self._links[key] = GrpcShardLink(connection, self._generation)
         links = sorted(self._links.values(), key=lambda link: (link.shard, link.replica))

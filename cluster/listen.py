@@ -1,6 +1,7 @@
 """Where servers bind, and the channel settings that both ends of a connection agree on."""
 
 import ipaddress
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -55,27 +56,59 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, *, insecure: bool = False) -> str:
+class Door(NamedTuple):
+    """What keeps strangers out of a port."""
+
+    credentials: Any = None
+    """Of gRPC, by which connections are encrypted; None: they are not."""
+    guarded: bool = False
+    """Whoever calls is asked who they are."""
+    insecure: bool = False
+    """Somebody decided that strangers may come in."""
+
+
+OPEN = Door()
+"""Of a port that only this machine can reach."""
+
+
+def check_host(host: str, door: Door, key: str = "listen.host") -> None:
+    """Check that other machines cannot reach an address, or only those that may.
+
+    Raises:
+        ConfigError: naming ``key`` and what is missing.
+    """
+    if is_loopback(host) or door.insecure:
+        return
+    missing = [] if door.credentials is not None else ["security.tls"]
+    missing += [] if door.guarded else ["security.tokens"]
+    if missing:
+        raise ConfigError(
+            f"{key} must be a loopback address without {' and '.join(missing)}, got {host!r}; set "
+            f"{'both' if len(missing) == 2 else 'it'}, or security.insecure (--insecure) if every "
+            "machine that can reach it may ask"
+        )
+
+
+def bind(server: grpc.aio.Server, host: str, port: int, door: Door = OPEN) -> str:
     """Bind a server and return its address ``host:port``.
 
     Args:
         server: not started yet.
         host: address to bind.
         port: 0 lets the system choose a free one.
-        insecure: allow an address that other machines can reach.
+        door: what keeps strangers out of it.
 
     Raises:
-        ConfigError: if other machines can reach ``host`` and ``insecure`` is False.
+        ConfigError: if other machines can reach ``host`` and nothing keeps them out.
         StateError: if the port is in use or the address is not of this machine.
     """
-    if not insecure and not is_loopback(host):
-        raise ConfigError(
-            f"listen.host must be a loopback address while nothing is encrypted, got {host!r}; "
-            "set listen.insecure to bind it all the same"
-        )
+    check_host(host, door)
     name = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{name}:{port}")
+        if door.credentials is None:
+            bound = server.add_insecure_port(f"{name}:{port}")
+        else:
+            bound = server.add_secure_port(f"{name}:{port}", door.credentials)
     except RuntimeError:
         bound = 0
     if not bound:

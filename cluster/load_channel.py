@@ -10,6 +10,7 @@ import grpc.aio
 
 from silvershard.cluster import retrieval_pb2
 from silvershard.cluster.config import MEBIBYTE
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.load import OK, Reply
 from silvershard.cluster.service import DETAILS
 from silvershard.shard.errors import DeadlineExceeded
@@ -30,16 +31,19 @@ _OPTIONS = [
 class LoadChannels:
     """Connections to all routers of a load, which take turns; an asynchronous context manager."""
 
-    def __init__(self, addresses: Sequence[str], requests: Sequence[bytes]) -> None:
+    def __init__(
+        self, addresses: Sequence[str], requests: Sequence[bytes], dialer: Dialer = PLAIN
+    ) -> None:
         """Make channels that connect with their first use; needs a running event loop.
 
         Args:
             addresses: of the routers, at least one.
             requests: serialised ``RetrieveRequest`` messages, which take turns, too.
+            dialer: opens channels.
         """
         self._addresses = addresses
         self._requests = requests
-        self._channels = [grpc.aio.insecure_channel(one, options=_OPTIONS) for one in addresses]
+        self._channels = [dialer.aio_channel(one, _OPTIONS) for one in addresses]
         self._calls: list[Any] = [channel.unary_unary(_METHOD) for channel in self._channels]
 
     async def __aenter__(self) -> Self:

@@ -3,13 +3,14 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from silvershard.shard.errors import StateError
 
 M = TypeVar("M", bound=BaseModel)
+M_co = TypeVar("M_co", bound=BaseModel, covariant=True)
 
 Stamp = tuple[int, int, int]
 
@@ -42,6 +43,34 @@ def read_map(kind: type[M], path: Path, what: str) -> M:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
         raise StateError(f"{what} {path}: {where}: {first['msg']}") from None
+
+
+class MapSource(Protocol[M_co]):
+    """Where the newest map is found."""
+
+    def stamp(self) -> Stamp | None:
+        """Return what changes with every replacement of the map; None where there is none."""
+        ...
+
+    def read(self) -> M_co:
+        """Return the map; raise ``StateError`` if there is none, or it is damaged."""
+        ...
+
+
+class MapFile(Generic[M]):
+    """A map in a file."""
+
+    def __init__(self, kind: type[M], path: Path, what: str) -> None:
+        """Name the class of the map, its file, and what an error calls it."""
+        self._kind, self._path, self._what = kind, path, what
+
+    def stamp(self) -> Stamp | None:
+        """See ``MapSource.stamp``."""
+        return stamp_of(self._path)
+
+    def read(self) -> M:
+        """See ``MapSource.read``."""
+        return read_map(self._kind, self._path, self._what)
 
 
 def write_map(served: BaseModel, path: Path, what: str) -> None:

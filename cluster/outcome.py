@@ -60,6 +60,8 @@ class Coverage:
     """Names of ``DegradeReason``, each once, sorted."""
     shards: tuple[ShardOutcome, ...] = ()
     """The shards that did not answer, by index."""
+    expected_recall: float | None = None
+    """Share of an exact search's answer that is expected in this one, 0..1; None: unknown."""
 
     @property
     def degraded(self) -> bool:

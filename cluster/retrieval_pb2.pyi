@@ -232,8 +232,9 @@ class VersionStamp(_message.Message):
     def __init__(self, model: _Optional[str] = ..., generation: _Optional[int] = ..., content_hash: _Optional[str] = ..., shard_map_version: _Optional[int] = ..., cut: _Optional[_Iterable[_Union[UpdateToken, _Mapping]]] = ..., staleness: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Coverage(_message.Message):
-    __slots__ = ("documents", "degraded", "shards_total", "shards_full", "shards_degraded", "shards_failed", "reasons", "shards")
+    __slots__ = ("documents", "expected_recall", "degraded", "shards_total", "shards_full", "shards_degraded", "shards_failed", "reasons", "shards")
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_RECALL_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     SHARDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FULL_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +243,7 @@ class Coverage(_message.Message):
     REASONS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     documents: float
+    expected_recall: float
     degraded: bool
     shards_total: int
     shards_full: int
@@ -249,7 +251,7 @@ class Coverage(_message.Message):
     shards_failed: int
     reasons: _containers.RepeatedScalarFieldContainer[DegradeReason]
     shards: _containers.RepeatedCompositeFieldContainer[ShardOutcome]
-    def __init__(self, documents: _Optional[float] = ..., degraded: _Optional[bool] = ..., shards_total: _Optional[int] = ..., shards_full: _Optional[int] = ..., shards_degraded: _Optional[int] = ..., shards_failed: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., shards: _Optional[_Iterable[_Union[ShardOutcome, _Mapping]]] = ...) -> None: ...
+    def __init__(self, documents: _Optional[float] = ..., expected_recall: _Optional[float] = ..., degraded: _Optional[bool] = ..., shards_total: _Optional[int] = ..., shards_full: _Optional[int] = ..., shards_degraded: _Optional[int] = ..., shards_failed: _Optional[int] = ..., reasons: _Optional[_Iterable[_Union[DegradeReason, str]]] = ..., shards: _Optional[_Iterable[_Union[ShardOutcome, _Mapping]]] = ...) -> None: ...
 
 class ShardOutcome(_message.Message):
     __slots__ = ("shard", "replica", "grpc_code", "reasons", "documents", "latency_us", "attempts", "hedged")

@@ -123,7 +123,8 @@ class Rounds:
         self._spec = spec
         self._owner = owner
         self._merge = Merge()
-        self._touched: set[ShardLink] = set()
+        self._touched: dict[ShardLink, None] = {}
+        """In the order in which they were asked."""
         self._opened: dict[int, Reply[RoundOne]] = {}
         """Round one of each shard, by the replica that has its candidates open."""
         self._closed: dict[int, RoundTwo] = {}
@@ -189,7 +190,7 @@ class Rounds:
         if self._num_opened.get(shard, 0) > len(self._fanout.replicas(shard)):
             # Each replica may lose what is open once; one that always does would never end.
             raise CandidatesExpired(key)
-        self._touched.add(link)
+        self._touched[link] = None
         demand = self._fanout.demand(link, remaining_s)
         first, seen = await link.open(key, self._batch.work, remaining_s, demand)
         self._num_opened[shard] = self._num_opened.get(shard, 0) + 1
@@ -216,7 +217,7 @@ class Rounds:
     def _let_go(self, link: ShardLink) -> None:
         """Release what a replica has open that another one was faster than."""
         link.release(self._batch.key)
-        self._touched.discard(link)
+        self._touched.pop(link, None)
 
     async def _ask_holders(
         self,

@@ -13,35 +13,44 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from silvershard.cluster.audit import AuditLog
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.coordinator import Coordinator
 from silvershard.cluster.degrade import Ladder
+from silvershard.cluster.dialer import Dials, peer_dialer
 from silvershard.cluster.extra_calls import ExtraCalls
+from silvershard.cluster.faults import faults_of_router
 from silvershard.cluster.http_server import HttpServer
 from silvershard.cluster.links import Connections, GrpcShardLink, Links
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.map_file import MapFile, MapSource, Stamp
 from silvershard.cluster.metrics import Metrics
+from silvershard.cluster.recall_audit import RecallAudit
 from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.request_meter import RequestMeter
-from silvershard.cluster.router_metrics import add_router_metrics
+from silvershard.cluster.router_metrics import add_recall_metrics, add_router_metrics
 from silvershard.cluster.router_pages import RouterFacts, router_pages
+from silvershard.cluster.security import front_protection
 from silvershard.cluster.server import SERVICE, Offer, RetrievalService, Serving
 from silvershard.cluster.shard_map import ShardMap
+from silvershard.cluster.tracing import RequestTracer
 from silvershard.cluster.update_service import SERVICE as UPDATES
 from silvershard.cluster.update_service import UpdateService
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.shard.errors import SnapshotError, StateError
-from silvershard.shard.snapshot import open_snapshot
+from silvershard.shard.snapshot import Snapshot, open_snapshot
 
 _log = logging.getLogger(__name__)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+_MEET_S = 2.0
+"""Longest wait for the first connection to every shard of a new cut of the catalogue, for which the
+old one goes on serving."""
 _RETRY_S = 1.0
 """Time between two tries of a map that was refused: reading its snapshot may take long."""
-
-_Stamp = tuple[int, int, int]
 
 
 class _Held(NamedTuple):
@@ -52,6 +61,8 @@ class _Held(NamedTuple):
     content_hash: str
     snapshot: str
     num_shards: int
+    calibration: RecallCalibration | None
+    """What its plans find of exact answers."""
 
 
 class Router:
@@ -66,25 +77,46 @@ class Router:
         config: RouterConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        maps: MapSource[ShardMap] | None = None,
+        opener: Callable[[Path], Snapshot] | None = None,
+        dialer: Dials | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         """Make a router that does not listen yet.
 
         Args:
             config: what it needs to know.
             clock: must be the clock of the event loop.
+            maps: where the shard map comes from; None: the file of the configuration.
+            opener: opens the generation in a directory; None: from the file system.
+            dialer: opens channels to other processes; None: as the configuration says.
+            rng: chooses among replicas.
+
+        Raises:
+            ConfigError: if a file of tokens, secrets or certificates cannot be used, or packages
+                are missing that its settings need.
         """
         self.address = ""
         self._config = config
         self._clock = clock
         self._map: ShardMap | None = None
-        self._map_stamp: _Stamp | None = None
+        self._maps = maps or MapFile(ShardMap, Path(config.map_path), "shard map")
+        self._opener = opener
+        self._rng = rng or random.Random()
+        self._map_stamp: Stamp | None = None
         """Of the file that ``_map`` was read from."""
-        self._refused: tuple[_Stamp, str] | None = None
+        self._refused: tuple[Stamp, str] | None = None
         self._retry_at_s = 0.0
         self._held: dict[int, _Held] = {}
+        self._coming: dict[int, _Held] = {}
+        """Of a map with another number of shards, whose processes are being met."""
+        self._take_at_s = 0.0
+        """When it is taken although not all of them were met."""
         self._offer: Offer | None = None
         self._ready = False
-        self._connections = Connections(config.ping)
+        dialer = dialer or peer_dialer(config.security.peers)
+        self._faults = faults_of_router(config.faults_dir)
+        self._connections = Connections(config.ping, dialer, self._faults)
         self._retired: set[asyncio.Task[None]] = set()
         self._ladder = Ladder(config.degrade, clock)
         self._batcher = Batcher(
@@ -109,9 +141,21 @@ class Router:
         add_router_metrics(
             self._metrics, self._batcher, self._extra, lambda: self._logged_level, self._live_links
         )
+        self._recall = RecallAudit(
+            config.observability.recall_audit, is_hot=self._batcher.is_hot, clock=clock
+        )
+        add_recall_metrics(self._metrics, self._recall)
+        otel = config.observability.otel
+        self._tracer = RequestTracer(SERVICE, otel) if otel.endpoint else None
+        audit = AuditLog(Path(config.security.audit)) if config.security.audit else None
+        self._protection = front_protection(config.security, audit, self._metrics)
         self._http = HttpServer(router_pages(lambda: self._facts, self._metrics))
         self._logged_level = 0
-        self._updates = UpdateService(lambda: self._map.sequencer if self._map else None)
+        self.service = RetrievalService(
+            lambda: self._offer, self._batcher, config.query, clock, served=self._recall.served
+        )
+        """Answers requests, whoever brings them."""
+        self._updates = UpdateService(lambda: self._map.sequencer if self._map else None, dialer)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -134,13 +178,14 @@ class Router:
             # First of all: whoever probes is told that this router starts.
             self._http.start(observability.http, insecure=observability.insecure)
         server = grpc.aio.server(
-            interceptors=(self._meter,),
+            interceptors=(
+                *self._protection.interceptors,
+                *((self._tracer,) if self._tracer is not None else ()),
+                self._meter,
+            ),
             options=server_options(self._config.query.max_request_bytes),
         )
-        service = RetrievalService(
-            lambda: self._offer, self._batcher, self._config.query, self._clock
-        )
-        service.add_to(server)
+        self.service.add_to(server)
         self._updates.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
@@ -150,7 +195,7 @@ class Router:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, server)
-        self.address = bind(server, listen.host, listen.port, insecure=listen.insecure)
+        self.address = bind(server, listen.host, listen.port, self._protection.door)
         await self._set_health("", ready=False)
         await self._set_health(SERVICE, ready=False)
         await server.start()
@@ -170,9 +215,14 @@ class Router:
         for task in self._retired:
             task.cancel()
         await asyncio.gather(*self._retired, return_exceptions=True)
+        await self._recall.aclose()
         await self._updates.aclose()
         await self._connections.aclose()
+        if self._faults is not None:
+            self._faults.stop()
         self._http.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def follow(self) -> None:
         """Take over the shard map if it changed, and publish what is healthy."""
@@ -238,19 +288,15 @@ class Router:
         One that cannot be taken is logged once and tried again, because its snapshot may be
         unreadable for a moment only.
         """
-        path = Path(self._config.map_path)
-        try:
-            status = path.stat()
-        except OSError:
-            return
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if stamp == self._map_stamp:
+        stamp = self._maps.stamp()
+        if stamp is None or stamp == self._map_stamp:
             return
         known = self._refused is not None and self._refused[0] == stamp
         if known and self._clock() < self._retry_at_s:
             return
         try:
-            await self._take(ShardMap.read(path))
+            if not await self._take(self._maps.read()):
+                return
         except (StateError, SnapshotError, ValueError) as error:
             if self._refused != (stamp, str(error)):
                 _log.error("the last good shard map is kept: %s", error)
@@ -259,8 +305,10 @@ class Router:
             return
         self._map_stamp, self._refused = stamp, None
 
-    async def _take(self, shard_map: ShardMap) -> None:
-        """Serve by another map, from one request to the next.
+    async def _take(self, shard_map: ShardMap) -> bool:
+        """Serve by another map, from one request to the next; return False while it is too early.
+
+        One with another number of shards names processes that this router has not met yet.
 
         Raises:
             SnapshotError: if its live generation cannot be read.
@@ -268,9 +316,10 @@ class Router:
         """
         held: dict[int, _Held] = {}
         for number, snapshot in shard_map.hosted.items():
-            known = self._held.get(number)
-            if known is not None and known[3:] == (snapshot, shard_map.num_shards):
-                held[number] = known
+            for known in (self._held.get(number), self._coming.get(number)):
+                if known is not None and known[3:5] == (snapshot, shard_map.num_shards):
+                    held[number] = known
+            if number in held:
                 continue
             try:
                 held[number] = await self._hold(number, snapshot, shard_map.num_shards)
@@ -280,6 +329,14 @@ class Router:
                 _log.error("generation %d is not offered: %s", number, error)
         for one in held.values():
             one.links.update(shard_map)
+        is_new_cut = self._map is not None and self._map.num_shards != shard_map.num_shards
+        coming, self._coming = self._coming, held if is_new_cut else {}
+        for number, before in coming.items():
+            if held.get(number) is not before:
+                self._retire(before.links)
+        if is_new_cut and not self._has_met(held[shard_map.generation], bool(coming)):
+            return False
+        self._coming = {}
         for number, before in self._held.items():
             if held.get(number) is not before:
                 self._retire(before.links)
@@ -287,7 +344,9 @@ class Router:
         self._offer = Offer(
             shard_map.generation,
             {
-                number: Serving(one.coordinator, one.content_hash, shard_map.version)
+                number: Serving(
+                    one.coordinator, one.content_hash, shard_map.version, one.calibration
+                )
                 for number, one in held.items()
             },
             {alias: number for alias, number in shard_map.aliases.items() if number in held},
@@ -298,10 +357,22 @@ class Router:
             shard_map.num_shards,
             shard_map.version,
         )
+        return True
+
+    def _has_met(self, held: _Held, was_coming: bool) -> bool:
+        """Return whether some replica of every shard was met, or was waited for long enough."""
+        if not was_coming:
+            self._take_at_s = self._clock() + _MEET_S
+        met = [
+            any(link.reached for link in held.links.replicas(shard))
+            for shard in range(held.num_shards)
+        ]
+        return all(met) or self._clock() >= self._take_at_s
 
     async def _hold(self, number: int, snapshot: str, num_shards: int) -> _Held:
         """Return a generation without links yet; reads its manifest beside the event loop."""
-        manifest = (await asyncio.to_thread(open_snapshot, Path(snapshot))).manifest
+        opener = self._opener or open_snapshot
+        manifest = (await asyncio.to_thread(opener, Path(snapshot))).manifest
         spec, query = manifest.spec, self._config.query
         if spec.generation != number:
             raise ValueError(
@@ -315,12 +386,13 @@ class Router:
             merge_headroom_s=query.merge_headroom_ms / 1e3,
             max_batch=query.max_batch,
             lagging_s=query.lagging_ms / 1e3,
-            choice=ReplicaChoice(self._config.health, self._extra, self._clock, random.Random()),
+            choice=ReplicaChoice(self._config.health, self._extra, self._clock, self._rng),
             clock=self._clock,
             ladder=self._ladder,
             dropped=self._batcher.dropped,
         )
-        return _Held(coordinator, links, manifest.content_hash, snapshot, num_shards)
+        hashed = manifest.content_hash
+        return _Held(coordinator, links, hashed, snapshot, num_shards, manifest.calibration)
 
     def _live_links(self) -> list[GrpcShardLink]:
         """Return the replicas of the live generation; any thread may ask."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from silvershard.cluster.batcher import Batcher
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.metrics import Gauge, Gauges, Metrics, Tally
+from silvershard.cluster.recall_audit import RecallAudit
 from silvershard.cluster.shard_link import LinkState, ShardLink
 
 
@@ -55,7 +56,9 @@ def add_router_metrics(
     metrics.add(
         "silvershard_shed_total",
         "Requests that were refused unexecuted, by cause: queue, displaced, deadline, tenant.",
-        Tally(lambda: dict(dropped.shed.items()), "cause", "tenant"),
+        Tally(
+            lambda: {(*key,): count for key, count in dict(dropped.shed).items()}, "cause", "tenant"
+        ),
     )
     metrics.add(
         "silvershard_shed_by_priority_total",
@@ -119,6 +122,28 @@ def add_router_metrics(
         "silvershard_replica_state",
         "Replicas of the live generation by what this router believes of them.",
         Gauges(states, "state"),
+    )
+
+
+def add_recall_metrics(metrics: Metrics, audit: RecallAudit) -> None:
+    """Take in what an audit of recall has found."""
+    metrics.add(
+        "silvershard_recall_audits_total",
+        "Answers that were searched again in all clusters, by what their filter lets through.",
+        Tally(lambda: {(band,): one.audits for band, one in dict(audit.found).items()}, "band"),
+    )
+    metrics.add(
+        "silvershard_recall_ratio",
+        "Share of the best that those answers held, of all audits so far.",
+        Gauges(
+            lambda: {(band,): one.recalls / one.audits for band, one in dict(audit.found).items()},
+            "band",
+        ),
+    )
+    metrics.add(
+        "silvershard_recall_audits_given_up_total",
+        "Audits that had no full answer.",
+        Tally(lambda: {(): audit.given_up}),
     )
 
 

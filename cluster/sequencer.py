@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from silvershard.cluster import retrieval_pb2
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.feed_block import FeedBlock
 from silvershard.cluster.live_generation import LiveGeneration
 from silvershard.cluster.mutation_check import MutationCheck
@@ -96,6 +97,7 @@ class Sequencer:
         num_shards: int = 1,
         feed: FeedBlock | None = None,
         unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        faults: Faults | None = None,
     ) -> None:
         """Become the writer of every partition of the log: earlier ones write no more.
 
@@ -105,6 +107,7 @@ class Sequencer:
             num_shards: S, of the cluster.
             feed: knows whether shards have room; None: they always have.
             unix_ms: wall-clock time in milliseconds.
+            faults: say when the log cannot be written; None: never.
 
         Raises:
             LogUnavailable: if the log cannot be written.
@@ -115,6 +118,7 @@ class Sequencer:
         self._num_shards = num_shards
         self._feed = feed
         self._unix_ms = unix_ms
+        self._faults = faults
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._followed = live, MutationCheck(live.spec, live.tables)
@@ -129,6 +133,9 @@ class Sequencer:
         """Check updates against another generation from now on."""
         if live is not self.live:
             self._followed = live, MutationCheck(live.spec, live.tables)
+        if num_shards != self._num_shards and self._feed is not None:
+            # Other shards hold other items: what is known of their room is of no use.
+            self._feed.forget()
         self._num_shards = num_shards
 
     @property
@@ -269,6 +276,8 @@ class Sequencer:
         """
         if self.fenced is not None:
             raise self.fenced
+        if self._faults is not None:
+            self._faults.check_log(self.log.url)
         if partition in self._unanswered:
             try:
                 self._epochs[partition] = self.log.acquire(partition, self._epochs[partition])

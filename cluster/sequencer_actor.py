@@ -6,20 +6,24 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, TypeVar
 
 import ray
-from ray._private.state import state as ray_state
 
+from silvershard.cluster.faults import faults_of_sequencer
 from silvershard.cluster.feed_block import FeedBlock
+from silvershard.cluster.incarnation import Incarnation
 from silvershard.cluster.live_generation import load_live_generation
 from silvershard.cluster.logs import log_to_stderr
+from silvershard.cluster.security import peers_of
+from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.sequencer import Sequencer
 from silvershard.cluster.sequencer_server import SequencerServer
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.cluster.shard_reports import ShardReports
+from silvershard.cluster.staged import await_staged
 from silvershard.cluster.update_log import open_log
 from silvershard.shard.errors import LogUnavailable, StateError
 
@@ -50,7 +54,9 @@ class SequencerActor:
         hysteresis: float,
         expiry_every_s: float = 1.0,
         host: str = "127.0.0.1",
-        insecure: bool = False,
+        peers: Mapping[str, Any] | None = None,
+        faults_dir: str = "",
+        patient: bool = False,
     ) -> None:
         """Become the writer of every partition of a log, once it can be reached; open a free port.
 
@@ -63,7 +69,9 @@ class SequencerActor:
             hysteresis: how far below that the share must fall for upserts to pass again.
             expiry_every_s: time between two looks for items whose time is over.
             host: address to bind.
-            insecure: allow an address that other machines can reach.
+            peers: the fields of a ``PeerSection``.
+            faults_dir: where its faults are written down; empty: there are none.
+            patient: wait for a generation that is on its way to this host.
 
         Raises:
             SnapshotError: if the generation is damaged.
@@ -71,15 +79,18 @@ class SequencerActor:
         """
         log_to_stderr()
         os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), _NICENESS))
-        feed = FeedBlock(feed_block, hysteresis)
+        own = peers_of(PeerSection.model_validate(peers or {}))
+        feed, faults = FeedBlock(feed_block, hysteresis), faults_of_sequencer(faults_dir)
+        if patient:
+            await_staged(lambda: str(_snapshot_of(Path(map_path), snapshot)))
         live = load_live_generation(_snapshot_of(Path(map_path), snapshot))
         self._log = _reached(lambda: open_log(log_url, None, create=False))
         self._server = SequencerServer(
-            _reached(lambda: Sequencer(self._log, live, feed=feed)),
-            reports=ShardReports(Path(map_path)),
+            _reached(lambda: Sequencer(self._log, live, feed=feed, faults=faults)),
+            reports=ShardReports(Path(map_path), own.dialer),
             feed=feed,
             host=host,
-            insecure=insecure,
+            peers=own,
             expiry_every_s=expiry_every_s,
             on_fenced=Incarnation.current().end_for_good,
         )
@@ -125,45 +136,3 @@ def _snapshot_of(map_path: Path, first: str) -> Path:
         return Path(ShardMap.read(map_path).snapshot)
     except StateError:
         return Path(first)
-
-
-class Incarnation(NamedTuple):
-    """One process of an actor."""
-
-    actor: Any
-    actor_id: str
-    node_id: str
-    pid: int
-
-    @classmethod
-    def current(cls) -> Self:
-        """Return that of the actor which calls it."""
-        context = ray.get_runtime_context()
-        return cls(
-            context.current_actor, context.get_actor_id() or "", context.get_node_id(), os.getpid()
-        )
-
-    def end_for_good(self) -> None:
-        """End this process on a thread of its own, and let Ray not start it again.
-
-        Where Ray has started the next one meanwhile, as in the place of a process that hung, that
-        one lives on: the handle of an actor means whichever is the newest.
-        """
-        threading.Thread(target=self._end, name="end", daemon=True).start()
-
-    def _end(self) -> None:
-        while True:
-            try:
-                if not self._is_newest():
-                    break
-                # Returns before it is done, so that to exit at once would be a crash to Ray.
-                ray.kill(self.actor, no_restart=True)
-            except Exception:  # noqa: BLE001  # whatever Ray has; the process must end
-                _log.exception("Ray cannot be told that the sequencer has ended")
-            time.sleep(_RETRY_S)
-        os._exit(1)
-
-    def _is_newest(self) -> bool:
-        found = ray_state.actor_table(self.actor_id)
-        where = (found["Address"]["NodeID"], found["Pid"])
-        return found["State"] != "DEAD" and where == (self.node_id, self.pid)

@@ -21,6 +21,7 @@ from silvershard.cluster.feed_block import FeedBlock, RoomReport
 from silvershard.cluster.group_commit import MAX_GROUP, Backlog, GroupCommit, decided, groups_of
 from silvershard.cluster.listen import bind, server_options
 from silvershard.cluster.live_generation import load_live_generation
+from silvershard.cluster.security import ALONE, Peers
 from silvershard.cluster.sequencer import Checked, Outcome, Sequencer, Write
 from silvershard.cluster.service import Malformed, abort, parser, serialize
 from silvershard.cluster.shard_map import ShardMap
@@ -101,7 +102,7 @@ class SequencerServer:
         feed: FeedBlock | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        insecure: bool = False,
+        peers: Peers = ALONE,
         max_queue: int = 100_000,
         max_queue_bytes: int = MAX_MESSAGE_BYTES,
         expiry_every_s: float = 1.0,
@@ -116,7 +117,7 @@ class SequencerServer:
             feed: the sequencer's, told what the shards report.
             host: address to bind.
             port: 0 lets the system choose a free one.
-            insecure: allow an address that other machines can reach.
+            peers: how it meets the other processes of its cluster.
             max_queue: mutations that may wait; more are refused.
             max_queue_bytes: bytes of requests that may wait, but for a single one.
             expiry_every_s: time between two looks for items whose time is over.
@@ -126,7 +127,7 @@ class SequencerServer:
         self.sequencer = sequencer
         self.address = ""
         self._reports, self._feed = reports, feed
-        self._host, self._port, self._insecure = host, port, insecure
+        self._host, self._port, self._peers = host, port, peers
         self._expiry_every_s = expiry_every_s
         self._on_fenced = on_fenced
         self._clock = clock
@@ -150,7 +151,10 @@ class SequencerServer:
             ConfigError: if the host is refused.
             StateError: if the port is in use.
         """
-        server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
+        protection = self._peers.protection
+        server = grpc.aio.server(
+            interceptors=protection.interceptors, options=server_options(MAX_MESSAGE_BYTES)
+        )
         apply = parser(retrieval_pb2.ApplyRequest)
         handlers = {
             "Apply": grpc.unary_unary_rpc_method_handler(
@@ -167,7 +171,7 @@ class SequencerServer:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        self.address = bind(server, self._host, self._port, insecure=self._insecure)
+        self.address = bind(server, self._host, self._port, protection.door)
         for partition in range(self.sequencer.log.num_partitions):
             commit = GroupCommit(
                 functools.partial(self.sequencer.commit, partition),

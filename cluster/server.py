@@ -16,10 +16,13 @@ from silvershard.cluster.config import QuerySection
 from silvershard.cluster.consistency import ANY, consistency_from, stamp
 from silvershard.cluster.coordinator import Coordinator, Query
 from silvershard.cluster.degrade_policy import policy_from
-from silvershard.cluster.response import response_of
+from silvershard.cluster.recall_audit import Run
+from silvershard.cluster.response import expected_recall, response_of
 from silvershard.cluster.rounds import Fate, Served
+from silvershard.cluster.security import tenant_of
 from silvershard.cluster.service import Malformed, abort, logged_status, parser, serialize
 from silvershard.cluster.shard_map import LIVE
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import Overloaded, RetrievalError
 
@@ -33,6 +36,8 @@ class Serving(NamedTuple):
     content_hash: str
     """Of the generation."""
     map_version: int
+    calibration: RecallCalibration | None = None
+    """What its plans find of exact answers; None: nobody knows."""
 
 
 class Offer(NamedTuple):
@@ -89,6 +94,8 @@ class RetrievalService:
         batcher: Batcher,
         query: QuerySection,
         clock: Callable[[], float],
+        *,
+        served: Callable[[Query, Served, Run, int], None] | None = None,
     ) -> None:
         """Make the service.
 
@@ -97,11 +104,14 @@ class RetrievalService:
             batcher: runs the requests.
             query: limits and defaults.
             clock: must be the clock of the event loop.
+            served: hears of every answer, with what answers over the same generation and its
+                number of clusters.
         """
         self._offer = offer
         self._batcher = batcher
         self._query = query
         self._clock = clock
+        self._served = served
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server that is not started yet."""
@@ -204,7 +214,10 @@ class RetrievalService:
                 if len(asked) == 1 or not isinstance(found, Overloaded):
                     raise found
                 found = [found] * len(queries)
-            for (at, _), fate in zip(queries, found, strict=True):
+            coordinator = offer.generations[number].coordinator
+            for (at, query), fate in zip(queries, found, strict=True):
+                if self._served is not None and isinstance(fate, Served):
+                    self._served(query, fate, coordinator.answer, coordinator.spec.num_clusters)
                 fates[at] = self._response(fate, messages[at], offer.generations[number])
         return [fates[at] for at in range(len(messages))]
 
@@ -220,6 +233,7 @@ class RetrievalService:
 
         Raises:
             RequestError: naming the field.
+            Refusal: if the token of the call is of another tenant.
         """
         min_coverage = self._query.min_coverage
         if message.HasField("min_coverage"):
@@ -236,7 +250,7 @@ class RetrievalService:
             arrived_s,
             consistency,
             message.priority,
-            message.tenant,
+            tenant_of(message.tenant),
             policy_from(message.degrade),
             message.return_task_scores,
         )
@@ -248,6 +262,9 @@ class RetrievalService:
             return fate
         spec = serving.coordinator.spec
         response = response_of(fate, spec.item_schema, task_scores=message.return_task_scores)
+        expected = expected_recall(serving.calibration, fate, message)
+        if expected is not None:
+            response.coverage.expected_recall = expected
         response.request_id = message.request_id or uuid.uuid4().hex
         response.version.model = spec.model
         response.version.generation = spec.generation

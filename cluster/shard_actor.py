@@ -12,13 +12,17 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from silvershard.cluster.faults import faults_of_shard
 from silvershard.cluster.follower import MAX_BATCH
 from silvershard.cluster.hosting import ready
 from silvershard.cluster.log_reach import reach_log
 from silvershard.cluster.logs import log_to_stderr
 from silvershard.cluster.query_gaps import QueryGaps
+from silvershard.cluster.security import peers_of
+from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.shard_loader import ShardLoader, wanted_generations
 from silvershard.cluster.shard_server import ShardServer
+from silvershard.cluster.staged import await_staged
 from silvershard.cluster.table_config import ShardTables
 from silvershard.cluster.table_source import RemoteSources, settings_of
 
@@ -41,7 +45,7 @@ class ShardActor:
         *,
         replica: int = 0,
         host: str = "127.0.0.1",
-        insecure: bool = False,
+        peers: Mapping[str, Any] | None = None,
         devices: Sequence[str] = ("cpu",),
         num_threads: int = 1,
         tables: Mapping[str, Any] | None = None,
@@ -49,6 +53,8 @@ class ShardActor:
         log_url: str = "",
         headroom: float = 0.1,
         max_batch: int = MAX_BATCH,
+        faults_dir: str = "",
+        epochs: str = "",
     ) -> None:
         """Load a shard, let it catch up with the update log, and open a free port.
 
@@ -58,7 +64,7 @@ class ShardActor:
             num_shards: S.
             replica: index of this copy of the shard.
             host: address to bind.
-            insecure: allow an address that other machines can reach.
+            peers: the fields of a ``PeerSection``.
             devices: the local devices that the shard's documents are split over.
             num_threads: threads of each tensor operation.
             tables: the fields of a ``ShardTables``.
@@ -67,13 +73,17 @@ class ShardActor:
             log_url: update log to follow; empty: none.
             headroom: free pages for updates, as a share of those in use.
             max_batch: most updates that are applied at once.
+            faults_dir: where its faults are written down; empty: there are none.
+            epochs: control store that numbers the incarnations of a cluster of several hosts, where
+                a generation may also be on its way to this one; empty: the time does.
         """
         log_to_stderr()
         torch.set_num_threads(num_threads)
         if log_url:
             sys.setswitchinterval(_TURN_S)
-        settings = settings_of(ShardTables.model_validate(tables or {}))
-        gaps = QueryGaps()
+        own = peers_of(PeerSection.model_validate(peers or {}))
+        settings = settings_of(ShardTables.model_validate(tables or {}), own.dialer)
+        gaps, faults = QueryGaps(), faults_of_shard(faults_dir, shard, replica)
         load = ShardLoader(
             shard,
             num_shards,
@@ -83,7 +93,15 @@ class ShardActor:
             headroom=headroom,
             max_batch=max_batch,
             gaps=gaps,
+            faults=faults,
         )
+        epoch = None
+        if epochs:
+            # A single machine needs no redis-py.
+            from silvershard.cluster.epochs import next_epoch
+
+            await_staged(lambda: wanted_generations(map_path, snapshot)[0])
+            epoch = next_epoch(epochs, f"shard-{shard}-{replica}")
         first, further = wanted_generations(map_path, snapshot)
         sources = settings.sources
         loaded = ready(load(Path(first)))
@@ -97,9 +115,11 @@ class ShardActor:
             load=load,
             replica=replica,
             host=host,
-            insecure=insecure,
+            peers=own,
+            epoch=epoch,
             lookups=sources.counts if isinstance(sources, RemoteSources) else dict,
             gaps=gaps,
+            faults=faults,
         )
         for generation, path in further.items():
             self._server.hosting.prepare(generation, path)

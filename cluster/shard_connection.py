@@ -15,6 +15,8 @@ import grpc.aio
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.codec import Refusal, code_name
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dials
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.listen import LINK_OPTIONS
@@ -45,13 +47,27 @@ _RELEASE_S = 0.02
 class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Reply]):
     """One incarnation of one replica of one shard, as a router reaches it."""
 
-    def __init__(self, entry: ShardEntry, ping: PingSection) -> None:
-        """Make a connection that does not connect yet; ``start`` does."""
-        super().__init__(entry.address, f"shard {entry.shard}", ping)
+    def __init__(
+        self,
+        entry: ShardEntry,
+        ping: PingSection,
+        dialer: Dials = PLAIN,
+        faults: Faults | None = None,
+    ) -> None:
+        """Make a connection that does not connect yet; ``start`` does.
+
+        Args:
+            entry: the replica.
+            ping: when it counts as hung.
+            dialer: opens the channel.
+            faults: say which messages are lost on their way; None: none.
+        """
+        super().__init__(entry.address, f"shard {entry.shard}", ping, dialer)
         self.entry = entry
         self.served: dict[int, Seen] | None = None
         """The generations that it serves, by its last word; None: it has not said yet."""
         self._fenced = False
+        self._faults = faults
         self._released: list[str] = []
         """What the shard is still to be told that nobody waits for."""
         self._release_timer: asyncio.TimerHandle | None = None
@@ -98,7 +114,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     def _send(self, call: shard_pb2.ShardCall) -> None:
         """Send a call that has no reply."""
         addressed = self._addressed(call, 0, 0.0)
-        if self._connection is not None:
+        if self._connection is not None and not self._lost():
             self._connection.put(addressed)
 
     async def call(
@@ -127,7 +143,10 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         loop = asyncio.get_running_loop()
         future: _Reply = loop.create_future()
         timer = loop.call_later(remaining_s, self._expire, future, remaining_s)
-        self._post(connection, call, future)
+        if self._lost():
+            connection.pending[call_id] = future
+        else:
+            self._post(connection, call, future)
         try:
             reply = await future
         except asyncio.CancelledError:
@@ -186,10 +205,17 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     def _receive(
         self, connection: Connection[shard_pb2.ShardCall, _Reply], reply: shard_pb2.ShardReply
     ) -> None:
+        if self._lost():
+            return
         self._heard = True
         future = connection.pending.get(reply.call_id)
         if future is not None and not future.done():
             future.set_result(reply)
+
+    def _lost(self) -> bool:
+        """Return whether a message is lost on its way by a fault."""
+        entry, faults = self.entry, self._faults
+        return faults is not None and faults.loses(entry.shard, entry.replica, entry.address)
 
     def _fail(self, waiting: _Reply, message: str) -> None:
         if not waiting.done():
@@ -203,7 +229,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
     async def _watch(self) -> None:
         """Ping on a channel of its own, so that a large answer never delays a sign of life."""
         every_s = self._ping.every_ms / 1e3
-        async with grpc.aio.insecure_channel(self.entry.address, options=LINK_OPTIONS) as channel:
+        async with self._dialer.aio_channel(self.entry.address, LINK_OPTIONS) as channel:
             reader = asyncio.create_task(self._listen(channel))
             try:
                 while True:
@@ -219,7 +245,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             try:
                 async for beat in stub.Ping(self._beats()):
                     # Another incarnation on the same address is not a sign of life of this one.
-                    if beat.epoch == self.entry.epoch:
+                    if beat.epoch == self.entry.epoch and not self._lost():
                         self._heard = True
                         self.served = {one.generation: seen_from(one.seen) for one in beat.served}
             except grpc.aio.AioRpcError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from silvershard.cluster.faults import Faults
 from silvershard.cluster.follower import MAX_BATCH, Follower
 from silvershard.cluster.hosting import Commit, Loaded
 from silvershard.cluster.mutation_codec import logged_batch
@@ -45,6 +46,8 @@ class ShardLoader:
     gaps: QueryGaps | None = None
     """Between the queries that updates and loading give way to; None: to none."""
     clock: Callable[[], float] = time.monotonic
+    faults: Faults | None = None
+    """Say when the log cannot be reached; None: never."""
 
     def __post_init__(self) -> None:
         if self.log is not None and not self.headroom > 0:
@@ -108,6 +111,7 @@ class ShardLoader:
             name=f"shard {self.shard} of generation {executor.spec.generation}",
             gap=self._gap,
             clock=self.clock,
+            faults=self.faults,
         )
 
 

@@ -12,6 +12,7 @@ import grpc.aio
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
 from silvershard.cluster.consistency import UpdateToken
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.feed_block import RoomReport
 from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.shard_map import ShardMap
@@ -40,6 +41,7 @@ class ShardReports:
     def __init__(
         self,
         map_path: Path,
+        dialer: Dialer = PLAIN,
         *,
         every_s: float = 0.2,
         eager_s: float = 0.01,
@@ -49,12 +51,14 @@ class ShardReports:
 
         Args:
             map_path: shard map file.
+            dialer: opens channels.
             every_s: time between two questions to a process, and two looks at the map.
             eager_s: the same while somebody waits for an update to be applied.
             timeout_s: longest wait for an answer.
         """
         self.map: ShardMap | None = None
         self._path = map_path
+        self._dialer = dialer
         self._every_s, self._eager_s, self._timeout_s = every_s, eager_s, timeout_s
         self._reports: dict[_Place, ReplicaReport] = {}
         self._askers: dict[_Place, asyncio.Task[None]] = {}
@@ -156,7 +160,7 @@ class ShardReports:
         self._tell()
 
     async def _ask_forever(self, place: _Place, address: str) -> None:
-        async with grpc.aio.insecure_channel(address, options=LINK_OPTIONS) as channel:
+        async with self._dialer.aio_channel(address, LINK_OPTIONS) as channel:
             stub = shard_pb2_grpc.ShardStub(channel)
             while True:
                 # What it said last stays true: it only ever gets further.

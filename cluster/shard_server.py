@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,9 +17,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
 from silvershard.cluster.codec import values_from
-from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, seen_to
+from silvershard.cluster.faults import Faults
+from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, Spawn, seen_to, spawn
 from silvershard.cluster.listen import INTERNAL_MESSAGE_BYTES, bind, server_options
 from silvershard.cluster.query_gaps import QueryGaps
+from silvershard.cluster.security import ALONE, Peers
 from silvershard.cluster.shard_replies import demand_from, failed, set_fields, set_round
 from silvershard.cluster.stage_gate import Abandoned, StageGate
 from silvershard.cluster.table_lookup import TableCounts
@@ -78,11 +80,14 @@ class ShardServer:
         epoch: int | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        insecure: bool = False,
+        peers: Peers = ALONE,
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
         lookups: Callable[[], Mapping[str, TableCounts]] = dict,
         gaps: QueryGaps | None = None,
+        faults: Faults | None = None,
+        model_thread: Executor | None = None,
+        spawn: Spawn = spawn,
     ) -> None:
         """Make a server that does not listen yet.
 
@@ -95,11 +100,14 @@ class ShardServer:
             epoch: incarnation, larger than that of every earlier one; by default the time in ns.
             host: address to bind.
             port: 0 lets the system choose a free one.
-            insecure: allow an address that other machines can reach.
+            peers: how it meets the other processes of its cluster.
             max_queue: calls that may wait or run; more are refused.
             clock: the clock of ``executor``.
             lookups: returns what was looked up in each remote table so far; any thread may call it.
             gaps: is told of the calls of queries; None: nothing gives way to them.
+            faults: say how slow it shall be and how full; None: neither.
+            model_thread: runs what touches the model, one by one; None: a thread of this server.
+            spawn: runs what loads further generations and lets go of them.
         """
         first = executor if isinstance(executor, Loaded) else Loaded(executor)
         self.shard = first.executor.shard
@@ -107,19 +115,22 @@ class ShardServer:
         self.replica = replica
         self.epoch = time.time_ns() if epoch is None else epoch
         self.address = ""
-        self._host, self._port, self._insecure = host, port, insecure
+        self._host, self._port, self._peers = host, port, peers
         self._max_queue = max_queue
         self._clock = clock
         self._lookups = lookups
         self._gaps = QueryGaps() if gaps is None else gaps
+        self._faults = faults
         self._pending = 0
         self._gate = StageGate(clock)
         self._by_key: dict[str, set[_Job]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{self.shard}")
+        name = f"shard-{self.shard}"
+        self._thread = model_thread or ThreadPoolExecutor(1, thread_name_prefix=name)
         self._server: grpc.aio.Server | None = None
+        self._is_on = False
         self._health = health.aio.HealthServicer()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.hosting = Hosting(self.shard, self._thread.submit, clock, load, self._changed)
+        self.hosting = Hosting(self.shard, self._thread.submit, clock, load, self._changed, spawn)
         self.hosting.add(first, snapshot)
 
     @property
@@ -154,14 +165,22 @@ class ShardServer:
             ConfigError: if the host is refused.
             StateError: if the port is in use.
         """
-        self._loop = asyncio.get_running_loop()
-        self.hosting.attach(self._loop)
-        server = grpc.aio.server(options=server_options(INTERNAL_MESSAGE_BYTES))
-        shard_pb2_grpc.add_ShardServicer_to_server(_Servicer(self), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        self.address = bind(server, self._host, self._port, insecure=self._insecure)
+        protection = self._peers.protection
+        server = grpc.aio.server(
+            interceptors=protection.interceptors, options=server_options(INTERNAL_MESSAGE_BYTES)
+        )
+        await self.serve(server)
+        self.address = bind(server, self._host, self._port, protection.door)
         await server.start()
         self._server = server
+
+    async def serve(self, server: grpc.aio.Server) -> None:
+        """Offer the services on a server that is not started yet, from the running event loop."""
+        shard_pb2_grpc.add_ShardServicer_to_server(_Servicer(self), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._loop = asyncio.get_running_loop()
+        self.hosting.attach(self._loop)
+        self._is_on = True
         await self._set_health()
 
     async def stop(self, grace_s: float = 2.0) -> None:
@@ -169,6 +188,7 @@ class ShardServer:
         for name in self._names:
             await self._health.set(name, _NOT_SERVING)
         server, self._server = self._server, None
+        self._is_on = False
         if server is not None:
             await server.stop(grace_s)
         await asyncio.to_thread(self.hosting.close)
@@ -185,7 +205,7 @@ class ShardServer:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(work()))
 
     async def _set_health(self) -> None:
-        serves = self._server is not None and bool(self.hosting.served)
+        serves = self._is_on and bool(self.hosting.served)
         for name in self._names:
             await self._health.set(name, _SERVING if serves else _NOT_SERVING)
 
@@ -237,6 +257,8 @@ class ShardServer:
             expired=self._gate.expired,
             cancelled=self._gate.cancelled,
         )
+        if self._faults is not None:
+            self._faults.fill(report)
         for name, counts in self._lookups().items():
             report.tables.add(
                 table=name,
@@ -299,7 +321,7 @@ class ShardServer:
 
     def _give_up(self, keys: Sequence[str]) -> None:
         """Release candidates on the thread of the model, unless the server has ended."""
-        if self._server is None:
+        if not self._is_on:
             return
         executors = [hosted.executor_in_service for hosted in self.hosting.served]
 
@@ -369,6 +391,8 @@ class ShardServer:
     def _run(self, job: _Job) -> shard_pb2.ShardReply | None:
         """Answer a call on the thread of the model; None if nobody waits for it any more."""
         call = job.call
+        if self._faults is not None and (delay_s := self._faults.delay_s()):
+            time.sleep(delay_s)
         try:
             self._gate.check(job, call.WhichOneof("op") or "")
             return self._dispatch(call, job)

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.listen import LINK_OPTIONS
 
 RECONNECT_S = 0.1
@@ -61,16 +62,18 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
     no sign of life since the one before.
     """
 
-    def __init__(self, address: str, name: str, ping: PingSection) -> None:
+    def __init__(self, address: str, name: str, ping: PingSection, dialer: Dials = PLAIN) -> None:
         """Make a link that does not connect yet; ``start`` does.
 
         Args:
             address: of the server.
             name: what the log calls the server.
             ping: times between looks, and how many may be in vain.
+            dialer: opens channels.
         """
         self._address = address
         self._name = name
+        self._dialer = dialer
         self._ping = ping
         self._ids = itertools.count(1)
         self._connection: Connection[Call, Waiting] | None = None
@@ -100,12 +103,11 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
 
     async def aclose(self) -> None:
         """Disconnect; calls in flight fail."""
-        pending = set(self._tasks)
-        while pending:
+        while pending := [task for task in self._tasks if not task.done()]:
             for task in pending:
                 task.cancel()
             # A cancellation that reaches a call just as it ends may get lost in there.
-            _, pending = await asyncio.wait(pending, timeout=RECONNECT_S)
+            await asyncio.wait(pending, timeout=RECONNECT_S)
         self._lose("the link was closed")
 
     @abstractmethod
@@ -144,7 +146,7 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
 
     async def _hold_stream(self) -> None:
         """Keep a stream for calls; when it breaks, connect again."""
-        async with grpc.aio.insecure_channel(self._address, options=LINK_OPTIONS) as channel:
+        async with self._dialer.aio_channel(self._address, LINK_OPTIONS) as channel:
             while True:
                 connection: Connection[Call, Waiting] = self._connection or Connection()
                 stream = self._open(channel)

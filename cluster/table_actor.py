@@ -3,13 +3,15 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
 from silvershard.cluster.log_reach import reach_log
+from silvershard.cluster.security import peers_of
+from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.table_config import TableHolding, TableRows
 from silvershard.cluster.table_follower import TableFollower
 from silvershard.cluster.table_server import TableServer
@@ -28,7 +30,12 @@ class TableActor:
     """
 
     def __init__(
-        self, shard: int, holding: str, *, host: str = "127.0.0.1", insecure: bool = False
+        self,
+        shard: int,
+        holding: str,
+        *,
+        host: str = "127.0.0.1",
+        peers: Mapping[str, Any] | None = None,
     ) -> None:
         """Load a shard of each table, catch up with the log, and open a free port for each.
 
@@ -36,7 +43,7 @@ class TableActor:
             shard: index of the shard in every table that has so many.
             holding: file of a ``TableHolding``, which each incarnation reads anew.
             host: address to bind.
-            insecure: allow an address that other machines can reach.
+            peers: the fields of a ``PeerSection``.
 
         Raises:
             ConfigError: if no table has such a shard.
@@ -49,9 +56,9 @@ class TableActor:
             raise ConfigError(f"shard {shard} needs at least one table, {holding} has none for it")
         self._shard = shard
         self._follower = _caught_up(held, tables) if held.log_url else None
+        own = peers_of(PeerSection.model_validate(peers or {}))
         self._servers = [
-            TableServer(table, host=host, insecure=insecure, follower=self._follower)
-            for table in tables
+            TableServer(table, host=host, peers=own, follower=self._follower) for table in tables
         ]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="table-server", daemon=True).start()

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from silvershard.cluster import table_pb2
 from silvershard.cluster.config import MEBIBYTE
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.map_file import Stamp, stamp_of
 from silvershard.cluster.table_cache import RowCache
 from silvershard.cluster.table_config import RemoteTableSection
@@ -70,10 +71,12 @@ class RemoteTable:
         self,
         table_map: TableShardMap,
         config: RemoteTableSection | None = None,
+        dialer: Dialer = PLAIN,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connect to the shards of a map, on a thread of its own."""
+        self._dialer = dialer
         self.plan = table_map.plan
         self._config = config or RemoteTableSection()
         self._clock = clock
@@ -97,14 +100,16 @@ class RemoteTable:
         self.update_map(table_map)
 
     @classmethod
-    def follow(cls, path: Path, config: RemoteTableSection | None = None) -> Self:
+    def follow(
+        cls, path: Path, config: RemoteTableSection | None = None, dialer: Dialer = PLAIN
+    ) -> Self:
         """Return the table of the map in a file, which is looked at again and again.
 
         Raises:
             StateError: if there is no map, or it is damaged; a later one that is, is logged.
         """
         stamp = stamp_of(path)
-        table = cls(TableShardMap.read(path), config)
+        table = cls(TableShardMap.read(path), config, dialer)
         table._watch = asyncio.run_coroutine_threadsafe(
             table._follow_forever(path, stamp), table._loop
         )
@@ -341,7 +346,7 @@ class RemoteTable:
             del self._links[link.entry.shard]
         for shard, entry in wanted.items():
             if shard not in self._links:
-                link = TableLink(entry, self._config.ping)
+                link = TableLink(entry, self._config.ping, self._dialer)
                 link.start()
                 self._links[shard] = link
         await asyncio.gather(*(link.aclose() for link in gone))

@@ -10,6 +10,7 @@ import grpc.aio
 from silvershard.cluster import table_pb2, table_pb2_grpc
 from silvershard.cluster.codec import code_name
 from silvershard.cluster.config import PingSection
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.stream_link import Connection, StreamLink
 from silvershard.cluster.table_map import TableEntry
 
@@ -46,14 +47,16 @@ class TableLink(StreamLink[table_pb2.TableCall, table_pb2.TableReply, _Waiting])
         self,
         entry: TableEntry,
         ping: PingSection,
+        dialer: Dialer = PLAIN,
     ) -> None:
         """Make a link that does not connect yet; ``start`` does.
 
         Args:
             entry: what to connect to.
             ping: times between beats, and how many may go unanswered.
+            dialer: opens channels.
         """
-        super().__init__(entry.address, f"table shard {entry.shard}", ping)
+        super().__init__(entry.address, f"table shard {entry.shard}", ping, dialer)
         self.entry = entry
         self._beat = 0
         """The call of the last beat."""

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from silvershard.cluster import table_pb2, table_pb2_grpc
 from silvershard.cluster.codec import code_number, status_row
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.security import ALONE, Peers
 from silvershard.cluster.table_follower import TableFollower
 from silvershard.model.request import RequestError
 from silvershard.shard.errors import DeadlineExceeded, Overloaded, RetrievalError
@@ -71,7 +72,7 @@ class TableServer:
         epoch: int | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        insecure: bool = False,
+        peers: Peers = ALONE,
         max_queue: int = 1024,
         follower: TableFollower | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -83,7 +84,7 @@ class TableServer:
             epoch: incarnation, larger than that of every earlier one; by default the time in ns.
             host: address to bind.
             port: 0 lets the system choose a free one.
-            insecure: allow an address that other machines can reach.
+            peers: how it meets the other processes of its cluster.
             max_queue: calls that may wait or be on their way back; more are refused.
             follower: what keeps the rows up to date, for reports; None: they never change.
             clock: seconds that only grow.
@@ -91,7 +92,7 @@ class TableServer:
         self.table = table
         self.epoch = time.time_ns() if epoch is None else epoch
         self.address = ""
-        self._host, self._port, self._insecure = host, port, insecure
+        self._host, self._port, self._peers = host, port, peers
         self._max_queue = max_queue
         self._follower = follower
         self._clock = clock
@@ -116,10 +117,13 @@ class TableServer:
         """
         self._loop = asyncio.get_running_loop()
         largest = MAX_CALL_ROWS * (8 + self.table.plan.record_bytes) + _MIN_MESSAGE_BYTES
-        server = grpc.aio.server(options=server_options(largest))
+        protection = self._peers.protection
+        server = grpc.aio.server(
+            interceptors=protection.interceptors, options=server_options(largest)
+        )
         table_pb2_grpc.add_TableServicer_to_server(_Servicer(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        self.address = bind(server, self._host, self._port, insecure=self._insecure)
+        self.address = bind(server, self._host, self._port, protection.door)
         await server.start()
         self._server = server
         self._worker = asyncio.create_task(self._work())

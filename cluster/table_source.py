@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.table_client import RemoteTable
 from silvershard.cluster.table_config import RemoteTableSection, ShardTables
 from silvershard.cluster.table_lookup import TableCounts
@@ -43,13 +44,19 @@ class RemoteRows:
 
     @classmethod
     def follow(
-        cls, maps: Mapping[str, Path], config: RemoteTableSection, *, timeout_s: float
+        cls,
+        maps: Mapping[str, Path],
+        config: RemoteTableSection,
+        dialer: Dialer = PLAIN,
+        *,
+        timeout_s: float,
     ) -> Self:
         """Return the tables whose maps lie in these files, which are looked at again and again.
 
         Args:
             maps: file of the map of each table; it may still be written.
             config: of every table; each has a cache of its own.
+            dialer: opens channels.
             timeout_s: longest wait for the maps. A process that is in its map but cannot be asked
                 is waited for a few seconds at most, and then is like one that is lost later:
                 default rows stand for its rows until it comes.
@@ -63,7 +70,7 @@ class RemoteRows:
             for name, path in maps.items():
                 while not path.exists() and time.monotonic() < expires_at_s:
                     time.sleep(_LOOK_S)
-                tables[name] = RemoteTable.follow(path, config)
+                tables[name] = RemoteTable.follow(path, config, dialer)
             expires_at_s = min(expires_at_s, time.monotonic() + _READY_S)
             for table in tables.values():
                 try:
@@ -125,16 +132,25 @@ class RemoteSources:
     more is closed.
     """
 
-    def __init__(self, folder: Path, config: RemoteTableSection, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RemoteTableSection,
+        dialer: Dialer = PLAIN,
+        *,
+        timeout_s: float,
+    ) -> None:
         """Make sources without asking anybody yet.
 
         Args:
             folder: where the maps of the remote tables of each generation are.
             config: of every table.
+            dialer: opens channels.
             timeout_s: longest wait for the maps of a generation.
         """
         self._folder = folder
         self._config = config
+        self._dialer = dialer
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._open: dict[weakref.ref[RemoteRows], Mapping[str, RemoteTable]] = {}
@@ -147,7 +163,7 @@ class RemoteSources:
             StateError: if there is no map of a table in time, or it is damaged.
         """
         maps = {name: map_path(self._folder, generation, name) for name in tables}
-        rows = RemoteRows.follow(maps, self._config, timeout_s=self._timeout_s)
+        rows = RemoteRows.follow(maps, self._config, self._dialer, timeout_s=self._timeout_s)
         with self._lock:
             self._open[weakref.ref(rows, self._forgotten)] = rows.tables
         return rows
@@ -174,11 +190,11 @@ class RemoteSources:
             table.close()
 
 
-def settings_of(tables: ShardTables) -> TableSettings:
+def settings_of(tables: ShardTables, dialer: Dialer = PLAIN) -> TableSettings:
     """Return the settings of a shard's tables, with sources that follow the maps, if any."""
     sources = None
     if tables.maps:
-        sources = RemoteSources(Path(tables.maps), tables.client, timeout_s=tables.wait_s)
+        sources = RemoteSources(Path(tables.maps), tables.client, dialer, timeout_s=tables.wait_s)
     return TableSettings(sources, tables.sharding, tables.host_bytes)
 
 

@@ -11,6 +11,7 @@ import grpc.aio
 
 from silvershard.cluster import retrieval_pb2, update_pb2
 from silvershard.cluster.codec import Refusal
+from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.listen import LINK_OPTIONS
 from silvershard.cluster.service import DETAILS, PUSHBACK, abort
 from silvershard.shard.errors import RetrievalError
@@ -28,10 +29,10 @@ _GRACE_S = 0.5
 class _Link:
     """A sequencer, and the calls that wait for it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, dialer: Dials) -> None:
         self.address = address
         self.calls: set[grpc.aio.Call] = set()
-        self.channel = grpc.aio.insecure_channel(address, options=LINK_OPTIONS)
+        self.channel = dialer.aio_channel(address, LINK_OPTIONS)
         self.apply = self.channel.unary_unary(_APPLY)
         self.stream = self.channel.stream_stream(_STREAM)
 
@@ -56,13 +57,15 @@ class UpdateService:
     another took its place, break off.
     """
 
-    def __init__(self, sequencer: Callable[[], str | None]) -> None:
+    def __init__(self, sequencer: Callable[[], str | None], dialer: Dials = PLAIN) -> None:
         """Make the service.
 
         Args:
             sequencer: returns host:port of the sequencer now; None: there is none.
+            dialer: opens the channel to it.
         """
         self._sequencer = sequencer
+        self._dialer = dialer
         self._link: _Link | None = None
         self._watch: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -102,7 +105,7 @@ class UpdateService:
                 "UNAVAILABLE", "no sequencer takes updates at present", "SEQUENCER_UNAVAILABLE"
             )
         if self._link is None:
-            self._link = _Link(address)
+            self._link = _Link(address, self._dialer)
         return self._link
 
     def _leave(self, link: _Link) -> None:

@@ -5,10 +5,10 @@ does it. The command waits for that and says how far it is.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
+from silvershard.deploy.carry_out import Report, awaited, refuse_if_busy
 from silvershard.deploy.checks import run_checks
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import (
@@ -19,7 +19,7 @@ from silvershard.deploy.control_store import (
     Operation,
     wanted,
 )
-from silvershard.deploy.errors import CheckFailed, CommandError, ExitCode, Refused, TimedOut
+from silvershard.deploy.errors import CheckFailed, CommandError, ExitCode, Refused
 from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.memory_plan import (
@@ -30,15 +30,10 @@ from silvershard.deploy.memory_plan import (
     plan_memory,
     render,
 )
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
-
-_POLL_S = 0.05
-
-Report = Callable[[str], None]
 
 
 def activate(
@@ -159,17 +154,42 @@ def running(state: StateDir) -> ClusterRecord:
         CommandError: if none runs, or it is still starting.
     """
     record = state.read_record() if state.root.is_dir() else None
-    if record is None or not is_alive(record.driver):
+    if record is None or not record.runs:
         raise CommandError(f"no cluster runs on {state.root}: start one with `silvershard up`")
     if record.map_version == 0:
         raise CommandError(f"the cluster on {state.root} is still starting: wait for it")
     return record
 
 
+def running_here(state: StateDir, what: str) -> ClusterRecord:
+    """Return the record of the cluster that runs on a state directory, on this machine alone.
+
+    Args:
+        state: the directory.
+        what: wants it so.
+
+    Raises:
+        CommandError: as ``running``.
+        Refused: if it runs on several hosts.
+    """
+    record = running(state)
+    if record.ray:
+        raise Refused(
+            f"the cluster on {state.root} runs on several hosts, which this version cannot {what}: "
+            "stop it, and start it with other settings"
+        )
+    return record
+
+
 def memory_plan(
     config: Config, record: ClusterRecord, control: Control, live: Outline, new: Outline
 ) -> MemoryPlan:
-    """Return how a generation can be brought into a running cluster now."""
+    """Return how a generation can be brought into a running cluster now.
+
+    Of several hosts it is only said what the checks take here: their supervisor decides.
+    """
+    if record.ray:
+        return plan_memory(config, None, new, held_bytes=0, free_bytes=free_memory())
     sharding = config.sharding.model_copy(
         update={
             "shards": max(one.shard for one in record.shards) + 1,
@@ -246,7 +266,35 @@ def _carried_out(
     if dry_run:
         return {**document, "done": False, "seconds": 0.0}
 
-    called_off = ""
+    called_off = want(store, operation, compared_with)
+    if called_off:
+        report(called_off)
+    ended = awaited(
+        state,
+        store,
+        operation,
+        until_s=began_s + timeout_s,
+        report=report,
+        unless=f"generation {generation} is not {alias}",
+    )
+    if ended.state != "done":
+        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
+    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
+
+
+def want(store: ControlStore, operation: Operation, compared_with: int = 0) -> str:
+    """Write what is wanted into the store; return in words what it calls off, empty for nothing.
+
+    Args:
+        store: the control store.
+        operation: what is wanted.
+        compared_with: the live generation that its checks know; 0: there were none.
+
+    Raises:
+        Refused: if something else is going on, or was done meanwhile.
+        StateError: if the store cannot be used.
+    """
+    generation, called_off = operation.generation, ""
 
     def make(now: Control) -> Control:
         nonlocal called_off
@@ -257,66 +305,19 @@ def _carried_out(
                     f"generation {now.live} has just become live, so generation {generation} is "
                     "not the one before it: ask again"
                 )
-            if going is not None and going.kind == "activate":
-                called_off = f"activate of generation {going.generation} is called off"
+            if going is not None and going.kind != "rollback":
+                called_off = f"{going.what} is called off"
                 now = now.replaced(going.ended("cancelled", "a rollback called it off"))
-                going = None
         if compared_with and now.live != compared_with:
             raise Refused(
                 f"generation {now.live} has become live meanwhile, and generation {generation} was "
                 f"checked against generation {compared_with}: ask again"
             )
-        if going is not None:
-            raise Refused(
-                f"{going.kind} of generation {going.generation} is going on since "
-                f"{time.time() - going.began_unix_s:.0f} s: wait until it has ended"
-            )
+        refuse_if_busy(now)
         return now.with_operation(operation)
 
     store.change(make)
-    if called_off:
-        report(called_off)
-    with _cancelled_if_interrupted(store, operation.operation_id):
-        ended = _wait(state, store, operation, began_s + timeout_s, report)
-    if ended.state != "done":
-        raise CommandError(f"generation {generation} is not {alias}: {ended.reason or ended.state}")
-    return {**document, "done": True, "seconds": round(time.monotonic() - began_s, 2)}
-
-
-def _wait(
-    state: StateDir, store: ControlStore, operation: Operation, until_s: float, report: Report
-) -> Operation:
-    said = ""
-    while True:
-        found = store.read().operation(operation.operation_id)
-        if found is not None and found.progress and found.progress != said:
-            said = found.progress
-            report(said)
-        if found is None or found.has_ended:
-            return found or operation.ended("abandoned", "it was forgotten")
-        record = state.read_record()
-        if record is None or not is_alive(record.driver):
-            raise CommandError(
-                "the cluster ended before it was done; its live generation is as was"
-            )
-        if time.monotonic() > until_s:
-            raise TimedOut(
-                f"generation {operation.generation} is not {operation.alias} yet"
-                f"{f', {said}' if said else ''}: it goes on, see `silvershard status`"
-            )
-        time.sleep(_POLL_S)
-
-
-@contextmanager
-def _cancelled_if_interrupted(store: ControlStore, operation_id: str) -> Iterator[None]:
-    """End an operation whose command a person ends; one that times out goes on."""
-    try:
-        yield
-    except Exception:
-        raise
-    except BaseException:
-        store.call_off(operation_id, "its command was interrupted")
-        raise
+    return called_off
 
 
 def render_done(document: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The messages of the admin plane: requests as tasks, operations and records as answers."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from google.protobuf import json_format
@@ -11,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from silvershard.cluster import admin_pb2
 from silvershard.cluster.codec import code_number
 from silvershard.deploy.admin_store import AdminOperation, AdminTask
+from silvershard.deploy.cluster_size import SIZE_LIMITS
 from silvershard.deploy.control_store import CANARY, LIVE, WARM
 from silvershard.deploy.state import ClusterRecord
 from silvershard.model.request import RequestError
@@ -20,8 +22,14 @@ M = TypeVar("M", bound=Message)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_GENERATION = 10**12
 _MAX_URL = 2048
+_ENTRIES, _MAX_ENTRIES = 100, 1000
 
-_RESULTS: Final[Mapping[str, str]] = {"plan": "plan", "stage": "staged", "verify": "verified"}
+_RESULTS: Final[Mapping[str, str]] = {
+    "plan": "plan",
+    "stage": "staged",
+    "verify": "verified",
+    "scale": "scaled",
+}
 """Where the result of each kind of operation goes; that of all others to ``moved``."""
 
 
@@ -71,6 +79,8 @@ def task_from(message: Message) -> AdminTask:
         return AdminTask(kind="warm", alias=WARM, generation=generation, **_checks(message))
     if isinstance(message, admin_pb2.ActivateRequest):
         return AdminTask(kind="activate", generation=_generation(message), **_checks(message))
+    if isinstance(message, admin_pb2.ScaleRequest):
+        return AdminTask(kind="scale", dry_run=message.dry_run, **_size(message))
     assert isinstance(message, admin_pb2.SetAliasRequest)
     if message.alias not in (LIVE, CANARY):
         raise RequestError("alias", f"must be {LIVE} or {CANARY}, got {message.alias[:80]!r}")
@@ -89,6 +99,20 @@ def _generation(message: Any, least: int = 1) -> int:
             "generation", f"must be in {least}..{_MAX_GENERATION}, got {message.generation}"
         )
     return int(message.generation)
+
+
+def _size(message: admin_pb2.ScaleRequest) -> dict[str, Any]:
+    given = {
+        name: getattr(message, name)
+        for name in ("shards", "replicas", "standby")
+        if message.HasField(name)
+    }
+    for name, (least, most) in SIZE_LIMITS.items():
+        if name in given and not least <= given[name] <= most:
+            raise RequestError(name, f"must be in {least}..{most}, got {given[name]}")
+    if not given:
+        raise RequestError("shards", "shards, replicas or standby must be given, got none")
+    return given
 
 
 def _checks(message: Any) -> dict[str, Any]:
@@ -148,6 +172,26 @@ def _timestamp(unix_s: float) -> Timestamp:
 def shards_to(record: ClusterRecord) -> admin_pb2.ListShardsResponse:
     """Return the processes of the shards, as the driver sees them, as a message."""
     return _filled(admin_pb2.ListShardsResponse(), record.model_dump(mode="json"))
+
+
+def audit_limit(message: admin_pb2.AuditRequest) -> int:
+    """Return how many entries of the audit log are asked for.
+
+    Raises:
+        RequestError: if they are too many.
+    """
+    if message.limit > _MAX_ENTRIES:
+        raise RequestError("limit", f"must be at most {_MAX_ENTRIES}, got {message.limit}")
+    return message.limit or _ENTRIES
+
+
+def audit_to(lines: Sequence[Mapping[str, Any]]) -> admin_pb2.AuditResponse:
+    """Return lines of the audit log as a message."""
+    message = admin_pb2.AuditResponse()
+    for line in lines:
+        request = json.dumps(line["request"]) if "request" in line else ""
+        _filled(message.entries.add(), {**line, "request": request})
+    return message
 
 
 def freshness_to(document: Mapping[str, Any], *, degraded: bool) -> admin_pb2.FreshnessResponse:

@@ -71,7 +71,7 @@ def carry_out(state: StateDir, errand: Errand, report: Report) -> Said:
 
 def _done(state: StateDir, errand: Errand, report: Report) -> dict[str, Any]:
     # They take seconds to import, and the end of the driver must be noticed by then.
-    from silvershard.deploy import activate, snapshots, verify
+    from silvershard.deploy import activate, scale, snapshots, verify
 
     task, config = errand.task, errand.config
     if task.kind == "plan":
@@ -88,6 +88,18 @@ def _done(state: StateDir, errand: Errand, report: Report) -> dict[str, Any]:
     if task.kind == "rollback":
         return activate.rollback(
             state,
+            dry_run=task.dry_run,
+            timeout_s=math.inf,
+            report=report,
+            operation_id=errand.swap_id,
+        )
+    if task.kind == "scale":
+        return scale.scale(
+            state,
+            config,
+            shards=task.shards,
+            replicas=task.replicas,
+            standby=task.standby,
             dry_run=task.dry_run,
             timeout_s=math.inf,
             report=report,

@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from silvershard.cluster.codec import Refusal
 from silvershard.deploy.admin_errors import failure_of
 from silvershard.deploy.admin_process import Errand, Said
 from silvershard.deploy.admin_store import AdminOperation, AdminStore, AdminTask, Failure
 from silvershard.deploy.config import Config
-from silvershard.deploy.control_store import OperationState
+from silvershard.deploy.control_store import Operation, OperationState
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import Overloaded, RetrievalError, StateError
 
@@ -274,11 +275,18 @@ class AdminRunner:
                 if failure is not None:
                     _log.warning("operation %s is done, its process: %s", name, failure.message)
                 state, failure = "done", None
-                result = {"alias": swap.alias, "generation": swap.generation, "done": True}
+                result = _done(swap)
             elif failure is None:
                 state = going.called_off or "failed"
                 failure = _lost(state, going.exit_code)
         self._put(going, state=state, result=result, failure=failure, ended_unix_s=time.time())
+
+
+def _done(swap: Operation) -> dict[str, Any]:
+    """Return what the driver has done, as far as the control store says it."""
+    if swap.scaled is not None:
+        return {"after": swap.scaled.size.model_dump(), "done": True}
+    return {"alias": swap.alias, "generation": swap.generation, "done": True}
 
 
 def _lost(state: OperationState, exit_code: int) -> Failure:

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -15,10 +16,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from silvershard.cluster import admin_pb2
+from silvershard.cluster.audit import AuditLog, AuditTrail
 from silvershard.cluster.listen import bind, server_options
+from silvershard.cluster.security import front_protection
 from silvershard.cluster.service import Malformed, abort, parser, serialize
 from silvershard.deploy.admin_errors import public
 from silvershard.deploy.admin_messages import (
+    audit_limit,
+    audit_to,
     freshness_to,
     name_of,
     operation_to,
@@ -29,6 +34,8 @@ from silvershard.deploy.admin_messages import (
 from silvershard.deploy.admin_runner import AdminRunner
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.fault_injector import FaultInjector
+from silvershard.deploy.fault_messages import fault_from, fault_to, faults_to
 from silvershard.deploy.state import StateDir
 from silvershard.model.request import RequestError
 
@@ -45,15 +52,25 @@ _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
 class AdminService:
     """``silvershard.v1.Admin`` on top of a runner."""
 
-    def __init__(self, state: StateDir, runner: AdminRunner) -> None:
+    def __init__(
+        self,
+        state: StateDir,
+        runner: AdminRunner,
+        injector: FaultInjector,
+        audit: AuditLog | None = None,
+    ) -> None:
         """Make the service.
 
         Args:
             state: of the cluster.
             runner: carries out the operations.
+            injector: of the faults.
+            audit: what ``Audit`` reads; None: nothing is noted.
         """
         self._state = state
         self._runner = runner
+        self._injector = injector
+        self._audit = audit
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server that is not started yet."""
@@ -65,12 +82,17 @@ class AdminService:
             "Activate": (self._submit, admin_pb2.ActivateRequest),
             "Rollback": (self._submit, admin_pb2.RollbackRequest),
             "SetAlias": (self._submit, admin_pb2.SetAliasRequest),
+            "Scale": (self._submit, admin_pb2.ScaleRequest),
             "GetOperation": (self._get, admin_pb2.GetOperationRequest),
             "WaitOperation": (self._wait, admin_pb2.WaitOperationRequest),
             "CancelOperation": (self._cancel, admin_pb2.CancelOperationRequest),
             "ListOperations": (self._list, admin_pb2.ListOperationsRequest),
             "ListShards": (self._shards, admin_pb2.ListShardsRequest),
             "Freshness": (self._freshness, admin_pb2.FreshnessRequest),
+            "InjectFault": (self._inject, admin_pb2.InjectFaultRequest),
+            "ListFaults": (self._faults, admin_pb2.ListFaultsRequest),
+            "ClearFaults": (self._clear, admin_pb2.ClearFaultsRequest),
+            "Audit": (self._read_audit, admin_pb2.AuditRequest),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -115,6 +137,22 @@ class AdminService:
         # It asks one process after the other, each for up to some seconds.
         document, code = await asyncio.to_thread(freshness, self._state)
         return freshness_to(document, degraded=code != ExitCode.OK)
+
+    async def _inject(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        request = fault_from(name_of(message), message)
+        fault = await asyncio.to_thread(self._injector.inject, request)
+        return fault_to(fault, dry_run=request.dry_run)
+
+    async def _faults(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        return faults_to(await asyncio.to_thread(self._injector.all))
+
+    async def _clear(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        return faults_to(await asyncio.to_thread(self._injector.clear, message.operation_ids))
+
+    async def _read_audit(self, message: Any, context: grpc.aio.ServicerContext) -> Message:
+        limit = audit_limit(message)
+        lines = await asyncio.to_thread(self._audit.read, limit) if self._audit else []
+        return audit_to(lines)
 
 
 async def _guarded(
@@ -162,6 +200,7 @@ class AdminServer:
 
         Raises:
             StateError: if the port is in use, or the control store cannot be used.
+            ConfigError: if the host is refused, or a file of tokens or certificates cannot be used.
         """
         self._thread.start()
         self.address, self._stop = self._bound.result()
@@ -187,14 +226,22 @@ class AdminServer:
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         runner = self._make_runner(self._state, self._config)
-        server = grpc.aio.server(options=server_options(_MAX_REQUEST_BYTES))
-        AdminService(self._state, runner).add_to(server)
+        security = self._config.security
+        audit = AuditLog(Path(security.audit)) if security.audit else None
+        protection = front_protection(security, audit)
+        trail = (AuditTrail(audit),) if audit is not None else ()
+        server = grpc.aio.server(
+            interceptors=(*protection.interceptors, *trail),
+            options=server_options(_MAX_REQUEST_BYTES),
+        )
+        injector = FaultInjector(self._state, self._config)
+        AdminService(self._state, runner, injector, audit).add_to(server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (SERVICE, health_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        address = bind(server, self._config.admin.host, self._config.admin.port)
+        address = bind(server, self._config.admin.host, self._config.admin.port, protection.door)
         for name in ("", SERVICE):
             await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
@@ -204,6 +251,7 @@ class AdminServer:
         finally:
             await runner.close()
             await server.stop(_DRAIN_S)
+            injector.close()
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from silvershard.deploy.control_store import Alias, OperationState, opened
 from silvershard.shard.errors import StateError
 
-Kind = Literal["plan", "stage", "verify", "warm", "activate", "rollback", "set_alias"]
+Kind = Literal["plan", "stage", "verify", "warm", "activate", "rollback", "set_alias", "scale"]
 
 KEPT = 100
 """Operations that are remembered, beside those that go on."""
@@ -34,6 +34,9 @@ class AdminTask(BaseModel):
     url: str = Field(default="", description="where it is fetched from")
     load: bool = Field(default=True, description="load it whole to check it")
     allow_schema: bool = Field(default=False, description="let through what would not fit")
+    shards: int | None = Field(default=None, description="how many there shall be; none: as now")
+    replicas: int | None = Field(default=None, description="of each shard, that are asked")
+    standby: int | None = Field(default=None, description="further ones of each shard")
     dry_run: bool = Field(default=False, description="change nothing")
 
 

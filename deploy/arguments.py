@@ -63,7 +63,34 @@ def serving_options(parser: argparse.ArgumentParser) -> None:
         "--insecure",
         action="store_true",
         default=None,
-        help="allow an address that other machines can reach, although nothing is encrypted",
+        help="allow addresses that other machines can reach without TLS and tokens",
+    )
+
+
+def several_hosts_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what a cluster of several hosts needs beside its settings."""
+    parser.set_defaults(wrong_usage=parser.error)
+    parser.add_argument(
+        "--hosts",
+        metavar="FILE|LIST",
+        help="hosts to run on, nodes of a Ray that runs: a YAML or JSON file, or the list itself "
+        "(default: those of the settings, else this machine with a Ray of its own)",
+    )
+    parser.add_argument(
+        "--routers",
+        type=int,
+        metavar="N",
+        help="run a router on each of the first N of the hosts (default: on all of them)",
+    )
+    ray_option(parser)
+
+
+def ray_option(parser: argparse.ArgumentParser) -> None:
+    """Declare which Ray is meant."""
+    parser.add_argument(
+        "--ray",
+        metavar="HOST:PORT",
+        help="head of the Ray that several hosts are nodes of (default: $RAY_ADDRESS)",
     )
 
 
@@ -192,7 +219,7 @@ def load_settings(options: argparse.Namespace, state: StateDir, **settings: obje
     if getattr(options, "listen", None) is not None:
         given["listen.host"], given["listen.port"] = options.listen
     if getattr(options, "insecure", None) is not None:
-        given["listen.insecure"] = options.insecure
+        given["security.insecure"] = options.insecure
     return load_with_sources(path, options=given)
 
 

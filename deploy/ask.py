@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from silvershard.cluster import Client, Query, Result
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.feature_json import from_json
+from silvershard.deploy.hosts_launch import record_of
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import Cell, milliseconds, pairs, table
 from silvershard.deploy.users import read_user
@@ -138,14 +140,14 @@ def _named_value(option: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
-def ask(address: str, query: Query, *, timeout_s: float) -> Result:
+def ask(address: str, query: Query, *, timeout_s: float, dialer: Dialer = PLAIN) -> Result:
     """Return the answer of the router at ``address``.
 
     Raises:
         RequestRefused: with the status of the cluster.
         CommandError: if the request has no form on the wire, such as a negative k.
     """
-    with Client(address, timeout_s=timeout_s) as client:
+    with Client(address, timeout_s=timeout_s, dialer=dialer) as client:
         try:
             return client.retrieve(query)
         except ValueError as error:
@@ -160,7 +162,7 @@ def address_of(state: StateDir, given: str) -> str:
     """
     if given:
         return given
-    record = state.read_record() if state.root.is_dir() else None
+    record = record_of(state)
     if record is None or not record.address:
         raise CommandError(
             f"no cluster runs on {state.root}: start one with `silvershard up`, or use --address"
@@ -185,6 +187,7 @@ def described(result: Result, asker: Asker) -> dict[str, Any]:
         "items": items,
         "exhausted": result.exhausted,
         "coverage": coverage.documents,
+        "expected_recall": coverage.expected_recall,
         "shards": {"total": coverage.shards_total, "failed": coverage.shards_failed},
         "reasons": list(coverage.reasons),
         "model": result.model,
@@ -247,8 +250,10 @@ def render(document: Mapping[str, Any]) -> str:
     shards = document["shards"]
     lost = f", {shards['failed']} of {shards['total']} shards failed" if shards["failed"] else ""
     reasons = f" ({', '.join(document['reasons'])})" if document["reasons"] else ""
+    recall = document["expected_recall"]
     facts = [
         ("coverage", f"{document['coverage']:.4f}{lost}{reasons}"),
+        ("recall", "unknown" if recall is None else f"{recall:.4f} of an exact search, expected"),
         ("generation", f"{document['generation']} of {document['model']}"),
         ("plan", document["plan"]),
         (

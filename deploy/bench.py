@@ -10,6 +10,7 @@ from silvershard.cluster.arrivals import Stretch
 from silvershard.cluster.load_outcome import Outcome
 from silvershard.cluster.load_peak import PeakSearch
 from silvershard.cluster.load_report import LoadReport
+from silvershard.deploy.access import access_options, dialer_of
 from silvershard.deploy.arguments import AddVerb, Parents, positive, show, state_of
 from silvershard.deploy.ask import address_of
 from silvershard.deploy.bench_requests import Requests, of_file, of_golden, of_users
@@ -56,6 +57,7 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
         metavar="HOST:PORT,...",
         help="routers to ask, in turn (default that of the state directory)",
     )
+    access_options(bench)
     load = bench.add_mutually_exclusive_group(required=True)
     load.add_argument(
         "--rate",
@@ -254,7 +256,7 @@ def _bench(options: argparse.Namespace) -> int:
     state = state_of(options)
     addresses = options.address or [address_of(state, "")]
     asked = requests_of(options, state)
-    target = Target(tuple(addresses), asked.messages, asked.described)
+    target = Target(tuple(addresses), asked.messages, asked.described, dialer_of(options, state))
     document: dict[str, Any] = {
         "addresses": list(addresses),
         "source": asked.source,

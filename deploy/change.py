@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from silvershard.deploy.access import access_options, dialer_of
+from silvershard.deploy.arguments import state_of
 from silvershard.deploy.errors import CommandError, ExitCode
 
 COLUMNS = {
@@ -67,6 +69,7 @@ def add_options(verb: Callable[..., argparse.ArgumentParser]) -> None:
         )
         parser.add_argument("--dry-run", action="store_true", help="show it and send nothing")
         parser.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")
+        access_options(parser)
 
 
 def run_update(options: argparse.Namespace, address: Callable[[], str]) -> dict[str, Any]:
@@ -191,8 +194,9 @@ def _change(
     found: dict[str, Any] = {"update": document, "dry_run": options.dry_run, "applied": False}
     if options.dry_run:
         return {**found, "tokens": []}
+    dialer = dialer_of(options, state_of(options))
     durability = Durability.APPLIED_ALL_READY if options.applied else Durability.LOGGED
-    with Client(address(), timeout_s=options.timeout or 10.0) as client:
+    with Client(address(), timeout_s=options.timeout or 10.0, dialer=dialer) as client:
         result = client.apply([update], durability=durability)
     for one in result.rejected:
         raise RequestRefused(one.code, one.reason, reason="UPDATE_REJECTED")

@@ -27,9 +27,11 @@ from silvershard.cluster.config import (
     QuerySection,
     RetriesSection,
 )
+from silvershard.cluster.security_config import SecuritySection
 from silvershard.cluster.table_config import TablesSection
 from silvershard.deploy.config_sections import (
     AdminSection,
+    ChaosSection,
     ControlSection,
     IndexSection,
     ModelSection,
@@ -46,6 +48,7 @@ from silvershard.model.training_config import TrainingConfig
 from silvershard.shard.errors import ConfigError
 
 ENV_PREFIX = "SILVERSHARD__"
+_MOVED = {("listen", "insecure"): "security.insecure"}
 
 Key = tuple[str | int, ...]
 
@@ -67,6 +70,9 @@ class Config(BaseModel):
         default=ReplicasSection(), description="how copies are spread over the machines"
     )
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
+    security: SecuritySection = Field(
+        default=SecuritySection(), description="who may reach the cluster"
+    )
     query: QuerySection = Field(default=QuerySection(), description="limits of requests")
     ping: PingSection = Field(default=PingSection(), description="detection of hung shards")
     health: HealthSection = Field(
@@ -99,6 +105,9 @@ class Config(BaseModel):
     )
     observability: ObservabilitySection = Field(
         default=ObservabilitySection(), description="where a router answers probes"
+    )
+    chaos: ChaosSection = Field(
+        default=ChaosSection(), description="faults that are injected on purpose"
     )
     runtime: RuntimeSection = Field(
         default=RuntimeSection(), description="how processes are started, watched and stopped"
@@ -272,6 +281,8 @@ def _dotted(key: Key) -> str:
 def _reason(problem: Any) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
+        if now := _MOVED.get(problem["loc"]):
+            return f"this key is {now} now"
         known = _section_keys(problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
         return "unknown key" + (

@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from silvershard.cluster.listen import is_loopback
 from silvershard.model.limits import MAX_ANN_K
 from silvershard.model.semantic_config import MAX_SEMANTIC_K
 
@@ -86,6 +85,13 @@ class IndexSection(BaseModel):
         le=10_000,
         description="requests whose answers a publish writes, and checks on what it wrote; 0: none",
     )
+    recall_requests: int = Field(
+        default=48,
+        ge=0,
+        le=10_000,
+        description="requests on which a publish measures what plans find of exact answers, for "
+        "the `expected_recall` of answers; 0: they have none",
+    )
 
 
 class ShardingSection(BaseModel):
@@ -156,7 +162,8 @@ class AdminSection(BaseModel):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="loopback address to bind; this version admits whoever can reach it",
+        description="address to bind; another than loopback needs security.tls and "
+        "security.tokens, or security.insecure",
     )
     port: int = Field(
         default=0,
@@ -164,16 +171,6 @@ class AdminSection(BaseModel):
         le=65535,
         description="gRPC port of the admin plane; 0: any free one, which `status` shows",
     )
-
-    @field_validator("host")
-    @classmethod
-    def _check_host(cls, host: str) -> str:
-        if not is_loopback(host):
-            raise ValueError(
-                "admin.host must be a loopback address, because the admin plane asks nobody who "
-                f"they are, got {host!r}"
-            )
-        return host
 
 
 class ControlSection(BaseModel):
@@ -186,6 +183,17 @@ class ControlSection(BaseModel):
         pattern=r"^$|^rediss?://",
         description="control store: `redis://host:port/db?prefix=name`, to which `up` moves what "
         "is in the old one; empty: where it is, at first a file in the state directory",
+    )
+
+
+class ChaosSection(BaseModel):
+    """Whether faults may be injected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(
+        default=False,
+        description="let `silvershard chaos` and the admin plane inject faults into this cluster",
     )
 
 

@@ -19,6 +19,8 @@ from typing import Final, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.deploy.cluster_size import Scaled
+from silvershard.deploy.host_state import HostState
 from silvershard.shard.errors import StateError
 
 LIVE: Final = "live"
@@ -27,6 +29,7 @@ WARM: Final = "warm"
 """No name for requests: what is loaded beside the live one, to take over quickly."""
 
 Alias = Literal["live", "canary", "warm"]
+Kind = Literal["activate", "rollback", "scale", "restart"]
 OperationState = Literal["waiting", "running", "done", "failed", "cancelled", "abandoned"]
 
 _KEPT = 20
@@ -45,13 +48,14 @@ class Operation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     operation_id: str = Field(description="unique name")
-    kind: Literal["activate", "rollback"] = Field(description="the command")
-    generation: int = Field(ge=0, description="what the alias shall name; 0: nothing")
+    kind: Kind = Field(description="the command")
+    generation: int = Field(default=0, ge=0, description="what the alias shall name; 0: nothing")
     alias: Alias = Field(default="live", description="which alias")
     content_hash: str = Field(default="", description="of the generation that was checked")
     allow_refused: bool = Field(
         default=False, description="go on although it refused updates that the live one took"
     )
+    scaled: Scaled | None = Field(default=None, description="how large the cluster shall be")
     state: OperationState = Field(default="waiting", description="how far it is")
     progress: str = Field(default="", description="what is being waited for")
     reason: str = Field(default="", description="why it was not done")
@@ -62,6 +66,15 @@ class Operation(BaseModel):
     def has_ended(self) -> bool:
         """Return whether nothing more will happen."""
         return self.state not in ("waiting", "running")
+
+    @property
+    def what(self) -> str:
+        """Return what is being done for people."""
+        if self.scaled is not None:
+            return f"{self.kind} to {self.scaled.size}"
+        if self.kind == "restart":
+            return "a rolling restart"
+        return f"{self.kind} of generation {self.generation}"
 
     def ended(self, state: OperationState, reason: str = "") -> Self:
         """Return the operation as it is when it has ended now."""
@@ -81,6 +94,10 @@ class Control(BaseModel):
     previous: int = Field(default=0, ge=0, description="served before it; 0: none")
     canary: int = Field(default=0, ge=0, description="served to those who ask for it; 0: none")
     warm: int = Field(default=0, ge=0, description="held to become live quickly; 0: none")
+    scaled: Scaled | None = Field(default=None, description="what `scale` did last; none: nothing")
+    host_states: dict[str, HostState] = Field(
+        default={}, description="state of each host that is not up, by name"
+    )
     operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
 
     @property
@@ -295,7 +312,7 @@ def opened(path: Path, table: str) -> Iterator[sqlite3.Connection]:
 
 
 def wanted(
-    kind: Literal["activate", "rollback"],
+    kind: Kind,
     generation: int,
     alias: Alias,
     content_hash: str = "",

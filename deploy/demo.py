@@ -12,6 +12,7 @@ import numpy as np
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.deploy import ask, evaluate, launch, operate, quality_report, recipe
+from silvershard.deploy.access import dialer_within
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens_users import before
@@ -97,6 +98,7 @@ def run(
                 record.address,
                 max_requests=config.admission.queue,
                 min_rating=config.training.min_rating,
+                dialer=dialer_within(record),
             )
         say("\n" + quality_report.render(evaluation))
     finally:
@@ -178,7 +180,7 @@ def _show(
     say(films_table(prepared, shown.history[-SHOWN:]))
     documents, answers = [], []
     asker = ask.Asker(shown.history, shown.history, [], shown.features)
-    with Client(record.address) as client:
+    with Client(record.address, dialer=dialer_within(record)) as client:
         for text in ("", FILTER):
             query = Query(
                 features={"history": asker.history, **asker.features},

@@ -3,6 +3,7 @@
 Shapes: U users with held-out items, N items, H heads, K ranks.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from silvershard.cluster import Client, DegradeMode, DegradePolicy, Query, Result
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.movielens_users import before
 from silvershard.deploy.recipe import Prepared, user_features
@@ -173,6 +175,7 @@ def evaluate(
     *,
     max_requests: int = _BATCH,
     min_rating: Mapping[str, float] | None = None,
+    dialer: Dialer = PLAIN,
 ) -> Evaluation:
     """Measure a generation through the cluster that serves it, and beside it.
 
@@ -182,6 +185,7 @@ def evaluate(
         address: of the router.
         max_requests: most requests in one call that the router accepts.
         min_rating: least rating of a positive by head or task, as in training; all where none.
+        dialer: opens the channel to it.
 
     Raises:
         CommandError: if the cluster refuses a request, or no user has held-out items.
@@ -193,13 +197,10 @@ def evaluate(
     retriever, _ = load_retriever(snapshot)
     items = _embed(retriever, prepared)
     queries = _encode(retriever, users)
-    served = serve(address, users, "asking the cluster", batch=batch)
-    everything = serve(
-        address,
-        users,
-        "asking every cluster of the index",
-        batch=batch,
-        nprobe=retriever.spec.num_clusters,
+    asked = functools.partial(serve, address, batch=batch, dialer=dialer)
+    served = asked(users, "asking the cluster")
+    everything = asked(
+        users, "asking every cluster of the index", nprobe=retriever.spec.num_clusters
     )
     item_ids = prepared.catalogue.item_ids
     row = _Judge(len(item_ids))
@@ -218,7 +219,7 @@ def evaluate(
         alone = _brute_force(items, queries[:, at : at + 1], item_ids, users)
         orders.setdefault(head, []).append(("head alone, brute force", alone))
     for task in schema.tasks if schema.allow_value else ():
-        alone = serve(address, users, f"asking for {task}", batch=batch, value=task).item_ids
+        alone = asked(users, f"asking for {task}", value=task).item_ids
         orders.setdefault(task, []).append(("task alone", alone))
     tasks = []
     for task, ranked in orders.items():
@@ -230,7 +231,7 @@ def evaluate(
     return Evaluation(
         rows=rows,
         tasks=tuple(tasks),
-        cold=_cold(prepared, address, batch, row),
+        cold=_cold(prepared, asked, row),
         lift_hit_rate=paired_bootstrap(rows[-1].hit_rate[SHORT], rows[0].hit_rate[SHORT]),
         lift_ndcg=paired_bootstrap(rows[-1].ndcg[SHORT], rows[0].ndcg[SHORT]),
         index_quality=audit(retriever, prepared, items, queries),
@@ -257,12 +258,12 @@ class _Judge:
         )
 
 
-def _cold(prepared: Prepared, address: str, batch: int, row: _Judge) -> tuple[Row, ...]:
+def _cold(prepared: Prepared, asked: Callable[..., Served], row: _Judge) -> tuple[Row, ...]:
     """Return how users without a history are served, beside popularity."""
     users = cold_users(prepared)
     if not users.histories:
         return ()
-    served = serve(address, users, "asking for new users", batch=batch).item_ids
+    served = asked(users, "asking for new users").item_ids
     return (
         row("popularity", _popular(prepared, users), users.held_out),
         row("silvershard", served, users.held_out),
@@ -281,6 +282,7 @@ def serve(
     batch: int = _BATCH,
     nprobe: int = 0,
     value: str = "",
+    dialer: Dialer = PLAIN,
 ) -> Served:
     """Ask the cluster for every user's best items, seen ones excluded, ``batch`` users a call.
 
@@ -289,7 +291,7 @@ def serve(
     """
     ranked = np.full((len(users.histories), LONG), -1, dtype=np.int64)
     answers: list[Result] = []
-    with Client(address, timeout_s=30.0) as client, _bar(len(ranked), title) as bar:
+    with Client(address, timeout_s=30.0, dialer=dialer) as client, _bar(len(ranked), title) as bar:
         for start in range(0, len(ranked), batch):
             some = slice(start, start + batch)
             queries = [

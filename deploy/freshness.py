@@ -6,8 +6,9 @@ from typing import Any
 import grpc
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, update_pb2, update_pb2_grpc
+from silvershard.cluster.dialer import Dialer
+from silvershard.deploy.access import dialer_within
 from silvershard.deploy.errors import CommandError, ExitCode
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.shard_host import Held, held_from
 from silvershard.deploy.state import SequencerRecord, ShardRecord, StateDir
 from silvershard.deploy.tables import pairs, table
@@ -28,12 +29,13 @@ def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
         CommandError: if no cluster runs, or it takes no updates.
     """
     record = state.read_record() if state.root.is_dir() else None
-    if record is None or not is_alive(record.driver):
+    if record is None or not record.runs:
         raise CommandError(f"no cluster runs on {state.root}: start one with `silvershard up`")
     if record.sequencer is None:
         raise CommandError(f"the cluster on {state.root} takes no updates: set updates.enabled")
-    sequencer = _sequencer(record.sequencer)
-    shards = [one for shard in record.shards for one in _shard(shard, record.generation)]
+    dialer = dialer_within(record)
+    sequencer = _sequencer(record.sequencer, dialer)
+    shards = [one for shard in record.shards for one in _shard(shard, record.generation, dialer)]
     document = {
         "generation": record.generation,
         "sequencer": sequencer,
@@ -46,10 +48,10 @@ def freshness(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     return document, ExitCode.OK if whole else ExitCode.DEGRADED
 
 
-def _sequencer(record: SequencerRecord) -> dict[str, Any]:
+def _sequencer(record: SequencerRecord, dialer: Dialer) -> dict[str, Any]:
     if not record.address:
         return {"error": record.reason or record.state}
-    with grpc.insecure_channel(record.address) as channel:
+    with dialer.channel(record.address) as channel:
         stub = update_pb2_grpc.SequencerStub(channel)
         try:
             report = stub.Report(update_pb2.SequencerReportRequest(), timeout=_TIMEOUT_S)
@@ -72,11 +74,11 @@ def _sequencer(record: SequencerRecord) -> dict[str, Any]:
     }
 
 
-def _shard(record: ShardRecord, live: int) -> list[dict[str, Any]]:
+def _shard(record: ShardRecord, live: int, dialer: Dialer) -> list[dict[str, Any]]:
     place = {"shard": record.shard, "replica": record.replica}
     if not record.address:
         return [{**place, "generation": live, "error": record.reason or record.state}]
-    with grpc.insecure_channel(record.address) as channel:
+    with dialer.channel(record.address) as channel:
         stub = shard_pb2_grpc.ShardStub(channel)
         try:
             report = stub.Inspect(shard_pb2.InspectRequest(), timeout=_TIMEOUT_S)

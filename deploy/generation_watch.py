@@ -10,45 +10,26 @@ Shapes: R replicas.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy import readiness
 from silvershard.deploy.config import Config
+from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import CANARY, LIVE, WARM, Control, Operation
-from silvershard.deploy.memory_plan import (
-    MemoryPlan,
-    Mode,
-    free_memory,
-    held_by,
-    loaded_bytes,
-    plan_memory,
-)
+from silvershard.deploy.memory_plan import MemoryPlan, free_memory, plan_swap
+from silvershard.deploy.outlines import Outlines
 from silvershard.deploy.readiness import Lacking, Readiness
 from silvershard.deploy.roster import Key, Roster
-from silvershard.deploy.shard_host import Connect, Held, Host, ShardHost
-from silvershard.deploy.shard_hosts import ShardHosts
+from silvershard.deploy.shard_host import Connect, Held, ShardHost
+from silvershard.deploy.shard_hosts import ShardHosts, reconcile
 from silvershard.deploy.shard_watch import ShardWatch
 from silvershard.deploy.state import GenerationRecord, StateDir
-from silvershard.shard.assignment import shard_partitions
+from silvershard.deploy.swap import Swap
 from silvershard.shard.errors import RetrievalError, SnapshotError
-from silvershard.shard.generations import generation_dir
-from silvershard.shard.outline import Outline, read_outline
-
-
-class _Swap(NamedTuple):
-    """A swap that is going on."""
-
-    operation: Operation
-    mode: Mode
-    give_up_s: float
-    load_s: float
-    """When the processes that are taken out of service may begin to load."""
-    commit_s: float | None = None
-    """When routers have met the processes that were out of service; None: they are still out."""
-
+from silvershard.shard.outline import Outline
 
 _MEET_S = 1.0
 """Time for routers to connect to processes before they depend on them."""
@@ -65,6 +46,8 @@ class GenerationWatch:
         *,
         connect: Connect = ShardHost,
         free_bytes: Callable[[], int] = free_memory,
+        lacking: Callable[[int], str] = lambda _: "",
+        plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Serve a generation, which the store names as the live one after ``started``.
@@ -77,18 +60,22 @@ class GenerationWatch:
             generation: what the processes load when they start.
             connect: opens the way to a shard process.
             free_bytes: returns the memory that the machine has left.
+            lacking: returns in words which host a generation is not on yet; empty: it is on all.
+            plan: returns how one comes in beside the live one; None: this machine decides.
             clock: for pauses and limits.
         """
         self._state = state
         self._config = config
         self._free_bytes = free_bytes
+        self._lacking_host = lacking
+        self._planned = plan
         self._clock = clock
         self._store = state.control
         self._hosts = ShardHosts(connect)
-        self._roster = Roster(config.sharding.replicas)
+        self.roster = Roster(config.sharding.replicas)
         self._starting = generation
         """What is live as soon as the cluster has started; 0 from then on."""
-        self._swap: _Swap | None = None
+        self._swap: Swap | None = None
         self._waiting = "", 0.0
         """The operation that has not begun, and since when."""
         self._readiness = Readiness()
@@ -102,7 +89,7 @@ class GenerationWatch:
         """When nobody can be waiting for an answer of the previous generation any more."""
         self._is_late = range(0)
         """Replicas that change after the map did."""
-        self._outlines: dict[int, Outline] = {}
+        self._outlines = Outlines(state.generations)
         self._said = ""
 
         def begin(now: Control) -> Control:
@@ -125,6 +112,21 @@ class GenerationWatch:
         control = self._store.change(lambda now: now.pointed(LIVE, generation))
         self._starting = 0
         self._accept(control)
+
+    @property
+    def control(self) -> Control:
+        """Return the document of the store as it was read last."""
+        return self._control
+
+    @property
+    def is_steady(self) -> bool:
+        """Return whether all processes hold the same, and nothing of that is about to change."""
+        return not (self._starting or self._swap or self._is_late)
+
+    @property
+    def reports(self) -> dict[Key, Mapping[int, Held]]:
+        """Return what every process said last that it holds."""
+        return self._hosts.reports
 
     @property
     def live(self) -> int:
@@ -154,13 +156,18 @@ class GenerationWatch:
         return set().union(*(self._wanted(replica) for replica in copies))
 
     @property
+    def kept(self) -> set[int]:
+        """Return the generations that must stay on disk."""
+        return self._control.kept
+
+    @property
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return every generation that a process holds, as status shows it."""
         return readiness.records_of(self._hosts.reports, self._control)
 
     def path(self, generation: int) -> Path:
         """Return the directory of a generation."""
-        return generation_dir(self._state.generations, generation)
+        return self._outlines.path(generation)
 
     def poll(self, watches: Sequence[ShardWatch]) -> None:
         """Look at everything once and take the next step."""
@@ -174,8 +181,9 @@ class GenerationWatch:
             self._say(f"the control store cannot be used, all stays as it is: {error}")
         for (_, replica), host in self._hosts.by_key.items():
             if host.held is not None:
-                self._reconcile(host, host.held, self._wanted(replica) - self._retried(host.held))
-        self._roster.fill(map(self._ready_for, sorted(self._offered)))
+                wanted = self._wanted(replica) - self._retried(host.held)
+                reconcile(host, host.held, wanted, live=self.live, path=self.path)
+        self.roster.fill(map(self._ready_for, sorted(self._offered)))
 
     @property
     def in_service(self) -> tuple[ShardEntry, ...]:
@@ -184,11 +192,33 @@ class GenerationWatch:
         Those that are about to answer for the next one instead are named a moment before, so that
         routers are connected to them by then.
         """
-        return tuple(
-            entry.model_copy(update={"documents": self.documents(entry.shard)})
-            for key, entry in sorted(self._hosts.entries.items())
-            if key in self._roster.named
-        )
+        return self.entries_of(self._hosts, self.roster.named, self._config.sharding.shards)
+
+    def entries_of(
+        self, hosts: ShardHosts, named: Collection[Key], num_shards: int
+    ) -> tuple[ShardEntry, ...]:
+        """Return the entries of some processes, which serve one of so many shards each."""
+        documents = partial(self._outlines.documents, self.live, num_shards=num_shards)
+        return hosts.entries_of(named, documents)
+
+    def guide(self, hosts: ShardHosts) -> None:
+        """Let processes that no map names yet hold what all the others hold."""
+        for host in hosts.by_key.values():
+            if host.held is not None:
+                reconcile(host, host.held, self.wanted, live=self.live, path=self.path)
+
+    def resize(self, sharding: ShardingSection) -> None:
+        """Name another number of copies of every shard from now on."""
+        self._config = self._config.model_copy(update={"sharding": sharding})
+        self.roster.resize(sharding.replicas)
+
+    def take_over(self, hosts: ShardHosts, sharding: ShardingSection) -> None:
+        """Name the processes of another cut of the catalogue from now on; they hold all wanted."""
+        self._hosts.close()
+        self._hosts = hosts
+        self.roster = Roster(sharding.replicas)
+        self._config = self._config.model_copy(update={"sharding": sharding})
+        self.roster.fill(map(self._ready_for, sorted(self._offered)))
 
     def close(self) -> None:
         """Leave the processes alone."""
@@ -198,6 +228,9 @@ class GenerationWatch:
         self._accept(control)
         going = self._control.current
         if going is None or self._swap is not None or self._starting:
+            return
+        if going.kind not in ("activate", "rollback"):
+            # That is done by others.
             return
         if going.operation_id != self._waiting[0]:
             self._waiting = going.operation_id, self._clock()
@@ -231,12 +264,12 @@ class GenerationWatch:
         if operation.generation == 0:
             self._commit(operation)
             return
-        obstacle = self._obstacle(operation)
+        obstacle = self._lacking_host(operation.generation) or self._obstacle(operation)
         if obstacle:
             self._leave_waiting(operation, obstacle)
             return
         try:
-            found = self._outline(operation.generation).content_hash
+            found = self._outlines.outline(operation.generation).content_hash
             if operation.content_hash and operation.content_hash != found:
                 self._end(operation, "it is not the content that was checked any more")
                 return
@@ -256,7 +289,7 @@ class GenerationWatch:
         load_s = now_s + self._drain_s(is_wave=True) if plan.mode == "wave" else now_s
         running = operation.model_copy(update={"state": "running", "progress": "loading"})
         self._accept(self._store.change(lambda now: now.replaced(running)))
-        self._swap = _Swap(running, plan.mode, now_s + self._config.swap.timeout_s, load_s)
+        self._swap = Swap(running, plan.mode, now_s + self._config.swap.timeout_s, load_s)
         self._readiness = Readiness()
 
     def _leave_waiting(self, operation: Operation, obstacle: str) -> None:
@@ -279,22 +312,22 @@ class GenerationWatch:
         # At most two generations are held beside a canary.
         if self._parked or self._gave_way:
             self._parked, self._gave_way = False, operation.operation_id
-        stay = {control.live, control.canary, control.warm, generation}
-        others = set().union(*held) - stay
+        others = set().union(*held) - {control.live, control.canary, control.warm, generation}
         return f"generation {min(others)} is still held" if others else ""
 
     def _plan(self, generation: int) -> MemoryPlan:
         """Return how to bring a generation in; the processes that hold it need no room for it."""
-        outline, num_hosts = self._outline(generation), len(self._hosts)
-        holding = sum(generation in one for one in self._hosts.reports.values())
-        held = held_by(entry.pid for entry in self._hosts.entries.values())
-        room = min(loaded_bytes(self._config, outline) * holding // max(num_hosts, 1), held)
-        return plan_memory(
+        live, new = self._outlines.outline(self.live), self._outlines.outline(generation)
+        holding = [generation in one for one in self._hosts.reports.values()]
+        if self._planned is not None:
+            return self._planned(None if all(holding) else live, new)
+        return plan_swap(
             self._config,
-            self._outline(self.live) if holding < num_hosts else None,
-            outline,
-            held_bytes=held - room,
-            free_bytes=self._free_bytes() + room,
+            live,
+            new,
+            holding,
+            (entry.pid for entry in self._hosts.entries.values()),
+            free_bytes=self._free_bytes(),
         )
 
     def _settle(self) -> None:
@@ -320,7 +353,7 @@ class GenerationWatch:
         self._gave_way = ""
         self._parked = not is_lost and self._plan(previous).mode == "beside"
 
-    def _advance(self, swap: _Swap, watches: Sequence[ShardWatch]) -> None:
+    def _advance(self, swap: Swap, watches: Sequence[ShardWatch]) -> None:
         """Commit a swap when every process that counts has the generation prepared and level."""
         generation = swap.operation.generation
         is_wave = swap.mode == "wave" and self.live != generation
@@ -370,7 +403,7 @@ class GenerationWatch:
         lacking = readiness.refusals(self._hosts.reports, self.live, coming)
         return lacking, behind or lacking.early
 
-    def _report(self, swap: _Swap, progress: str) -> None:
+    def _report(self, swap: Swap, progress: str) -> None:
         if swap.operation.progress == progress:
             return
         running = swap.operation.model_copy(update={"progress": progress})
@@ -439,46 +472,27 @@ class GenerationWatch:
         tried = held.get(going.generation)
         return {going.generation} if tried is not None and tried.state == "failed" else set()
 
-    def _reconcile(self, host: Host, held: Mapping[int, Held], wanted: set[int]) -> None:
-        for generation in sorted(held.keys() - wanted):
-            host.retire(generation)
-        if held.keys() - wanted:
-            # What is given up makes the room for what comes.
-            return
-        for generation in sorted(wanted, key=lambda one: (one != self.live, one)):
-            # A swap fails with the first process that cannot hold its generation, and one that is
-            # parked or a canary fails for what a reload would meet again, such as too little room.
-            failed = generation in held and held[generation].state == "failed"
-            if generation not in held or (failed and generation == self.live):
-                host.prepare(generation, str(self.path(generation)))
-
     def _ready_for(self, generation: int) -> list[Key]:
         """Return the processes that the map may name for a generation."""
-        out = self._out_of_service()
-        return [key for key in self._hosts.prepared(generation) if key[1] not in out]
+        out, copies = self._out_of_service(), self._config.sharding.copies
+        prepared = self._hosts.prepared(generation)
+        return [key for key in prepared if key[1] not in out and key[1] < copies]
 
     def is_standby(self, key: Key) -> bool:
         """Return whether a process could be asked for the live generation and is not."""
-        return key not in self._roster.named and key in self._ready_for(self.live)
+        return key not in self.roster.named and key in self._ready_for(self.live)
 
     def _named_for(self, generation: int) -> Iterable[Key]:
         """Return the processes that the map names and that could answer from a generation."""
-        return self._roster.named.intersection(self._hosts.prepared(generation))
+        return self.roster.named.intersection(self._hosts.prepared(generation))
 
     def _covers(self, keys: Iterable[Key]) -> bool:
         """Return whether every shard is among those of some processes."""
         return len({shard for shard, _ in keys}) == self._config.sharding.shards
 
-    def _outline(self, generation: int) -> Outline:
-        if generation not in self._outlines:
-            self._outlines[generation] = read_outline(self.path(generation))
-        return self._outlines[generation]
-
     def documents(self, shard: int) -> int:
         """Return the documents of a shard in the snapshot of the live generation."""
-        outline = self._outline(self.live)
-        owned = shard_partitions(shard, self._config.sharding.shards, outline.num_partitions)
-        return sum(outline.partition_documents[one] for one in owned)
+        return self._outlines.documents(self.live, shard, self._config.sharding.shards)
 
     def _say(self, text: str) -> None:
         if text != self._said:

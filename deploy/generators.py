@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from silvershard.cluster.arrivals import Stretch, arrivals, share_of
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.load import Entry, Journal, OpenLoop
 from silvershard.cluster.load_channel import LoadChannels
 from silvershard.cluster.load_outcome import Judged, judge, record_line
@@ -45,6 +46,8 @@ class Target:
     """Serialised, which take turns, too."""
     described: tuple[Mapping[str, Any], ...]
     """The parameters of each request, for records."""
+    dialer: Dialer = PLAIN
+    """Opens the channels."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class _Worker:
         """Carry out what is asked until nobody asks any more."""
         asyncio.get_running_loop().add_reader(self._connection.fileno(), self._hear)
         target = self._target
-        async with LoadChannels(target.addresses, target.requests) as channels:
+        async with LoadChannels(target.addresses, target.requests, target.dialer) as channels:
             while (message := await self._heard.get()) is not None:
                 answer: LoadReport | CommandError | None = None
                 try:

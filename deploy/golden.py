@@ -3,6 +3,7 @@
 from typing import Any
 
 from silvershard.cluster import Client, DegradeMode, DegradePolicy, Query, Result
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
 from silvershard.model.request import Request
@@ -11,7 +12,9 @@ from silvershard.shard.golden import differences, read_golden
 from silvershard.shard.snapshot import open_snapshot
 
 
-def check(state: StateDir, address: str, *, timeout_s: float) -> dict[str, Any]:
+def check(
+    state: StateDir, address: str, *, timeout_s: float, dialer: Dialer = PLAIN
+) -> dict[str, Any]:
     """Ask a cluster every golden request of its generation and compare, bit for bit.
 
     Args:
@@ -19,6 +22,7 @@ def check(state: StateDir, address: str, *, timeout_s: float) -> dict[str, Any]:
             the newest.
         address: of the router.
         timeout_s: of one request.
+        dialer: opens the channel to it.
 
     Raises:
         CommandError: if there is no generation, it has no golden requests, or the cluster serves
@@ -43,7 +47,7 @@ def check(state: StateDir, address: str, *, timeout_s: float) -> dict[str, Any]:
         raise CommandError(
             f"{path} was published without golden requests: publish with index.golden_requests"
         )
-    with Client(address, timeout_s=timeout_s) as client:
+    with Client(address, timeout_s=timeout_s, dialer=dialer) as client:
 
         def answer(request: Request) -> Result:
             result = client.retrieve(

@@ -13,7 +13,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from silvershard.deploy.placement import Host, HostState
+from silvershard.deploy.host_state import HostState
+from silvershard.deploy.placement import Host
 from silvershard.shard.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}

@@ -20,6 +20,8 @@ from typing import IO, Any
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
+from silvershard.deploy.access import access_options, dialer_of
+from silvershard.deploy.arguments import state_of
 from silvershard.deploy.errors import CommandError, ExitCode
 
 FORMAT = 1
@@ -70,6 +72,7 @@ def add_options(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="read and check, and send nothing")
     parser.add_argument("--address", default="", metavar="HOST:PORT", help="router to send to")
+    access_options(parser)
 
 
 def _rate(text: str) -> float:
@@ -124,7 +127,8 @@ def run_ingest(options: argparse.Namespace, address: Callable[[], str]) -> dict[
     ingest = Ingest(options)
     if options.dry_run:
         return ingest.check()
-    with Client(address(), timeout_s=options.timeout or _TIMEOUT_S) as client:
+    timeout_s, dialer = options.timeout or _TIMEOUT_S, dialer_of(options, state_of(options))
+    with Client(address(), timeout_s=timeout_s, dialer=dialer) as client:
         return ingest.send(client.apply)
 
 

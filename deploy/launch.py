@@ -10,20 +10,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from silvershard.cluster.config import ListenSection
 from silvershard.cluster.http_server import bind_http
-from silvershard.cluster.listen import is_loopback
+from silvershard.cluster.listen import Door, check_host
+from silvershard.cluster.secret_file import make_secret
+from silvershard.cluster.tls import check_tls
+from silvershard.cluster.tokens import TokenFile
+from silvershard.deploy.access import TOKEN_VARIABLE, secured
 from silvershard.deploy.cli import ENVIRONMENT
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, NotPublished, Refused, TimedOut
 from silvershard.deploy.processes import is_alive, kill_all, send_signal, wait_gone
+from silvershard.deploy.progress import Progress
 from silvershard.deploy.router_watch import http_wanted
-from silvershard.deploy.serve import Launch, Progress
+from silvershard.deploy.serve import Launch
 from silvershard.deploy.state import RAY_DIR_PREFIX, ClusterRecord, StateDir, remove_ray_dir
 from silvershard.shard.errors import ConfigError, StateError
 from silvershard.shard.generations import generation_dir, list_generations
@@ -43,18 +48,33 @@ class Stopped(NamedTuple):
     """Processes that did not end in time and were killed."""
 
 
-def check_listen(listen: ListenSection) -> None:
-    """Check that a router may and can listen there.
+def check_security(config: Config) -> None:
+    """Check that strangers cannot reach what is about to be opened, and that its files fit.
 
     Raises:
-        Refused: if other machines could reach it and ``insecure`` is not set.
+        Refused: if other machines could reach a port that is not protected.
+        ConfigError: if certificates or tokens cannot be used.
+    """
+    security = config.security
+    check_tls(security.tls)
+    if security.tokens:
+        TokenFile.read(Path(security.tokens))
+    # The certificate itself is not needed to see who could come in.
+    door = Door(security.tls.enabled or None, bool(security.tokens), security.insecure)
+    try:
+        check_host(config.listen.host, door)
+        if config.admin.enabled:
+            check_host(config.admin.host, door, "admin.host")
+    except ConfigError as error:
+        raise Refused(str(error)) from None
+
+
+def check_listen(listen: ListenSection) -> None:
+    """Check that a router can listen there.
+
+    Raises:
         CommandError: if the port is in use or the address is not of this machine.
     """
-    if not listen.insecure and not is_loopback(listen.host):
-        raise Refused(
-            f"listen.host {listen.host} is not a loopback address and nothing is encrypted: "
-            "use 127.0.0.1, or --insecure if every machine that can reach it may ask"
-        )
     if listen.port == 0:
         return
     try:
@@ -147,9 +167,12 @@ def start(
 
     Raises:
         Refused: if a cluster runs there already, or the address is not allowed.
+        ConfigError: if a file of security cannot be used.
         CommandError: if it cannot start; nothing is left running.
         TimedOut: if it does not start in time; nothing is left running.
     """
+    config = secured(config, state)
+    check_security(config)
     check_listen(config.listen)
     check_http(config)
     # Nothing is made where there is nothing to serve.
@@ -163,6 +186,7 @@ def start(
         launched = Launch(config=config, generation=number, snapshot=str(snapshot))
         admit(snapshot)
         state.clean_leftovers()
+        make_secret(Path(config.security.secret))
         ray_dir = _make_ray_dir()
         guard, progress = _spawn(state, launched, ray_dir, lock, detached=detached)
     except BaseException:
@@ -215,7 +239,7 @@ def _spawn(
                 stderr=log,
                 pass_fds=(lock, writable),
                 start_new_session=True,
-                env={**ENVIRONMENT, **os.environ},
+                env={**ENVIRONMENT, **_without_token(os.environ)},
             )
         assert guard.stdin is not None
         with contextlib.suppress(BrokenPipeError), guard.stdin:
@@ -226,6 +250,11 @@ def _spawn(
     finally:
         os.close(writable)
     return guard, readable
+
+
+def _without_token(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a cluster, which needs no token of who starts it."""
+    return {name: value for name, value in environ.items() if name != TOKEN_VARIABLE}
 
 
 def _wait_ready(

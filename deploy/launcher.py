@@ -1,4 +1,4 @@
-"""A cluster on one machine: actors of shards, tables and sequencer, maps and a router, all watched.
+"""A cluster: actors of shards, tables and sequencer, maps and routers, all watched.
 
 Ray starts the actors again when they end; the launcher notices, gives the router their new place,
 and stops what keeps crashing. It is never on the path of a request.
@@ -8,56 +8,61 @@ Shapes: S shards, R replicas.
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel
+
+from silvershard.cluster.dialer import peer_dialer
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
+from silvershard.deploy.canary import ask_canary
+from silvershard.deploy.check_watch import CheckWatch, StartCheck
+from silvershard.deploy.cluster_size import size_from
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
+from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.log_pins import check_log, pin_generations
+from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
+from silvershard.deploy.pulse import Pulse
+from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
+from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
 from silvershard.deploy.shard_host import Connect, ShardHost
-from silvershard.deploy.shard_watch import ActorWatch, ShardHandle, ShardWatch
+from silvershard.deploy.shard_set import StartShard
+from silvershard.deploy.shard_watch import ActorWatch, Handle, ShardHandle, ShardWatch
+from silvershard.deploy.site import Routers, Site, ThisMachine
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
 from silvershard.deploy.state_log import log_url, made_log
 from silvershard.deploy.table_tier import StartTables, TableTiers
-from silvershard.shard.errors import RemoteError
 from silvershard.shard.outline import read_outline
 
 TICK_S = 0.1
 _CENSUS_S = 1.0
 
-StartShard = Callable[[int, int], ShardHandle]
-"""Starts the process of a shard and replica and returns its handle."""
-
-_CANARY_TIMEOUT_S = 30.0
+_SEQUENCER = "sequencer"
 
 
-def ask_canary(address: str) -> None:
-    """Ask one question through the whole cluster, which also warms it for the first user.
+def _shard_name(shard: int, replica: int) -> str:
+    return f"shard-{shard}-{replica}"
 
-    Raises:
-        CommandError: if it is not answered from every document.
-    """
-    from silvershard.cluster.client import Client
 
-    try:
-        with Client(address, timeout_s=_CANARY_TIMEOUT_S) as client:
-            client.retrieve(k=1, min_coverage=1.0)
-    except RemoteError as error:
-        raise CommandError(f"the first question was not answered: {error}") from None
+_SETTLE_S = 10.0
+"""How long a cluster that is adopted waits for everybody to say where they are."""
 
 
 class LocalCluster:
     """Shards, sequencer, map and router; a context that ends everything it started.
 
-    Ray must be running. Start, poll and stop it on the same thread.
+    Ray must be running. Start, poll and stop it on the same thread. It runs on this machine unless
+    a site says otherwise.
     """
 
     def __init__(
@@ -70,11 +75,14 @@ class LocalCluster:
         model: str = "",
         guard: Process | None = None,
         ray_dir: str = "",
+        site: Site | None = None,
+        routers: Routers | None = None,
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
         start_sequencer: Callable[[], SequencerHandle] | None = None,
-        connect: Connect = ShardHost,
-        canary: Callable[[str], None] = ask_canary,
+        connect: Connect | None = None,
+        start_check: StartCheck | None = None,
+        canary: Callable[[str], None] | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare a cluster.
@@ -87,10 +95,15 @@ class LocalCluster:
             model: logical name of the model in it; by default that of the settings.
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
+            site: the machines that it runs on; by default this one.
+            routers: the routers; by default one process of this machine.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
-            connect: opens the way to a shard process, to prepare generations there.
+            connect: opens the way to a shard process, to prepare generations there; by default
+                as ``security`` says.
+            start_check: compares a new set of shards with the one that serves; by default a
+                process does.
             canary: asks the router at an address one question before the cluster counts as ready.
             report: hears what is being waited for.
         """
@@ -103,21 +116,45 @@ class LocalCluster:
         self._driver = myself()
         self._guard = guard or self._driver
         self._ray_dir = ray_dir
-        self._start_shard = start_shard or self._start_actor
-        self._canary = canary
+        self._peers = config.security.peers
+        dialer = peer_dialer(self._peers)
+        self._canary = canary or partial(ask_canary, dialer=dialer)
         self._report = report
-        self._router = RouterWatch(state, config)
-        self._tables = TableTiers(state, config, start_tables)
-        self._generations = GenerationWatch(state, config, generation, connect=connect)
+        self._router: Routers = routers or RouterWatch(state, config, dialer)
+        self._site: Site = site or ThisMachine(state, dialer)
+        self._tables = TableTiers(state, config, start_tables, feel=partial(Pulse, dialer=dialer))
+        connect = connect or partial(ShardHost, dialer=dialer)
+        self._generations = GenerationWatch(
+            state,
+            config,
+            generation,
+            connect=connect,
+            lacking=self._site.lacking,
+            plan=self._site.plan,
+        )
+        self._scaling = Scaling(
+            state,
+            config,
+            self._generations,
+            start_shard or self._start_actor,
+            connect=connect,
+            watch=self._watched,
+            draw_map=self._drawn,
+            start_check=start_check or partial(CheckWatch, state),
+        )
+        self._rolling = Rolling(state, config, self._generations, self._scaling)
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None
-        self._shards: list[ShardWatch] = []
-        self._map: ShardMap | None = None
+        self._map: ShardMap | None = self._site.read_map()
+        self._settled_s = time.monotonic() + _SETTLE_S if self._map is not None else 0.0
+        """Until when the map that was found stays as it is, unless everybody serves before."""
         self._written: ClusterRecord | None = None
         self._family: dict[int, Process] = {}
         self._next_census_s = 0.0
         self._since_unix_s = time.time()
+        self._names: Counter[str] = Counter()
+        """How often each was given to an actor."""
 
     @property
     def address(self) -> str:
@@ -140,9 +177,15 @@ class LocalCluster:
         ]
 
     @property
+    def _shards(self) -> list[ShardWatch]:
+        """Return the processes of the shards that serve."""
+        return self._scaling.current.watches
+
+    @property
     def _num_named(self) -> int:
         """Return how many shard processes the map of a whole cluster names."""
-        return self._config.sharding.shards * self._config.sharding.replicas
+        sharding = self._scaling.current.sharding
+        return sharding.shards * sharding.replicas
 
     def start_router(self) -> None:
         """Start the router, which waits for its shards, so that both can start side by side."""
@@ -161,13 +204,39 @@ class LocalCluster:
         self._tables.hold(self._generations.wanted)
         if self._log_url:
             self._make_log()
-            self._sequencer = SequencerWatch(0, self._start_sequencer(), self._config.runtime)
-        sharding, runtime = self._config.sharding, self._config.runtime
-        self._shards = [
-            ShardWatch(shard, self._start_shard(shard, replica), runtime, replica=replica)
-            for replica in range(sharding.copies)
-            for shard in range(sharding.shards)
-        ]
+            handle = self._start_sequencer()
+            self._sequencer = SequencerWatch(
+                0,
+                handle,
+                self._config.runtime,
+                feel=self._site.feel,
+                restarts=self._restarts_before(handle),
+            )
+        self._scaling.start()
+
+    def _watched(self, shard: int, replica: int, handle: ShardHandle) -> ShardWatch:
+        return ShardWatch(
+            shard,
+            handle,
+            self._config.runtime,
+            replica=replica,
+            feel=self._site.feel,
+            restarts=self._restarts_before(handle),
+            host=self._site.host_of(_shard_name(shard, replica)),
+        )
+
+    def _restarts_before(self, handle: Handle[Any]) -> int:
+        """Return how often an actor that is adopted was started again before."""
+        return handle.restarts() if self._map is not None else 0
+
+    def adopt(self) -> None:
+        """Watch what another supervisor has started, and go on from its map.
+
+        Raises:
+            RetrievalError: as ``start_shards``, or if the control store cannot be written.
+        """
+        self.start_shards()
+        self._generations.started()
 
     def _make_log(self) -> None:
         """Make the update log where there never was one; let it keep what generations need."""
@@ -181,31 +250,39 @@ class LocalCluster:
 
     def _start_sequencer_actor(self) -> SequencerHandle:
         from silvershard.cluster import sequencer_actor
-        from silvershard.deploy.ray_shard import RayShard
 
         updates = self._config.updates
-        # ray.remote turns the class into something that its type does not say.
-        actor_class: Any = sequencer_actor.SequencerActor
-        actor = actor_class.options(name="sequencer").remote(
-            str(self._snapshot),
-            self._log_url,
-            map_path=str(self._state.shard_map_file),
-            feed_block=updates.feed_block,
-            hysteresis=updates.feed_block_hysteresis,
-            expiry_every_s=updates.expiry_every_ms / 1e3,
+        return self._site.movable(
+            _SEQUENCER,
+            lambda: self._actor(
+                sequencer_actor.SequencerActor,
+                _SEQUENCER,
+                SequencerEntry,
+                str(self._snapshot),
+                self._log_url,
+                map_path=str(self._state.shard_map_file),
+                feed_block=updates.feed_block,
+                hysteresis=updates.feed_block_hysteresis,
+                expiry_every_s=updates.expiry_every_ms / 1e3,
+                peers=self._peers.model_dump(),
+                faults_dir=faults_dir(self._state, self._config),
+            ),
         )
-        return RayShard(actor, SequencerEntry)
 
-    def _start_actor(self, shard: int, replica: int) -> ShardHandle:
+    def _start_actor(self, num_shards: int, shard: int, replica: int) -> ShardHandle:
         from silvershard.cluster import shard_actor
-        from silvershard.deploy.ray_shard import RayShard
 
-        # ray.remote turns the class into something that its type does not say.
-        actor_class: Any = shard_actor.ShardActor
-        actor = actor_class.options(name=f"shard-{shard}-{replica}").remote(
+        name = _shard_name(shard, replica)
+        # Ray wants a name that nobody has, and one that ended has its name for a while longer.
+        again = f"-{self._names[name]}" if self._names[name] else ""
+        self._names[name] += 1
+        return self._actor(
+            shard_actor.ShardActor,
+            name + again,
+            ShardEntry,
             str(self._snapshot),
             shard,
-            self._config.sharding.shards,
+            num_shards,
             devices=self._config.sharding.devices,
             replica=replica,
             num_threads=threads_per_shard(self._config.sharding),
@@ -214,8 +291,23 @@ class LocalCluster:
             log_url=self._log_url,
             headroom=self._config.updates.headroom,
             max_batch=self._config.updates.max_batch,
+            peers=self._peers.model_dump(),
+            faults_dir=faults_dir(self._state, self._config),
         )
-        return RayShard(actor, ShardEntry)
+
+    # ray.remote turns the class into something that its type does not say.
+    def _actor(
+        self, actor_class: Any, name: str, kind: type[BaseModel], *args: Any, **more: Any
+    ) -> Handle[Any]:
+        """Start an actor where the site wants it, or adopt the one that runs there."""
+        from silvershard.deploy.ray_shard import RayShard
+
+        actor = self._site.find(name)
+        if actor is None:
+            options = self._site.options(name)
+            more |= self._site.binding(name)
+            actor = actor_class.options(name=name, **options).remote(*args, **more)
+        return RayShard(actor, kind)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the router has reached every shard and has answered one question.
@@ -262,13 +354,15 @@ class LocalCluster:
 
     def poll(self) -> None:
         """Look at everything once, repair the router, and keep map and record true."""
+        self._site.poll(self._generations.kept)
         self._tables.hold(self._generations.wanted)
         self._tables.poll()
-        for one in self._shards:
-            one.poll()
+        self._scaling.current.poll()
         if self._sequencer is not None:
             self._sequencer.poll()
         self._generations.poll(self._shards)
+        self._scaling.poll()
+        self._rolling.poll()
         self._router.poll()
         self._write_map()
         self._write_record()
@@ -278,31 +372,40 @@ class LocalCluster:
         self._write_record()
 
     def _write_map(self) -> None:
-        entries = self._generations.in_service
         if not self._shards:
             return
-        if self._map is None and len(entries) < self._num_named:
-            # The first map is whole, so that the router never believes in a smaller catalogue.
+        if time.monotonic() < self._settled_s and not self._all_serve:
             return
-        sequencer = self._sequencer.entry if self._sequencer else None
-        made = ShardMap(
-            version=self._map.version if self._map else 1,
-            generation=self._generations.live,
-            snapshot=str(self._generations.path(self._generations.live)),
-            num_shards=self._config.sharding.shards,
-            entries=entries,
-            snapshots=self._generations.snapshots,
-            aliases=self._generations.aliases,
-            sequencer=sequencer.address if sequencer else "",
-            log_url=self._log_url,
-            log_partitions=self._config.updates.partitions,
+        made = next_map(
+            self._map,
+            self._generations,
+            num_shards=self._scaling.current.sharding.shards,
+            num_named=self._num_named,
+            **self._map_facts,
         )
-        if made == self._map:
-            return
-        if self._map is not None:
-            made = made.model_copy(update={"version": self._map.version + 1})
-        self._map = made
-        self._map.write_atomic(self._state.shard_map_file)
+        if made is not None:
+            self._site.write_map(made)
+            self._map = made
+
+    def _drawn(self, entries: tuple[ShardEntry, ...], num_shards: int) -> ShardMap:
+        """Return a map of these processes, of the version of the last one."""
+        return drawn_map(self._map, self._generations, entries, num_shards, **self._map_facts)
+
+    @property
+    def _map_facts(self) -> dict[str, Any]:
+        """Return what a map says beside its processes."""
+        sequencer = self._sequencer.entry if self._sequencer else None
+        return {
+            "sequencer": sequencer.address if sequencer else "",
+            "log_url": self._log_url,
+            "log_partitions": self._config.updates.partitions,
+        }
+
+    @property
+    def _all_serve(self) -> bool:
+        """Return whether all that the map could name is there to be named."""
+        is_sequenced = self._sequencer is None or self._sequencer.state == "serving"
+        return is_sequenced and len(self._generations.in_service) == self._num_named
 
     def _write_record(self) -> None:
         now_s = time.monotonic()
@@ -321,16 +424,25 @@ class LocalCluster:
             router=self._router.record,
             shards=tuple(shards),
             tables=self._tables.records,
-            sequencer=self._sequencer.record if self._sequencer else None,
+            sequencer=self._sequencer.record.model_copy(
+                update={"host": self._site.host_of(_SEQUENCER)}
+            )
+            if self._sequencer
+            else None,
+            routers=self._site.routers,
+            ray=self._site.ray,
+            host=self._site.name,
             generations=self._generations.records,
+            size=size_from(self._scaling.current.sharding) if shards else None,
             admin=self.admin,
             http=self._router.http,
+            security=self._config.security,
             ray_dir=self._ray_dir,
             processes=tuple(self._family.values()),
             since_unix_s=self._since_unix_s,
         )
         if record != self._written:
-            self._state.write_record(record)
+            self._site.write_record(record)
             self._written = record
 
     def _take_census(self) -> None:
@@ -348,13 +460,12 @@ class LocalCluster:
         self._take_census()
         self._router.stop()
         with ExitStack() as rest:
-            for one in self._shards:
-                rest.callback(one.end)
+            rest.callback(self._scaling.close)
             rest.callback(self._tables.end)
             if self._sequencer is not None:
                 rest.callback(self._sequencer.end)
             rest.callback(self._generations.close)
-        self._shards, self._sequencer = [], None
+        self._sequencer = None
 
     def kill_leftovers(self) -> list[Process]:
         """Kill what this cluster started and still runs; return what cannot be killed."""

@@ -6,7 +6,7 @@ machine has left, before anything is loaded.
 Shapes: S shards, R replicas.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -98,6 +98,36 @@ def plan_memory(
         check_bytes=swap_bytes(new, range(new.num_partitions), 0.0),
         free_bytes=free_bytes,
         reason=reason,
+    )
+
+
+def plan_swap(
+    config: Config,
+    live: Outline,
+    new: Outline,
+    holding: Sequence[bool],
+    pids: Iterable[int],
+    *,
+    free_bytes: int,
+) -> MemoryPlan:
+    """Return how to bring a generation in; the processes that hold it need no room for it.
+
+    Args:
+        config: settings of the cluster.
+        live: the generation that is served.
+        new: the other one.
+        holding: of every process, whether it holds the other one.
+        pids: of the same processes.
+        free_bytes: what the machine has left for this cluster.
+    """
+    held = held_by(pids)
+    room = min(loaded_bytes(config, new) * sum(holding) // max(len(holding), 1), held)
+    return plan_memory(
+        config,
+        None if all(holding) else live,
+        new,
+        held_bytes=held - room,
+        free_bytes=free_bytes + room,
     )
 
 

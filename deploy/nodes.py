@@ -17,15 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
-from silvershard.deploy.placement import (
-    HOST_STATES,
-    Copy,
-    Host,
-    HostState,
-    Placement,
-    Wanted,
-    place,
-)
+from silvershard.deploy.host_state import HOST_STATES, HostState
+from silvershard.deploy.placement import Copy, Host, Placement, Wanted, place
 
 _LISTED = 4
 

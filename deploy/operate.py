@@ -1,9 +1,10 @@
 """The verbs that run a cluster: ``up``, ``down`` and ``status``."""
 
+import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tqdm import tqdm
 
 from silvershard.cluster import shard_pb2, shard_pb2_grpc, table_pb2, table_pb2_grpc
-from silvershard.deploy import launch
+from silvershard.cluster.dialer import PLAIN, Dialer
+from silvershard.deploy import hosts_launch, launch
+from silvershard.deploy.access import dialer_within
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.log_pins import check_log
-from silvershard.deploy.processes import is_alive
+from silvershard.deploy.placement import Host
 from silvershard.deploy.shard_host import held_from
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.state_log import check_missing, existing_log
@@ -100,7 +104,8 @@ def start(
         verify_log(state, config, path)
 
     def verify(path: Path) -> None:
-        verify_snapshot(path, config.sharding.shards)
+        scaled = state.control.read().scaled
+        verify_snapshot(path, in_force(config, scaled).sharding.shards)
 
     try:
         record = launch.start(
@@ -124,55 +129,117 @@ def up(state: StateDir, config: Config, *, generation: int | None) -> dict[str, 
     return {**described(record), "seconds": round(seconds, 1)}
 
 
-def down(state: StateDir, *, timeout_s: float) -> dict[str, Any]:
+def up_hosts(
+    state: StateDir,
+    config: Config,
+    hosts: Sequence[Host],
+    *,
+    generation: int | None,
+    ray: str | None,
+    routers: int | None,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Start a cluster on several hosts, saying the plan before; return what runs."""
+    began_s = time.perf_counter()
+    bar = PhaseBar("starting the cluster")
+
+    def admit(path: Path) -> None:
+        bar.phase("update log")
+        verify_log(state, config, path)
+        bar.phase("generation")
+        verify_snapshot(path, config.sharding.shards)
+
+    def show_plan(document: Mapping[str, Any]) -> None:
+        from silvershard.deploy.plan import render
+
+        report(render(document) + "\n")
+
+    try:
+        record = hosts_launch.up(
+            state,
+            config,
+            hosts,
+            generation=generation,
+            ray=ray,
+            routers=routers,
+            admit=admit,
+            show_plan=show_plan,
+            report=bar.phase,
+        )
+    finally:
+        bar.close()
+    return {**described(record), "seconds": round(time.perf_counter() - began_s, 1)}
+
+
+def down(state: StateDir, *, timeout_s: float, ray: str | None = None) -> dict[str, Any]:
     """Stop the cluster; return what was there."""
     began_s = time.perf_counter()
     bar = PhaseBar("stopping the cluster")
     try:
         bar.phase("requests in flight are finished")
-        stopped = launch.stop(state, timeout_s=timeout_s)
+        found = hosts_launch.launched_on(state)
+        unreachable: tuple[str, ...] = ()
+        if found is not None:
+            unreachable = hosts_launch.down(*found, ray=ray, timeout_s=timeout_s)
+            stopped = launch.Stopped(was_running=True, leftovers=0, killed=0)
+        else:
+            stopped = launch.stop(state, timeout_s=timeout_s)
     finally:
         bar.close()
-    return {**stopped._asdict(), "seconds": round(time.perf_counter() - began_s, 1)}
+    return {
+        **stopped._asdict(),
+        "unreachable": list(unreachable),
+        "seconds": round(time.perf_counter() - began_s, 1),
+    }
 
 
 def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     """Return what runs, as its processes themselves say, and the exit code for it."""
-    record = state.read_record() if state.root.is_dir() else None
+    record = hosts_launch.record_of(state)
     if record is None:
         phase = "starting" if state.is_locked() else "down"
         return {"state": phase, "state_dir": str(state.root)}, ExitCode.FAILED
     document = described(record)
-    alive = is_alive(record.driver)
+    going = state.control.read().current
+    if going is not None:
+        document["operation"] = {"what": going.what, "progress": going.progress or going.state}
+    alive = record.runs
     document["daemon"]["state"] = "running" if alive else "gone"
-    router_serves = _health(record.address, f"model/{record.model}")
+    dialer = dialer_within(record)
+    router_serves = _health(record.address, f"model/{record.model}", dialer)
     if record.router.state == "serving" and not router_serves:
         document["router"] |= {"state": "not serving", "reason": "its health check says no"}
     for shard in document["shards"]:
-        if shard["state"] == "serving" and not _health(shard["address"], f"shard/{shard['shard']}"):
+        name = f"shard/{shard['shard']}"
+        if shard["state"] == "serving" and not _health(shard["address"], name, dialer):
             shard |= {"state": "not answering", "reason": "its health check failed"}
     for tables in document["tables"]:
         names = [f"table/{name}/{tables['shard']}" for name in tables["addresses"]]
-        answered = all(map(_health, tables["addresses"].values(), names))
+        places = tables["addresses"].values()
+        answered = all(map(_health, places, names, itertools.repeat(dialer)))
         if tables["state"] == "serving" and not answered:
             tables |= {"state": "not answering", "reason": "its health check failed"}
     sequencer = document["sequencer"]
-    if sequencer and sequencer["state"] == "serving" and not _health(sequencer["address"], ""):
-        sequencer |= {"state": "not answering", "reason": "its health check failed"}
     if sequencer:
+        if sequencer["state"] == "serving" and not _health(sequencer["address"], "", dialer):
+            sequencer |= {"state": "not answering", "reason": "its health check failed"}
         for shard in document["shards"]:
-            shard["behind"] = _behind(shard, record.generation)
+            shard["behind"] = _behind(shard, record.generation, dialer)
         for tables in document["tables"]:
             if tables["state"] == "serving":
-                tables |= _followed(tables["addresses"].values())
+                tables |= _followed(tables["addresses"].values(), dialer)
     if document["tables"]:
-        document["lookups"] = _lookups(document["shards"])
+        document["lookups"] = _lookups(document["shards"], dialer)
     serving = {
         one["shard"]: one["documents"] for one in document["shards"] if one["state"] == "serving"
     }
     covered = sum(serving.values())
     document["coverage"] = covered / record.documents if record.documents else 1.0
-    watched = [document["router"], *document["shards"], *document["tables"]]
+    watched = [
+        *(document["routers"] or [document["router"]]),
+        *document["shards"],
+        *document["tables"],
+    ]
     watched += [sequencer] if sequencer else []
     held = [
         one["prepared"] == one["processes"]
@@ -187,10 +254,10 @@ def status(state: StateDir) -> tuple[dict[str, Any], ExitCode]:
     return document, ExitCode.OK if whole else ExitCode.DEGRADED
 
 
-def _health(address: str, service: str) -> bool:
+def _health(address: str, service: str, dialer: Dialer = PLAIN) -> bool:
     if not address:
         return False
-    with grpc.insecure_channel(address) as channel:
+    with dialer.channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(
@@ -201,20 +268,20 @@ def _health(address: str, service: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _behind(shard: dict[str, Any], generation: int) -> int | None:
+def _behind(shard: dict[str, Any], generation: int, dialer: Dialer) -> int | None:
     """Return how many records of the update log a process has not applied; None if unknown."""
     if shard["state"] != "serving":
         return None
-    report = _inspected(shard["address"])
+    report = _inspected(shard["address"], dialer)
     held = held_from(report).get(generation) if report is not None else None
     return held.behind if held is not None else None
 
 
-def _followed(addresses: Iterable[str]) -> dict[str, Any]:
+def _followed(addresses: Iterable[str], dialer: Dialer = PLAIN) -> dict[str, Any]:
     """Return how far behind the update log a table process is, and why if it does not follow."""
     behind, trouble = 0, ""
     for address in addresses:
-        with grpc.insecure_channel(address) as channel:
+        with dialer.channel(address) as channel:
             try:
                 found = table_pb2_grpc.TableStub(channel).Inspect(
                     table_pb2.TableInspect(), timeout=_HEALTH_TIMEOUT_S
@@ -226,9 +293,9 @@ def _followed(addresses: Iterable[str]) -> dict[str, Any]:
     return {"behind": behind, "reason": trouble}
 
 
-def _inspected(address: str) -> Any:
+def _inspected(address: str, dialer: Dialer) -> Any:
     """Return what a shard process says of itself, None if it says nothing."""
-    with grpc.insecure_channel(address) as channel:
+    with dialer.channel(address) as channel:
         try:
             return shard_pb2_grpc.ShardStub(channel).Inspect(
                 shard_pb2.InspectRequest(), timeout=_HEALTH_TIMEOUT_S
@@ -237,13 +304,13 @@ def _inspected(address: str) -> Any:
             return None
 
 
-def _lookups(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def _lookups(shards: Sequence[dict[str, Any]], dialer: Dialer) -> dict[str, dict[str, int]]:
     """Return what all serving shards looked up in each remote table since they started."""
     found: dict[str, Counter[str]] = {}
     for shard in shards:
         if shard["state"] != "serving":
             continue
-        report = _inspected(shard["address"])
+        report = _inspected(shard["address"], dialer)
         for one in report.tables if report is not None else ():
             counts = {name: getattr(one, name) for name in _COUNTS}
             found.setdefault(one.table, Counter()).update(counts)
@@ -264,7 +331,9 @@ def described(record: ClusterRecord) -> dict[str, Any]:
         "http": record.http,
         "uptime_s": round(time.time() - record.since_unix_s, 1),
         "daemon": {"pid": record.guard.pid, "state": "running"},
+        "host": record.host,
         "router": record.router.model_dump(),
+        "routers": [one.model_dump() for one in record.routers],
         "shards": [shard.model_dump() for shard in record.shards],
         "tables": [tables.model_dump() for tables in record.tables],
         "sequencer": record.sequencer.model_dump() if record.sequencer else None,
@@ -277,8 +346,7 @@ def render_cluster(document: dict[str, Any]) -> str:
     if "shards" not in document:
         said = "is starting" if document["state"] == "starting" else "nothing is running"
         return f"{document['state_dir']}: {said}"
-    daemon, router = document["daemon"], document["router"]
-    reason = f" ({router['reason']})" if router["reason"] else ""
+    daemon, host = document["daemon"], document["host"]
     facts = [
         ("cluster", document["state"]),
         ("address", document["address"]),
@@ -287,16 +355,21 @@ def render_cluster(document: dict[str, Any]) -> str:
         ("model", f"{document['model']}, generation {document['generation']}"),
         ("documents", f"{document['documents']:,}"),
         ("coverage", f"{document['coverage']:.4f}"),
-        ("daemon", f"pid {daemon['pid']}, {daemon['state']}"),
-        ("router", f"pid {router['pid'] or '-'}, {router['state']}{reason}"),
+        (
+            "supervisor" if host else "daemon",
+            f"pid {daemon['pid']}, {daemon['state']}{f' on {host}' if host else ''}",
+        ),
+        *(("router", _told(one)) for one in document["routers"] or [document["router"]]),
     ]
-    sequencer = document["sequencer"]
-    if sequencer:
-        reason = f" ({sequencer['reason']})" if sequencer["reason"] else ""
-        facts.append(("sequencer", f"pid {sequencer['pid'] or '-'}, {sequencer['state']}{reason}"))
+    going = document.get("operation")
+    if going:
+        facts.append(("going on", f"{going['what']}: {going['progress']}"))
+    if document["sequencer"]:
+        facts.append(("sequencer", _told(document["sequencer"])))
     rows = [
         (
             f"{shard['shard']}.{shard['replica']}",
+            *((shard["host"],) if host else ()),
             "standby" if shard["standby"] and shard["state"] == "serving" else shard["state"],
             str(shard["pid"] or "-"),
             shard["documents"],
@@ -309,7 +382,8 @@ def render_cluster(document: dict[str, Any]) -> str:
         for shard in document["shards"]
     ]
     headers = (
-        *("shard", "state", "pid", "documents", "behind", "restarts", "address", "epoch"),
+        *(("shard", "host", "state") if host else ("shard", "state")),
+        *("pid", "documents", "behind", "restarts", "address", "epoch"),
         "reason",
     )
     parts = [pairs(facts), table(headers, rows, max_width=100)]
@@ -321,6 +395,14 @@ def render_cluster(document: dict[str, Any]) -> str:
         rows = [(name, *counts.values()) for name, counts in sorted(document["lookups"].items())]
         parts.append(table(("looked up", *_COUNTS), rows))
     return "\n\n".join(parts)
+
+
+def _told(process: dict[str, Any]) -> str:
+    """Return in a few words where a process is and how it does."""
+    parts = [f"pid {process['pid'] or '-'}", process["state"]]
+    if process["host"]:
+        parts += [f"on {process['host']}", *([process["address"]] if process["address"] else [])]
+    return ", ".join(parts) + (f" ({process['reason']})" if process["reason"] else "")
 
 
 def _generations_table(records: Sequence[dict[str, Any]]) -> str:
@@ -362,6 +444,11 @@ def _tables_table(records: Sequence[dict[str, Any]]) -> str:
 
 def render_down(document: dict[str, Any], state: StateDir) -> str:
     """Return what ``down`` did for people."""
+    if document["unreachable"]:
+        return (
+            f"stopped the cluster on {state.root}; {', '.join(document['unreachable'])} cannot be "
+            "reached: what runs there ends when it is back"
+        )
     if document["was_running"]:
         killed = document["killed"]
         note = f"; {killed} processes had to be killed" if killed else ""

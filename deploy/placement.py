@@ -22,13 +22,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from silvershard.deploy.errors import Refused
+from silvershard.deploy.host_state import HostState
 from silvershard.deploy.placement_search import Found, search, spread_load
 from silvershard.deploy.placement_state import NOWHERE, STAYS, Problem
 
-HostState = Literal["up", "maintenance", "retired", "down"]
 Spread = Literal["host", "zone"]
-
-HOST_STATES: tuple[HostState, ...] = ("up", "maintenance", "retired", "down")
 
 _STANDBY_SHARE = 8
 """A standby applies updates and answers nothing: it counts as so small a part of its documents."""

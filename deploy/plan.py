@@ -16,7 +16,6 @@ from silvershard.deploy.launch import choose_generation
 from silvershard.deploy.memory_plan import free_memory, held_by, plan_memory
 from silvershard.deploy.placement import Copy, Host, Placement, Wanted, place, size
 from silvershard.deploy.plan_speed import Expected, Speed, SpeedTask, expected, measure
-from silvershard.deploy.processes import is_alive
 from silvershard.deploy.state import StateDir
 from silvershard.deploy.tables import pairs, table
 from silvershard.shard.outline import read_outline
@@ -126,6 +125,7 @@ def plan(
     generation: int | None,
     *,
     hosts: str | None = None,
+    machines: Sequence[Host] | None = None,
     seconds: float = SECONDS,
     report: Report = lambda _: None,
 ) -> dict[str, Any]:
@@ -136,6 +136,7 @@ def plan(
         config: settings in force.
         generation: as for ``choose_generation``.
         hosts: as for ``read_hosts``; None: those of the settings, else this machine.
+        machines: the hosts themselves, which decide alone.
         seconds: how long its speed is measured; 0: not at all.
         report: hears what takes a while.
 
@@ -147,7 +148,7 @@ def plan(
         ConfigError: if a host cannot be used as written.
     """
     number, path = choose_generation(state, generation)
-    listed = hosts_of(config.hosts, hosts)
+    listed = list(machines or ()) or hosts_of(config.hosts, hosts)
     own = not listed
     machines = listed or [_this_machine(state, config)]
     most = read_outline(path).num_partitions
@@ -187,7 +188,7 @@ def plan(
 def _this_machine(state: StateDir, config: Config) -> Host:
     record = state.read_record() if state.root.is_dir() else None
     free = free_memory()
-    if record is not None and is_alive(record.driver):
+    if record is not None and record.runs and not record.ray:
         # What runs on this directory would be replaced.
         free += held_by(
             [one.pid for one in record.shards if one.pid] + [record.guard.pid, record.driver.pid]

@@ -94,6 +94,22 @@ def send_signal(process: Process, number: signal.Signals) -> bool:
     return True
 
 
+class Processes:
+    """The processes of this machine, as those see them who watch some."""
+
+    def identify(self, pid: int) -> Process | None:
+        """Return the identity of the process that has ``pid`` now, or None."""
+        return identify(pid)
+
+    def is_alive(self, process: Process) -> bool:
+        """Return whether the process still runs."""
+        return is_alive(process)
+
+    def kill(self, process: Process) -> bool:
+        """Kill exactly this process; return whether it was there."""
+        return send_signal(process, signal.SIGKILL)
+
+
 def descendants(pid: int) -> list[Process]:
     """Return the living children of ``pid``, their children and so on, parents first."""
     parents: dict[int, list[tuple[int, int]]] = {}

@@ -101,4 +101,5 @@ def index_options(
         "centroids": centroids,
         "semantic": semantic,
         "golden_requests": config.index.golden_requests,
+        "recall_requests": config.index.recall_requests,
     }

@@ -7,6 +7,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from silvershard.cluster.dialer import PLAIN, Dials
+
 _EVERY_S = 0.5
 _TIMEOUT_S = 1.0
 
@@ -22,6 +24,7 @@ class Pulse:
     def __init__(
         self,
         address: str,
+        dialer: Dials = PLAIN,
         *,
         every_s: float = _EVERY_S,
         timeout_s: float = _TIMEOUT_S,
@@ -31,6 +34,7 @@ class Pulse:
 
         Args:
             address: ``host:port``.
+            dialer: opens the channel.
             every_s: least time between two questions.
             timeout_s: how long an answer may take.
             clock: for the pauses.
@@ -38,7 +42,7 @@ class Pulse:
         self.status: int | None = None
         """What it said last, of ``HealthCheckResponse.ServingStatus``; None: nothing useful."""
         self._missed = 0
-        self._channel = grpc.insecure_channel(address)
+        self._channel = dialer.channel(address)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
         self._every_s = every_s
         self._timeout_s = timeout_s
@@ -69,3 +73,7 @@ class Pulse:
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
+
+
+Feel = Callable[[str], Pulse]
+"""Takes the pulse of the process at an address."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from silvershard.deploy import ask, recipe
+from silvershard.deploy.access import dialer_within
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.evaluate import DEPTHS, LONG, SHORT, Evaluation, Row, evaluate
@@ -65,6 +66,7 @@ def measure(
         record.address,
         max_requests=config.admission.queue,
         min_rating=description.training.min_rating,
+        dialer=dialer_within(record),
     )
 
 

@@ -18,6 +18,9 @@ Reports = Mapping[Key, Mapping[int, Held]]
 REMEMBERED = 256
 """Refused items that a process remembers of a generation, the newest ones."""
 
+_OLD, _NEW = 1, 2
+"""What old and new processes hold, where they are compared."""
+
 _LEVEL_S = 1.0
 """A few reports: under load one generation of a process and the other are ahead in turns."""
 
@@ -72,6 +75,21 @@ class Readiness:
                     f"log, the live generation at {_numbers(wanted)}"
                 )
         return "; ".join(behind)
+
+    def observe_new(self, new: Mapping[Key, Held], old: Sequence[Held], now_s: float) -> str:
+        """Take what new processes hold of the live generation; return in words who is behind.
+
+        Args:
+            new: what they hold; it is measured by the furthest of the old ones, whatever shards
+                those serve.
+            old: what the others hold.
+            now_s: reading of the clock.
+        """
+        reports: dict[Key, Mapping[int, Held]] = {key: {_NEW: held} for key, held in new.items()}
+        if old:
+            furthest = tuple(map(max, zip(*(one.cut for one in old), strict=False)))
+            reports |= {(shard, -1): {_OLD: old[0]._replace(cut=furthest)} for shard, _ in new}
+        return self.observe(reports, _OLD, _NEW, now_s)
 
 
 class Lacking(NamedTuple):

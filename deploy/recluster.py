@@ -123,6 +123,7 @@ def _as_before(config: Config, snapshot: Snapshot, rebased: Rebased) -> dict[str
         "false_positive_rate": config.index.false_positive_rate,
         "seed": config.model.seed,
         "golden_requests": config.index.golden_requests,
+        "recall_requests": config.index.recall_requests,
     }
 
 

@@ -17,6 +17,12 @@ class Roster:
         """Make a roster of nobody; at most ``replicas`` copies of each shard will be on it."""
         self.named: frozenset[Key] = frozenset()
         """The copies that the map names."""
+        self.resting: frozenset[Key] = frozenset()
+        """Copies that it shall not name, although they could be asked."""
+        self._replicas = replicas
+
+    def resize(self, replicas: int) -> None:
+        """Name another number of copies of each shard from the next filling on."""
         self._replicas = replicas
 
     def fill(self, ready: Iterable[Iterable[Key]]) -> None:
@@ -30,7 +36,7 @@ class Roster:
         for group in ready:
             places: dict[int, int] = {}
             before = self.named | named
-            for key in sorted(set(group), key=lambda key: (key not in before, key)):
+            for key in sorted(set(group) - self.resting, key=lambda key: (key not in before, key)):
                 taken = places.get(key[0], 0)
                 if taken < self._replicas:
                     places[key[0]] = taken + 1

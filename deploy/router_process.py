@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.logs import log_to_stderr
-from silvershard.deploy.processes import die_with_parent
+from silvershard.deploy.processes import die_with_parent, identify
 from silvershard.shard.errors import ConfigError, RetrievalError
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="silvershard.deploy.router_process")
     parser.add_argument("--config", type=Path, required=True, help="RouterConfig as JSON")
     parser.add_argument("--parent", type=int, default=0, help="end with this process")
+    parser.add_argument(
+        "--detach", type=Path, help="run on without a parent, and write the process to this file"
+    )
     options = parser.parse_args(argv)
+    if options.detach:
+        child = os.fork()
+        if child:
+            started = identify(child)
+            options.detach.write_text(started.model_dump_json() if started else "")
+            return 0
+        os.setsid()
     if options.parent:
         die_with_parent(options.parent)
     log_to_stderr()

@@ -7,16 +7,45 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Protocol
 
 from grpc_health.v1 import health_pb2
 
 from silvershard.cluster.config import RouterConfig
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.config import Config
 from silvershard.deploy.crash_loop import CrashLoop
+from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
 
 _LOOK_S = 0.1
+
+
+class RouterProcess(Protocol):
+    """What the watch needs of the process; ``subprocess.Popen`` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Return its number."""
+        ...
+
+    def poll(self) -> int | None:
+        """Return its exit code, None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """Kill it."""
+        ...
+
+    def terminate(self) -> None:
+        """Tell it to end."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended; raise ``subprocess.TimeoutExpired`` if that takes too long."""
+        ...
+
 
 _STEADY_S = 30.0
 """A router that lived this long was no part of a crash loop."""
@@ -33,7 +62,7 @@ def http_wanted(config: Config) -> str:
 class RouterWatch:
     """The router process: started, watched, and started again when it ends."""
 
-    def __init__(self, state: StateDir, config: Config) -> None:
+    def __init__(self, state: StateDir, config: Config, dialer: Dialer = PLAIN) -> None:
         self.phase: RouterPhase = "starting"
         self.address = ""
         self.http = ""
@@ -42,10 +71,11 @@ class RouterWatch:
         self.restarts = 0
         self._state = state
         self._config = config
+        self._dialer = dialer
         self._port = config.listen.port
         self._http = http_wanted(config)
         self._crashes = CrashLoop(1 << 30, _STEADY_S)
-        self._process: subprocess.Popen[str] | None = None
+        self._process: RouterProcess | None = None
         self._reader: threading.Thread | None = None
         self._began_s = 0.0
         self._next_start_s = 0.0
@@ -66,11 +96,18 @@ class RouterWatch:
 
     def start(self) -> None:
         """Start the process; call it on a thread that lives as long as the router shall."""
+        self._state.router_file.write_text(self.settings().model_dump_json(indent=1))
+        self._process = self._spawn()
+        self._began_s = time.monotonic()
+
+    def settings(self) -> RouterConfig:
+        """Return what the process is told."""
         listen = self._config.listen.model_copy(update={"port": self._port})
-        settings = RouterConfig(
+        return RouterConfig(
             map_path=str(self._state.shard_map_file),
             drain_s=self._config.runtime.drain_s,
             listen=listen,
+            security=self._config.security,
             query=self._config.query,
             ping=self._config.ping,
             health=self._config.health,
@@ -79,10 +116,13 @@ class RouterWatch:
             observability=self._config.observability.model_copy(update={"http": self._http}),
             admission=self._config.admission,
             degrade=self._config.degrade,
+            faults_dir=faults_dir(self._state, self._config),
         )
-        self._state.router_file.write_text(settings.model_dump_json(indent=1))
+
+    def _spawn(self) -> RouterProcess:
+        """Start the process, which ends with this one."""
         with self._state.router_log.open("ab") as log:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "silvershard.deploy.router_process"),
                     *("--config", str(self._state.router_file), "--parent", str(os.getpid())),
@@ -92,22 +132,26 @@ class RouterWatch:
                 stderr=log,
                 text=True,
             )
-        self._began_s = time.monotonic()
         self._reader = threading.Thread(
-            target=self._read_address, args=(self._process,), daemon=True, name="router-stdout"
+            target=self._read_address, args=(process,), daemon=True, name="router-stdout"
         )
         self._reader.start()
+        return process
 
     def _read_address(self, process: "subprocess.Popen[str]") -> None:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                told = json.loads(line)
-                address = told.get("address", "")
-                if address:
-                    self._port = int(address.rpartition(":")[2])
-                    self.http = self._http = told.get("http", "")
-                    self.address = address
+                self._hear(line)
+
+    def _hear(self, line: str) -> None:
+        """Take what the process says of where it listens."""
+        told = json.loads(line)
+        address = told.get("address", "")
+        if address:
+            self._port = int(address.rpartition(":")[2])
+            self.http = self._http = told.get("http", "")
+            self.address = address
 
     def poll(self) -> None:
         """Look once; start the router again when it has ended and its pause is over."""
@@ -144,7 +188,7 @@ class RouterWatch:
         if self._pulse is None:
             if not self.address:
                 return 0.0
-            self._pulse = Pulse(self.address, every_s=_LOOK_S)
+            self._pulse = Pulse(self.address, self._dialer, every_s=_LOOK_S)
         self._pulse.poll()
         return self._pulse.silent_s
 
@@ -156,7 +200,12 @@ class RouterWatch:
         """
         status = self._pulse.status if self._pulse is not None else None
         reached_all = bool(status == health_pb2.HealthCheckResponse.SERVING)
-        return reached_all or (status is not None and self.restarts > 0)
+        return reached_all or (status is not None and self._may_lack_shards)
+
+    @property
+    def _may_lack_shards(self) -> bool:
+        """Return whether it may serve before it has reached every shard."""
+        return self.restarts > 0
 
     def last_words(self) -> str:
         """Return what the router wrote last, or that it wrote nothing."""

@@ -14,9 +14,11 @@ from types import FrameType
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.processes import die_with_parent, identify
+from silvershard.deploy.progress import Progress
 from silvershard.deploy.runtime import prepare_ray, ray_runtime, threads_per_shard
 from silvershard.deploy.state import StateDir, remove_ray_dir
 from silvershard.shard.errors import RetrievalError, SnapshotError
@@ -31,17 +33,6 @@ class Launch(BaseModel):
     config: Config = Field(description="settings")
     generation: int = Field(ge=1, description="number of the generation")
     snapshot: str = Field(description="its directory")
-
-
-class Progress(BaseModel):
-    """One line of what the driver tells the command that waits for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    phase: str = Field(default="", description="what is being waited for")
-    ready: bool = Field(default=False, description="the cluster serves")
-    error: str = Field(default="", description="why it cannot serve")
-    exit_code: int = Field(default=0, description="exit code that goes with the error")
 
 
 class _Teller:
@@ -134,7 +125,7 @@ def _model_of(snapshot: Path) -> str:
 
 
 def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller: _Teller) -> None:
-    config = launch.config
+    config = in_force(launch.config, state.control.read().scaled)
     teller.tell(Progress(phase="starting Ray"))
     prepare_ray(state.token_file, threads=threads_per_shard(config.sharding))
     # It imports ray, which reads the environment that was just set.
@@ -171,7 +162,7 @@ def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller
         signal.signal(signal.SIGTERM, _exit_now)
         stack.callback(cluster.stop)
         if config.admin.enabled:
-            cluster.admin = stack.enter_context(AdminServer(state, config)).address
+            cluster.admin = stack.enter_context(AdminServer(state, launch.config)).address
         cluster.start_shards()
         cluster.wait_until_ready(config.runtime.start_timeout_s)
         stop = threading.Event()

@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import grpc
-
 from silvershard.cluster import shard_pb2, shard_pb2_grpc
+from silvershard.cluster.dialer import PLAIN, Dials
 
 _TIMEOUT_S = 2.0
 _PAUSE_S = 1.0
@@ -79,16 +78,22 @@ class ShardHost:
     """A shard process behind its gRPC port."""
 
     def __init__(
-        self, address: str, *, every_s: float = 0.2, clock: Callable[[], float] = time.monotonic
+        self,
+        address: str,
+        dialer: Dials = PLAIN,
+        *,
+        every_s: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open a channel; nothing is asked yet.
 
         Args:
             address: ``host:port``.
+            dialer: opens the channel.
             every_s: time between two questions.
             clock: for the pauses.
         """
-        self._channel = grpc.insecure_channel(address)
+        self._channel = dialer.channel(address)
         self._stub = shard_pb2_grpc.ShardStub(self._channel)
         self._every_s = every_s
         self._clock = clock

@@ -1,6 +1,7 @@
 """The ways to all shard processes, one for each that has said where it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.readiness import is_prepared
@@ -44,8 +45,54 @@ class ShardHosts:
         """Return the processes that could answer from a generation."""
         return [key for key, host in self.by_key.items() if is_prepared(host.held, generation)]
 
+    def entries_of(
+        self, named: Collection[Key], documents: Callable[[int], int]
+    ) -> tuple[ShardEntry, ...]:
+        """Return the entries of some processes, by shard and replica.
+
+        Args:
+            named: those.
+            documents: returns those of a shard.
+        """
+        return tuple(
+            entry.model_copy(update={"documents": documents(entry.shard)})
+            for key, entry in sorted(self.entries.items())
+            if key in named
+        )
+
     def close(self) -> None:
         """Leave the processes alone."""
         for host in self.by_key.values():
             host.close()
         self.by_key, self.entries = {}, {}
+
+
+def reconcile(
+    host: Host,
+    held: Mapping[int, Held],
+    wanted: Collection[int],
+    *,
+    live: int,
+    path: Callable[[int], Path],
+) -> None:
+    """Wish that a process holds what it shall, and nothing else.
+
+    Args:
+        host: the process.
+        held: what it said last that it holds.
+        wanted: what it shall hold.
+        live: the live generation, which is wished for first.
+        path: returns the directory of a generation.
+    """
+    given_up = held.keys() - set(wanted)
+    for generation in sorted(given_up):
+        host.retire(generation)
+    if given_up:
+        # What is given up makes the room for what comes.
+        return
+    for generation in sorted(wanted, key=lambda one: (one != live, one)):
+        # A swap fails with the first process that cannot hold its generation, and one that is
+        # parked or a canary fails for what a reload would meet again, such as too little room.
+        failed = generation in held and held[generation].state == "failed"
+        if generation not in held or (failed and generation == live):
+            host.prepare(generation, str(path(generation)))

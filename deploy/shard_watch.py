@@ -4,7 +4,6 @@ Ray starts the actor again when the process ends, and says how often, also while
 reads no clock but the one it is given, so that a test can be quicker than time.
 """
 
-import signal
 import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -12,8 +11,8 @@ from typing import Generic, Protocol, TypeVar
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config_sections import RuntimeSection
 from silvershard.deploy.crash_loop import CrashLoop
-from silvershard.deploy.processes import Process, identify, is_alive, send_signal
-from silvershard.deploy.pulse import Pulse
+from silvershard.deploy.processes import Process, Processes
+from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.state import ShardPhase, ShardRecord
 
 
@@ -74,8 +73,10 @@ class ActorWatch(Generic[E]):
         handle: Handle[E],
         runtime: RuntimeSection,
         *,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Feel | None = Pulse,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
+        restarts: int = 0,
     ) -> None:
         """Watch an actor.
 
@@ -83,13 +84,17 @@ class ActorWatch(Generic[E]):
             shard: its number among those of its kind.
             handle: the actor.
             runtime: limits.
-            feel: takes the pulse of the process at an address.
+            feel: takes the pulse of the process at an address; None where the process may be on
+                another host: there its host looks whether it hangs, and Ray says when it ended.
             clock: measures its lives.
+            processes: those of its machine; None: of this one.
+            restarts: how often it had been started again before it was watched.
         """
+        self._processes = processes or Processes()
         self.shard = shard
         self.state: ShardPhase = "starting"
         self.reason = ""
-        self.restarts = 0
+        self.restarts = restarts
         self.entry: E | None = None
         """Where it serves; None while it does not."""
         self.last: E | None = None
@@ -113,12 +118,15 @@ class ActorWatch(Generic[E]):
         """Look once, without waiting."""
         if self.state == "failed":
             return
-        if self.entry is not None and (self._process is None or not is_alive(self._process)):
+        if self.entry is not None and self._feel is not None and not self._is_alive():
             self._lost(f"process {self.entry.pid} ended")
         self._count_restarts()
         self._kill_if_hung()
         if self.state in ("starting", "restarting"):
             self._look_for_entry()
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._processes.is_alive(self._process)
 
     def _lost(self, reason: str) -> None:
         self.state, self.reason = "restarting", reason
@@ -137,7 +145,7 @@ class ActorWatch(Generic[E]):
             return
         self._pulse.poll()
         silent_s = self._pulse.silent_s
-        if silent_s >= self._hang_s and send_signal(self._process, signal.SIGKILL):
+        if silent_s >= self._hang_s and self._processes.kill(self._process):
             self._lost(f"process {self._process.pid} hung for {silent_s:g} s and was killed")
 
     def _count_restarts(self) -> None:
@@ -161,9 +169,10 @@ class ActorWatch(Generic[E]):
             self._give_up(str(error))
             return
         if found is not None:
-            self.entry, self._process = found, identify(found.pid)
-            self.last = found
-            self._pulse = self._feel(found.address)
+            self.entry = self.last = found
+            if self._feel is not None:
+                self._process = self._processes.identify(found.pid)
+                self._pulse = self._feel(found.address)
             self.state, self.reason = "serving", ""
 
     def _give_up(self, reason: str) -> None:
@@ -188,12 +197,27 @@ class ShardWatch(ActorWatch[ShardEntry]):
         runtime: RuntimeSection,
         *,
         replica: int = 0,
-        feel: Callable[[str], Pulse] = Pulse,
+        feel: Feel | None = Pulse,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
+        restarts: int = 0,
+        host: str = "",
     ) -> None:
-        """Watch a process of a shard; ``replica`` is the number of the copy."""
-        super().__init__(shard, handle, runtime, feel=feel, clock=clock)
+        """Watch a process of a shard.
+
+        ``replica`` is the number of the copy, and ``host`` where it is, if there are several.
+        """
+        super().__init__(
+            shard,
+            handle,
+            runtime,
+            feel=feel,
+            clock=clock,
+            processes=processes,
+            restarts=restarts,
+        )
         self.replica = replica
+        self.host = host
 
     @property
     def name(self) -> str:
@@ -206,6 +230,7 @@ class ShardWatch(ActorWatch[ShardEntry]):
         return ShardRecord(
             shard=self.shard,
             replica=self.replica,
+            host=self.host,
             state=self.state,
             pid=self.entry.pid if self.entry else 0,
             epoch=self.entry.epoch if self.entry else 0,

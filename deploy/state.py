@@ -18,7 +18,10 @@ Layout::
       tables/                where the rows of each remote table are, read by the shards
       router.json            settings of the router process
       ray.token              secret of the embedded Ray, mode 0600
-      log/                   daemon.log, router.log
+      cluster.secret         what the processes of a cluster show each other, mode 0600
+      faults/                faults that were injected, and who suffers them
+      log/                   daemon.log, router.log, audit.jsonl
+      hosts/NAME/            router of this host in a cluster of several: settings, place, log
 """
 
 import fcntl
@@ -33,7 +36,9 @@ from typing import Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from silvershard.deploy.control_place import FILE, control_store
+from silvershard.cluster.security_config import SecuritySection
+from silvershard.deploy.cluster_size import ClusterSize
+from silvershard.deploy.control_place import FILE, URL_FILE, control_store
 from silvershard.deploy.control_store import ControlStore
 from silvershard.deploy.errors import CommandError, Refused
 from silvershard.deploy.processes import Process, is_alive, kill_all, send_signal, wait_gone
@@ -46,7 +51,8 @@ _LAYOUT = frozenset(
     {
         *("config.yaml", "model", "training", "generations", "users.safetensors"),
         *("lock", "work.lock", "cluster.json", "shard_map.json", "router.json"),
-        *("ray.token", "log", "tables", "control.url"),
+        *("ray.token", "cluster.secret", "tokens.json", "log", "tables", "control.url"),
+        *("faults", "hosts"),
         *(f"control.sqlite{suffix}" for suffix in ("", "-journal")),
         *(f"updates.sqlite{suffix}" for suffix in ("", "-wal", "-shm")),
     }
@@ -65,6 +71,7 @@ class ShardRecord(BaseModel):
     shard: int = Field(ge=0, description="index of the shard")
     replica: int = Field(default=0, ge=0, description="index of the copy of the shard")
     standby: bool = Field(default=False, description="kept warm, and asked nothing")
+    host: str = Field(default="", description="where it is; empty: on this machine")
     state: ShardPhase = Field(description="where it is in its life")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     epoch: int = Field(default=0, ge=0, description="incarnation, larger after every restart")
@@ -97,6 +104,8 @@ class RouterRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: RouterPhase = Field(description="where it is in its life")
+    host: str = Field(default="", description="where it is; empty: on this machine")
+    address: str = Field(default="", description="host:port that it listens on, if there are more")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
     reason: str = Field(default="", description="why it is not serving")
@@ -108,6 +117,7 @@ class SequencerRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: ShardPhase = Field(description="where it is in its life")
+    host: str = Field(default="", description="where it is; empty: on this machine")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     address: str = Field(default="", description="host:port of its gRPC server")
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
@@ -139,6 +149,13 @@ class ClusterRecord(BaseModel):
     documents: int = Field(ge=0, description="documents of the generation")
     map_version: int = Field(default=0, ge=0, description="version of the shard map")
     router: RouterRecord = Field(description="the router")
+    routers: tuple[RouterRecord, ...] = Field(
+        default=(), description="every router, one for each host that has one; empty: that one"
+    )
+    ray: str = Field(
+        default="", description="host:port of the Ray that it was started on; empty: its own"
+    )
+    host: str = Field(default="", description="where its supervisor is; empty: on this machine")
     shards: tuple[ShardRecord, ...] = Field(description="every shard")
     tables: tuple[TableRecord, ...] = Field(
         default=(), description="every process of remote tables"
@@ -149,9 +166,15 @@ class ClusterRecord(BaseModel):
     generations: tuple[GenerationRecord, ...] = Field(
         default=(), description="every generation that a shard process holds"
     )
+    size: ClusterSize | None = Field(
+        default=None, description="how large it is; none before it has processes"
+    )
     admin: str = Field(default="", description="host:port of the admin plane; empty: none")
     http: str = Field(
         default="", description="host:port of probes and metrics of the router; empty: none"
+    )
+    security: SecuritySection = Field(
+        default=SecuritySection(), description="how its processes are reached"
     )
     ray_dir: str = Field(description="temporary directory of the embedded Ray")
     processes: tuple[Process, ...] = Field(
@@ -171,7 +194,18 @@ class ClusterRecord(BaseModel):
         states = [one.state for one in self.shards] + [one.state for one in self.tables]
         if self.sequencer is not None:
             states.append(self.sequencer.state)
-        return self.router.state == "serving" and all(one == "serving" for one in states)
+        routers = self.routers or (self.router,)
+        return all(one.state == "serving" for one in routers) and all(
+            one == "serving" for one in states
+        )
+
+    @property
+    def runs(self) -> bool:
+        """Return whether it runs, as far as this machine can tell.
+
+        The processes of several hosts are not looked for: their record goes when they are ended.
+        """
+        return bool(self.ray) or is_alive(self.driver)
 
 
 class StateDir:
@@ -216,6 +250,11 @@ class StateDir:
         return self.root / FILE
 
     @property
+    def control_url_file(self) -> Path:
+        """Return the file that names the server of the control store, if that is one."""
+        return self.root / URL_FILE
+
+    @property
     def control(self) -> ControlStore:
         """Return the control store.
 
@@ -240,9 +279,19 @@ class StateDir:
         return self.root / "shard_map.json"
 
     @property
+    def coming_map_file(self) -> Path:
+        """Return the map by which a new set of shards is checked before it takes over."""
+        return self.root / "shard_map.coming.json"
+
+    @property
     def tables_dir(self) -> Path:
         """Return where the maps of remote tables are, which the shards follow."""
         return self.root / "tables"
+
+    @property
+    def faults_dir(self) -> Path:
+        """Return where injected faults are written down, which their targets follow."""
+        return self.root / "faults"
 
     @property
     def router_file(self) -> Path:
@@ -253,6 +302,16 @@ class StateDir:
     def token_file(self) -> Path:
         """Return the secret of the embedded Ray."""
         return self.root / "ray.token"
+
+    @property
+    def secret_file(self) -> Path:
+        """Return the secret of the cluster, where the settings name none."""
+        return self.root / "cluster.secret"
+
+    @property
+    def audit_file(self) -> Path:
+        """Return the audit log, where the settings name none."""
+        return self.root / "log" / "audit.jsonl"
 
     @property
     def daemon_log(self) -> Path:
@@ -392,7 +451,13 @@ class StateDir:
 
     def clear_record(self) -> None:
         """Remove what describes a running cluster."""
-        for path in (self.record_file, self.shard_map_file, self.router_file, self.token_file):
+        for path in (
+            self.record_file,
+            self.shard_map_file,
+            self.coming_map_file,
+            self.router_file,
+            self.token_file,
+        ):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tables_dir, ignore_errors=True)
 

@@ -6,6 +6,7 @@ Generations whose rows are the same share their processes.
 Shapes: L log partitions, S processes.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -17,9 +18,11 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from silvershard.cluster.security_config import PeerSection
 from silvershard.cluster.table_config import ShardTables, TableHolding, TableRows
 from silvershard.cluster.table_map import TableEntry, TableShardMap, map_path
 from silvershard.deploy.config import Config
+from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.shard_watch import ActorWatch, Handle
 from silvershard.deploy.state import StateDir, TableRecord
 from silvershard.deploy.state_log import log_url
@@ -129,6 +132,7 @@ class TableTier:
         rows: PublishedRows,
         holding: Path,
         start: StartTables,
+        feel: Feel = Pulse,
     ) -> None:
         """Start all processes at once.
 
@@ -138,6 +142,7 @@ class TableTier:
             rows: what they hold, of at least one table.
             holding: file that tells them so.
             start: starts a process.
+            feel: takes the pulse of the process at an address.
         """
         self.rows = rows
         self._state = state
@@ -149,7 +154,7 @@ class TableTier:
         self._write_holding()
         num_processes = max(plan.num_shards for plan in self._plans.values())
         self.watches = [
-            TableWatch(shard, start(shard, holding), config.runtime)
+            TableWatch(shard, start(shard, holding), config.runtime, feel=feel)
             for shard in range(num_processes)
         ]
 
@@ -229,17 +234,26 @@ class TableTier:
 class TableTiers:
     """The processes of the remote tables of all generations that shards hold."""
 
-    def __init__(self, state: StateDir, config: Config, start: StartTables | None = None) -> None:
+    def __init__(
+        self,
+        state: StateDir,
+        config: Config,
+        start: StartTables | None = None,
+        *,
+        feel: Feel = Pulse,
+    ) -> None:
         """Prepare without a process.
 
         Args:
             state: where generations are and the maps go.
             config: settings.
             start: starts a process; by default as a Ray actor.
+            feel: takes the pulse of the process at an address.
         """
+        self._feel = feel
         self._state = state
         self._config = config
-        self._start = start or _start_actor
+        self._start = start or functools.partial(_start_actor, config.security.peers)
         self._rows: dict[int, PublishedRows] = {}
         self._tiers: list[TableTier] = []
         self._num_started = 0
@@ -294,7 +308,9 @@ class TableTiers:
         self._num_started += 1
         self._state.tables_dir.mkdir(mode=0o700, exist_ok=True)
         holding = self._state.tables_dir / f"tier-{self._num_started:06d}.json"
-        self._tiers.append(TableTier(self._state, self._config, rows, holding, self._start))
+        self._tiers.append(
+            TableTier(self._state, self._config, rows, holding, self._start, self._feel)
+        )
         return self._tiers[-1]
 
     def _drop(self, generation: int) -> None:
@@ -326,11 +342,13 @@ class TableTiers:
             print(json.dumps({"event": "tables", "message": text}), file=sys.stderr)
 
 
-def _start_actor(shard: int, holding: Path) -> Handle[TableHost]:
+def _start_actor(peers: PeerSection, shard: int, holding: Path) -> Handle[TableHost]:
     from silvershard.cluster import table_actor
     from silvershard.deploy.ray_shard import RayShard
 
     # ray.remote turns the class into something that its type does not say.
     actor_class: Any = table_actor.TableActor
-    actor = actor_class.options(name=f"{holding.stem}-{shard}").remote(shard, str(holding))
+    actor = actor_class.options(name=f"{holding.stem}-{shard}").remote(
+        shard, str(holding), peers=peers.model_dump()
+    )
     return RayShard(actor, TableHost)

@@ -19,20 +19,36 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from silvershard.deploy import bench, change, doctor_verb, generation_verbs, ingest, plan_verb
+from silvershard.deploy import (
+    bench,
+    change,
+    chaos_verb,
+    doctor_verb,
+    generation_verbs,
+    ingest,
+    node_verbs,
+    plan_verb,
+    scale_verbs,
+    token_verbs,
+)
+from silvershard.deploy.access import access_options, dialer_of
 from silvershard.deploy.arguments import (
     generation_number,
     load_settings,
     new_log_option,
     parents,
     query_options,
+    ray_option,
     reporter,
     serving_options,
+    several_hosts_options,
     show,
     state_of,
 )
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.config import Config, to_yaml
 from silvershard.deploy.errors import CommandError, ExitCode
+from silvershard.deploy.hosts import hosts_of
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import ConfigError, DeadlineExceeded, RemoteError, RetrievalError
 
@@ -121,7 +137,7 @@ def _arguments() -> argparse.ArgumentParser:
     publish.add_argument(
         "--activate", action="store_true", help="make it live in the running cluster then"
     )
-    text = "start a cluster on this machine and keep it running"
+    text = "start a cluster on this machine, or on several hosts, and keep it running"
     up = verb("up", text, _up, state, config, timeout)
     up.add_argument(
         "--generation",
@@ -135,13 +151,16 @@ def _arguments() -> argparse.ArgumentParser:
         help="run until SIGTERM, Ctrl-C or `silvershard down`, for containers and systemd",
     )
     serving_options(up)
+    several_hosts_options(up)
     new_log_option(publish)
     new_log_option(up)
     text = "stop the cluster and wait until its last process is gone"
-    verb("down", text, _down, state, config, timeout)
+    ray_option(verb("down", text, _down, state, config, timeout))
     doctor_verb.add_verb(verb, state, config)
     verb("status", "say what runs; exit code 3 if it is degraded", _status, state)
-    query_options(verb("query", "ask a running cluster", _query, state, timeout))
+    query = verb("query", "ask a running cluster", _query, state, timeout)
+    query_options(query)
+    access_options(query)
 
     for module in (change, ingest):
 
@@ -152,11 +171,16 @@ def _arguments() -> argparse.ArgumentParser:
 
         module.add_options(change_verb)
     generation_verbs.add_verbs(verb, shared)
+    scale_verbs.add_verbs(verb, shared)
+    node_verbs.add_verbs(verb, shared)
     bench.add_verbs(verb, shared)
     plan_verb.add_verb(verb, shared)
+    chaos_verb.add_verb(verb, shared)
+    token_verbs.add_verbs(verb, shared)
     text = "ask a running cluster the requests its generation was published with, and compare"
     golden = verb("golden", text, _golden, state, timeout)
     golden.add_argument("--address", default="", metavar="HOST:PORT", help="router to ask")
+    access_options(golden)
     text = "measure a running cluster on the held-out interactions of its data set"
     evaluate = verb("evaluate", text, _evaluate, state, config)
     evaluate.add_argument("--data", **data)
@@ -226,7 +250,8 @@ def _publish(options: argparse.Namespace) -> int:
             "--recluster reads no data: leave --data and --data-as-of out", ExitCode.USAGE
         )
     state = state_of(options)
-    config = load_settings(options, state).config
+    # A generation must have partitions for as many shards as the cluster was scaled to.
+    config = in_force(load_settings(options, state).config, state.control.read().scaled)
     report = reporter(options)
     if options.activate:
         # What cannot be done in the end should be said before the work.
@@ -270,6 +295,21 @@ def _up(options: argparse.Namespace) -> int:
     config = load_settings(options, state, **{"runtime.start_timeout_s": options.timeout}).config
     if options.new_log:
         _leave_log(options, state, config)
+    hosts = hosts_of(config.hosts, options.hosts)
+    if hosts:
+        if options.foreground:
+            options.wrong_usage("--foreground is for a single machine: Ray keeps several hosts up")
+        document = operate.up_hosts(
+            state,
+            config,
+            hosts,
+            generation=options.generation,
+            ray=options.ray,
+            routers=options.routers,
+            report=reporter(options),
+        )
+        show(options, document, lambda: operate.render_cluster(document))
+        return ExitCode.OK
     if options.foreground:
 
         def ready(document: dict[str, Any]) -> None:
@@ -295,9 +335,11 @@ def _down(options: argparse.Namespace) -> int:
 
     state = state_of(options)
     config = load_settings(options, state).config
-    document = operate.down(state, timeout_s=options.timeout or config.runtime.stop_timeout_s)
+    document = operate.down(
+        state, timeout_s=options.timeout or config.runtime.stop_timeout_s, ray=options.ray
+    )
     show(options, document, lambda: operate.render_down(document, state))
-    return ExitCode.OK
+    return ExitCode.DEGRADED if document["unreachable"] else ExitCode.OK
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -341,6 +383,7 @@ def _query(options: argparse.Namespace) -> int:
             return_fields=[name for name in options.fields.split(",") if name],
         ),
         timeout_s=options.timeout or 10.0,
+        dialer=dialer_of(options, state),
     )
     document = ask.described(result, asker)
     show(options, document, lambda: ask.render(document))
@@ -360,7 +403,9 @@ def _golden(options: argparse.Namespace) -> int:
 
     state = state_of(options)
     address = ask.address_of(state, options.address)
-    document = golden.check(state, address, timeout_s=options.timeout or 10.0)
+    document = golden.check(
+        state, address, timeout_s=options.timeout or 10.0, dialer=dialer_of(options, state)
+    )
     show(options, document, lambda: golden.render(document))
     return ExitCode.FAILED if document["differences"] else ExitCode.OK
 

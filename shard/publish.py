@@ -23,6 +23,7 @@ from silvershard.model.planes import (
     choose_planes,
     encode_items,
 )
+from silvershard.model.recall_calibration import calibrate
 from silvershard.model.request import Request
 from silvershard.model.retriever import Centroids, RetrievalModel, Retriever
 from silvershard.model.schema import Schema, check_model
@@ -81,6 +82,7 @@ def publish_generation(
     semantic: SemanticSource | None = None,
     golden_requests: int = 24,
     golden_users: Sequence[Request] = (),
+    recall_requests: int = 0,
     log_id: int = 0,
     cut: tuple[int, ...] = (),
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -113,6 +115,8 @@ def publish_generation(
         golden_requests: requests that are written with the answers of the model in memory and asked
             again of what was written; with 0 nothing is written or asked.
         golden_users: features and excluded ids of real users, to draw those requests from.
+        recall_requests: requests, of these users first, on which it is measured what plans find of
+            exact answers; with 0 answers have no expected recall.
         log_id: the update log that ``cut`` is of; 0 without.
         cut: position in each partition of the log up to which its updates are in the catalogue.
         on_phase: hears the name of each of the ``PHASES`` when it begins.
@@ -195,20 +199,24 @@ def publish_generation(
             semantic_codes=None if semantic_codes is None else semantic_codes[rows],
         )
     on_phase(PHASES[3])
-    golden = None
-    if golden_requests:
-        # The index lives no longer than this, so that it is gone when the written one is loaded.
-        golden = Golden.of(
-            Retriever(
-                model,
-                Centroids.of(clustering.centroids),
-                [build_index(list(partitions.values()), spec)],
-                spec,
-                semantic,
-            ).eval(),
-            draw_requests(spec, catalogue, golden_requests, users=golden_users, seed=seed),
-        )
-        check_exact(golden, BruteForce(model, spec, catalogue, embeddings))
+    golden = calibration = None
+    if golden_requests or recall_requests:
+        retriever = Retriever(
+            model,
+            Centroids.of(clustering.centroids),
+            [build_index(list(partitions.values()), spec)],
+            spec,
+            semantic,
+        ).eval()
+        if golden_requests:
+            drawn = draw_requests(spec, catalogue, golden_requests, users=golden_users, seed=seed)
+            golden = Golden.of(retriever, drawn)
+            check_exact(golden, BruteForce(model, spec, catalogue, embeddings))
+        if recall_requests:
+            drawn = draw_requests(spec, catalogue, recall_requests, seed=seed + 1)
+            calibration = calibrate(retriever, (*golden_users, *drawn)[:recall_requests])
+        # It must be gone when the written one is loaded.
+        del retriever
 
     def check(written: Path) -> None:
         on_phase(PHASES[5])
@@ -230,6 +238,7 @@ def publish_generation(
         golden=None if golden is None else golden.to_bytes(),
         log_id=log_id,
         cut=cut,
+        calibration=calibration,
         check=check,
     )
     sizes = torch.bincount(assignment, minlength=num_clusters)

@@ -34,6 +34,7 @@ from torch import Tensor
 from silvershard.kernels import MAX_CODE
 from silvershard.model.catalogue import Catalogue
 from silvershard.model.planes import ItemBits
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.model.schema import check_model
 from silvershard.model.spec import ServingSpec
 from silvershard.shard.columns import unpack_catalogue
@@ -90,6 +91,9 @@ class Manifest(BaseModel):
         default=(),
         description="position in each partition of the update log up to which its updates are in "
         "the items; empty: none are",
+    )
+    calibration: RecallCalibration | None = Field(
+        default=None, description="what plans find of exact answers; none: it was not measured"
     )
 
     @field_validator("files")

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from silvershard.model.recall_calibration import RecallCalibration
 from silvershard.model.spec import ServingSpec
 from silvershard.shard.columns import pack_catalogue
 from silvershard.shard.errors import SnapshotError
@@ -86,6 +87,7 @@ def write_snapshot(
     golden: bytes | None = None,
     log_id: int = 0,
     cut: tuple[int, ...] = (),
+    calibration: RecallCalibration | None = None,
     check: Callable[[Path], None] = lambda path: None,
 ) -> Path:
     """Write one generation atomically and return its directory.
@@ -106,6 +108,7 @@ def write_snapshot(
         golden: content of the file of golden requests; none without.
         log_id: the update log that ``cut`` is of; 0 without.
         cut: position in each partition of the log up to which its updates are in the items.
+        calibration: what plans find of exact answers; None: it was not measured.
         check: is given what was written before it gets its name, and raises if it is not sound.
 
     Raises:
@@ -136,6 +139,7 @@ def write_snapshot(
             files=files,
             log_id=log_id,
             cut=cut,
+            calibration=calibration,
         )
         (staging / MANIFEST).write_bytes(_sealed(manifest.model_dump(mode="json")))
         check(staging)

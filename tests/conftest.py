@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import datetime
+import ipaddress
 import json
 import os
 import selectors
@@ -19,6 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from silvershard.model.catalogue import NULL_INT, Catalogue, Ragged
 from silvershard.model.dense import PaddedLinear
@@ -740,3 +746,92 @@ def make_requests(
 def request_maker() -> Callable[..., list[Request]]:
     """``request_maker(generation, count, seed, depth=3)`` gives random requests."""
     return make_requests
+
+
+class Authority:
+    """A certificate authority in a folder, for the certificates of one test."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.ca = folder / f"{name}.ca.pem"
+        made = self._signed(self._name, self._key.public_key(), days=30, names=None)
+        self.ca.write_bytes(made)
+
+    def issue(
+        self, stem: str, *names: str, days: float = 30.0, authority: "Authority | None" = None
+    ) -> dict[str, str]:
+        """Write a certificate and its key; return them and its first name as a section of TLS.
+
+        It replaces one of that stem. It is of these DNS names and addresses, and lives for so many
+        days, of which a negative number is over. ``authority`` is who signs instead.
+        """
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, stem)])
+        made = (authority or self)._signed(subject, key.public_key(), days=days, names=names)
+        paths = self._folder / f"{stem}.pem", self._folder / f"{stem}.key"
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        for path, content in zip(paths, (made, private), strict=True):
+            partial = path.with_suffix(".tmp")
+            partial.write_bytes(content)
+            partial.chmod(0o600)
+            partial.replace(path)
+        certificate, private_key = map(str, paths)
+        return {"certificate": certificate, "key": private_key, "name": names[0]}
+
+    def section(self, stem: str = "server", *names: str, **options: Any) -> dict[str, str]:
+        """The same with the authority itself."""
+        issued = self.issue(stem, *(names or ("feed.test", "127.0.0.1")), **options)
+        return {**issued, "ca": str(self.ca)}
+
+    def _signed(
+        self, subject: x509.Name, public: Any, *, days: float, names: Sequence[str] | None
+    ) -> bytes:
+        now = datetime.datetime.now(datetime.UTC)
+        life = datetime.timedelta(days=abs(days))
+        begin = now - datetime.timedelta(hours=1) - (life if days < 0 else datetime.timedelta())
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begin)
+            .not_valid_after(begin + life)
+            .add_extension(x509.BasicConstraints(ca=names is None, path_length=None), True)
+        )
+        if names is not None:
+            alternatives = [_alternative(one) for one in names]
+            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), False)
+        made = builder.sign(self._key, hashes.SHA256())
+        return made.public_bytes(serialization.Encoding.PEM)
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+@pytest.fixture(scope="session")
+def make_authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Authority]:
+    """``make_authority(name)`` issues certificates from a folder of its own."""
+    return lambda name: Authority(tmp_path_factory.mktemp(name), name)
+
+
+@pytest.fixture
+def authority(make_authority: Callable[[str], Authority]) -> Authority:
+    """Issues certificates; ``authority.section()`` is a whole section of TLS."""
+    return make_authority("authority")
+
+
+@pytest.fixture
+def stranger(make_authority: Callable[[str], Authority]) -> Authority:
+    """An authority that nobody believes."""
+    return make_authority("stranger")

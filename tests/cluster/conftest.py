@@ -4,6 +4,7 @@ import random
 import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,6 +30,7 @@ from silvershard.cluster.config import (
 from silvershard.cluster.consistency import ANY, Consistency
 from silvershard.cluster.coordinator import Coordinator
 from silvershard.cluster.extra_calls import ExtraCalls
+from silvershard.cluster.faults import FaultRecord, Faults, write_faults
 from silvershard.cluster.freshness import ANYTHING, Demand, Seen
 from silvershard.cluster.replica_choice import ReplicaChoice
 from silvershard.cluster.rounds import Served
@@ -431,10 +433,13 @@ def make_cluster(
     """``make_cluster(num_shards, **query)`` starts servers and a router; all end with the test."""
     clusters: list[LocalCluster] = []
 
-    def make(num_shards: int, *, executors: Any = None, **options: Any) -> LocalCluster:
+    def make(
+        num_shards: int, *, executors: Any = None, snapshot: Path | None = None, **options: Any
+    ) -> LocalCluster:
         cluster = LocalCluster(loop_thread, tmp_path)
         clusters.append(cluster)
-        return cluster.start(executors or make_executors(num_shards), generation.path, **options)
+        path = snapshot or generation.path
+        return cluster.start(executors or make_executors(num_shards), path, **options)
 
     yield make
     for cluster in clusters:
@@ -466,6 +471,28 @@ def make_bench(virtual: Any, generation: Any, make_executors: Any) -> Callable[.
         return Bench(virtual, generation, executors, replicas, **options)
 
     return make
+
+
+@pytest.fixture
+def suffer(tmp_path: Path) -> Callable[..., Faults]:
+    """``suffer(kind, target, **more)`` makes this process suffer one fault from now on."""
+    faults = Faults(tmp_path, lambda _: True)
+
+    def order(kind: Any, target: str, *, state: Any = "active", **more: Any) -> Faults:
+        record = FaultRecord(
+            name="a",
+            kind=kind,
+            target=target,
+            seconds=3600,
+            state=state,
+            began_unix_s=time.time(),
+            **more,
+        )
+        write_faults(tmp_path, (record,))
+        faults.look()
+        return faults
+
+    return order
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from silvershard.cluster import RequestRefused, admin_client, admin_pb2, admin_pb2_grpc
 from silvershard.cluster.admin_client import AdminClient
@@ -29,7 +30,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         )
 
     Plan = StageSnapshot = VerifySnapshot = WarmSnapshot = Activate = begin
-    Rollback = SetAlias = GetOperation = CancelOperation = begin
+    Rollback = SetAlias = Scale = GetOperation = CancelOperation = begin
 
     def WaitOperation(self, request: Any, context: Any) -> admin_pb2.Operation:
         going_on = self.begin(request, context)
@@ -43,6 +44,21 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     def ListShards(self, request: Any, context: Any) -> Any:
         return admin_pb2.ListShardsResponse(generation=3)
+
+    def InjectFault(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return admin_pb2.Fault(operation_id=request.operation_id)
+
+    def ListFaults(self, request: Any, context: Any) -> Any:
+        return admin_pb2.ListFaultsResponse(faults=[admin_pb2.Fault(operation_id="one")])
+
+    def ClearFaults(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return self.ListFaults(request, context)
+
+    def Audit(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return admin_pb2.AuditResponse(entries=[admin_pb2.AuditEntry(who="olga")])
 
     def Freshness(self, request: Any, context: Any) -> Any:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it takes no updates")
@@ -73,6 +89,7 @@ def test_every_call_says_what_it_was_given(admin: Admin, client: AdminClient) ->
     client.activate(2, operation_id="a", dry_run=True)
     client.rollback(operation_id="a")
     client.set_alias("canary", 2, load=False, operation_id="a")
+    client.scale(shards=3, standby=0, operation_id="a", dry_run=True)
     client.get_operation("a")
     client.cancel_operation("a")
     assert admin.asked == [
@@ -85,9 +102,56 @@ def test_every_call_says_what_it_was_given(admin: Admin, client: AdminClient) ->
         admin_pb2.ActivateRequest(operation_id="a", generation=2, dry_run=True),
         admin_pb2.RollbackRequest(operation_id="a"),
         admin_pb2.SetAliasRequest(operation_id="a", generation=2, alias="canary", checks=files),
+        admin_pb2.ScaleRequest(operation_id="a", dry_run=True, shards=3, standby=0),
         admin_pb2.GetOperationRequest(operation_id="a"),
         admin_pb2.CancelOperationRequest(operation_id="a"),
     ]
+
+
+def test_faults_say_what_they_were_given(admin: Admin, client: AdminClient) -> None:
+    fault = client.inject_fault("drop", "host a", 1.5, share=0.5, operation_id="a", dry_run=True)
+    assert fault.operation_id == "a"
+    assert client.inject_fault("kill", "shard 1.0", allow_outage=True).operation_id
+    client.inject_fault("slow", "shard 1.0", 2.0, delay_ms=7, operation_id="b")
+    client.inject_fault("corrupt", "generation 2", 2.0, copy_url="file:///c", operation_id="c")
+    lasting = Duration(seconds=2)
+    assert admin.asked == [
+        admin_pb2.InjectFaultRequest(
+            operation_id="a",
+            dry_run=True,
+            kind=admin_pb2.FAULT_KIND_DROP,
+            target="host a",
+            duration=Duration(seconds=1, nanos=500_000_000),
+            share=0.5,
+        ),
+        admin_pb2.InjectFaultRequest(
+            operation_id=admin.asked[1].operation_id,
+            kind=admin_pb2.FAULT_KIND_KILL,
+            target="shard 1.0",
+            duration=Duration(),
+            share=1.0,
+            allow_outage=True,
+        ),
+        admin_pb2.InjectFaultRequest(
+            operation_id="b",
+            kind=admin_pb2.FAULT_KIND_SLOW,
+            target="shard 1.0",
+            duration=lasting,
+            delay_ms=7,
+            share=1.0,
+        ),
+        admin_pb2.InjectFaultRequest(
+            operation_id="c",
+            kind=admin_pb2.FAULT_KIND_CORRUPT,
+            target="generation 2",
+            duration=lasting,
+            share=1.0,
+            copy_url="file:///c",
+        ),
+    ]
+    assert [one.operation_id for one in client.list_faults()] == ["one"]
+    assert [one.operation_id for one in client.clear_faults("a", "b")] == ["one"]
+    assert admin.asked[-1] == admin_pb2.ClearFaultsRequest(operation_ids=["a", "b"])
 
 
 def test_an_operation_without_a_name_gets_one_of_its_own(client: AdminClient) -> None:
@@ -138,6 +202,8 @@ def test_reads_are_answers_and_refusals_are_errors(admin: Admin, client: AdminCl
     assert [one.operation_id for one in client.list_operations(going_on=True)] == ["one"]
     assert admin.asked == [admin_pb2.ListOperationsRequest(going_on=True)]
     assert client.list_shards().generation == 3
+    assert [one.who for one in client.audit(limit=7)] == ["olga"]
+    assert admin.asked[-1] == admin_pb2.AuditRequest(limit=7)
     with pytest.raises(RequestRefused, match="it takes no updates") as refused:
         client.freshness()
     assert refused.value.code == "FAILED_PRECONDITION"

@@ -514,6 +514,57 @@ def test_what_expired_in_the_queue_is_dropped_before_launch(virtual: Any, runner
     assert batcher.dropped.expired == {"queue": 1}
 
 
+def test_who_waits_is_told_when_the_time_is_over_although_nothing_begins_or_ends(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        running = asyncio.ensure_future(batcher.submit([query(virtual, 1, 60.0)], runner.run))
+        await settle()
+        began_s = virtual.time()
+        (fate,) = await batcher.submit([query(virtual, 2, 1.5)], runner.run)
+        assert isinstance(fate, DeadlineExceeded)
+        assert 1.5 <= virtual.time() - began_s < 1.501
+        assert batcher.num_waiting == 0
+        assert batcher.dropped.expired["queue"] == 1
+        runner.gate.set()
+        assert await running == [1]
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[1]]
+
+
+def test_who_ran_out_of_time_in_a_batch_does_not_wait_for_its_neighbours(
+    virtual: Any, runner: Runner
+) -> None:
+    batcher = make(virtual, max_running=1)
+
+    async def scene() -> None:
+        runner.gate.clear()
+        began_s = virtual.time()
+        first = asyncio.ensure_future(batcher.submit([query(virtual, 9)], runner.run))
+        await settle()
+        hurried = asyncio.ensure_future(batcher.submit([query(virtual, 1, 1.2)], runner.run))
+        patient = asyncio.ensure_future(batcher.submit([query(virtual, 2, 1.9)], runner.run))
+        await settle()
+        runner.gate.set()
+        assert await first == [9]
+        runner.gate.clear()
+        (fate,) = await hurried
+        assert isinstance(fate, DeadlineExceeded)
+        assert 1.2 <= virtual.time() - began_s < 1.25
+        assert batcher.dropped.expired["run"] == 1
+        assert not patient.done()
+        runner.gate.set()
+        assert await patient == [2]
+
+    virtual.run_until_complete(scene())
+    assert runner.batches == [[9], [1, 2]]
+    assert not runner.cancelled
+
+
 def test_who_cancels_frees_the_place_at_once_and_no_future_is_lost(
     virtual: Any, runner: Runner
 ) -> None:

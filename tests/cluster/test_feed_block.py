@@ -115,6 +115,26 @@ def test_what_an_earlier_sequencer_accepted_takes_room(feed: FeedBlock) -> None:
     assert "holds 90.0%" in feed.refusal(0)
 
 
+def test_other_shards_are_unknown_and_what_was_accepted_before_takes_room(feed: FeedBlock) -> None:
+    feed.resume(0, 100)
+    feed.report([report(10, 100), report(10, 100, shard=1)])
+    accept(feed, 5)
+    feed.settle(0, 105)
+    accept(feed, 3)
+    feed.forget()
+    assert feed.unknown(3) == {0, 1, 2}
+    assert "has not said yet" in feed.reserve(0, 0)
+    feed.report([report(81, 100)])
+    # Five were in the log and three on their way into it.
+    assert feed.reserve(0, 0) == ""
+    assert "holds 90.0%" in feed.reserve(0, 0)
+    feed.settle(0, 108)
+    feed.report([report(89, 108)])
+    assert feed.refusal(0).startswith("shard 0 holds 89.0%")
+    feed.report([report(79, 108)])
+    assert feed.refusal(0) == ""
+
+
 def test_a_shard_without_slots_has_no_room(feed: FeedBlock) -> None:
     feed.report([report(0, 0, slots=0)])
     assert "holds 100.0%" in feed.refusal(0)

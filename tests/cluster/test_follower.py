@@ -723,3 +723,17 @@ def test_an_idle_follower_notices_every_append(tmp_path: Path, make: Any, shard:
         until(lambda position=position: follower.lag.cut == (position,))  # type: ignore[misc]
     follower.stop()
     log.close()
+
+
+def test_a_follower_whose_log_is_stalled_stays_at_its_cut(
+    make: Any, shard: Shard, suffer: Any
+) -> None:
+    log = MemoryLog()
+    log.add("a")
+    follower = make(log, faults=suffer("stall", "shard 0.0"))
+    with pytest.raises(LogUnavailable, match="update log test://: stalled by fault a"):
+        follower.step()
+    assert shard.names == []
+    suffer("stall", "shard 0.0", state="cleared")
+    follower.step()
+    assert shard.names == ["a"]

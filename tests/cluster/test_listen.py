@@ -5,7 +5,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from silvershard.cluster.listen import bind, is_loopback, server_options
+from silvershard.cluster.listen import Door, bind, check_host, is_loopback, server_options
 from silvershard.shard.errors import ConfigError, StateError
 
 
@@ -39,9 +39,9 @@ def test_only_addresses_of_this_machine_alone_are_loopback(host: str, loopback: 
 def test_an_address_that_others_can_reach_needs_the_flag(run: Callable[..., Any]) -> None:
     async def check() -> None:
         async with server() as one:
-            with pytest.raises(ConfigError, match=r"got '0\.0\.0\.0'; set listen\.insecure"):
+            with pytest.raises(ConfigError, match=r"without security\.tls and security\.tokens"):
                 bind(one, "0.0.0.0", 0)
-            assert bind(one, "0.0.0.0", 0, insecure=True).startswith("0.0.0.0:")
+            assert bind(one, "0.0.0.0", 0, Door(insecure=True)).startswith("0.0.0.0:")
 
     run(check())
 
@@ -65,3 +65,21 @@ def test_a_port_in_use_is_an_error_and_is_not_shared(run: Callable[..., Any]) ->
                 bind(second, "127.0.0.1", int(address.split(":")[1]))
 
     run(check())
+
+
+@pytest.mark.parametrize(
+    ("door", "missing"),
+    [
+        (Door(), r"without security\.tls and security\.tokens, got '10\.0\.0\.1'; set both"),
+        (Door(guarded=True), r"admin\.host must be .* without security\.tls, .* set it,"),
+        (Door(credentials=object()), r"without security\.tokens, got '10\.0\.0\.1'; set it"),
+    ],
+)
+def test_others_may_reach_only_what_is_encrypted_and_asks_who_they_are(
+    door: Door, missing: str
+) -> None:
+    with pytest.raises(ConfigError, match=missing):
+        check_host("10.0.0.1", door, "admin.host")
+    check_host("127.0.0.1", door, "admin.host")
+    check_host("10.0.0.1", Door(credentials=object(), guarded=True))
+    check_host("10.0.0.1", Door(insecure=True))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from silvershard.cluster.map_file import read_map, stamp_of, write_map
+from silvershard.cluster.map_file import MapFile, read_map, stamp_of, write_map
 from silvershard.shard.errors import StateError
 
 
@@ -62,3 +62,16 @@ def test_a_map_that_is_none_is_refused_with_its_file_and_field(
         path.write_text(text)
     with pytest.raises(StateError, match=rf"^users .*map\.json: .*{message}"):
         read_map(Map, path, "users")
+
+
+def test_a_source_reads_what_is_in_its_file_by_then(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    source = MapFile(Map, path, "users")
+    assert source.stamp() is None
+    with pytest.raises(StateError, match=r"^users .*map\.json: No such file"):
+        source.read()
+    for version in (3, 4):
+        before = source.stamp()
+        write_map(Map(version=version), path, "map")
+        assert source.stamp() == stamp_of(path) != before
+        assert source.read() == Map(version=version)

@@ -376,6 +376,68 @@ def test_another_cut_of_the_same_generation_gives_the_same_answers(
     until(is_served)
 
 
+def test_the_old_cut_serves_until_every_shard_of_the_new_one_was_met(
+    make_router: Any,
+    make_server: Any,
+    make_executors: Any,
+    write_map: Any,
+    client_of: Any,
+    map_entry: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("silvershard.cluster.router._MEET_S", 600.0)
+    two = [make_server(executor) for executor in make_executors(2)]
+    three = [make_server(executor) for executor in make_executors(3)]
+    write_map(*two)
+    router = make_router()
+    client = client_of(router.address)
+    client.wait_until_ready(10)
+    entries = [map_entry(one) for one in three]
+    nowhere = entries[2].model_copy(update={"address": "127.0.0.1:1"})
+    write_map(*entries[:2], nowhere, version=2, num_shards=3)
+    until(lambda: bool(router._coming))
+    coming = router._coming[1]
+    until(lambda: all(link.reached for one in (0, 1) for link in coming.links.replicas(one)))
+    for _ in range(5):
+        result = client.retrieve(k=30, min_coverage=1.0)
+        assert (result.coverage.shards_total, result.shard_map_version) == (2, 1)
+    write_map(*three, version=3, num_shards=3)
+    until(lambda: client.retrieve(k=30, min_coverage=1.0).shard_map_version == 3)
+    assert client.retrieve(k=30).coverage.shards_total == 3
+    # What was met is what serves, and nothing is met twice.
+    assert router._held[1] is coming
+    assert router._coming == {}
+    # A map of the old cut that comes while another one is being met ends that.
+    write_map(*two, nowhere.model_copy(update={"shard": 2}), version=4, num_shards=4)
+    until(lambda: bool(router._coming))
+    write_map(*three, version=5, num_shards=3)
+    until(lambda: client.retrieve(k=30, min_coverage=1.0).shard_map_version == 5)
+    assert router._coming == {}
+    assert router._held[1] is coming
+
+
+def test_a_shard_of_the_new_cut_that_cannot_be_met_is_not_waited_for_forever(
+    make_router: Any,
+    make_server: Any,
+    make_executors: Any,
+    write_map: Any,
+    client_of: Any,
+    map_entry: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("silvershard.cluster.router._MEET_S", 0.05)
+    two = [make_server(executor) for executor in make_executors(2)]
+    three = [make_server(executor) for executor in make_executors(3)]
+    write_map(*two)
+    client = client_of(make_router().address)
+    client.wait_until_ready(10)
+    write_map(*three[:2], version=2, num_shards=3)
+    until(lambda: client.retrieve(k=30, min_coverage=0.1).coverage.shards_total == 3)
+    result = client.retrieve(k=30, min_coverage=0.1)
+    assert result.coverage.documents < 1.0
+    assert result.coverage.shards_failed == 1
+
+
 def test_a_second_replica_serves_when_the_first_is_gone(
     make_router: Any,
     make_server: Any,
@@ -459,7 +521,7 @@ def two_generations(
         manifest = snapshot.manifest
         if path.name == "two":
             spec = manifest.spec.model_copy(update={"generation": 2})
-            manifest = SimpleNamespace(spec=spec, content_hash="two")
+            manifest = SimpleNamespace(spec=spec, content_hash="two", calibration=None)
         return SimpleNamespace(manifest=manifest)
 
     monkeypatch.setattr("silvershard.cluster.router.open_snapshot", opened)

@@ -15,8 +15,9 @@ from silvershard.cluster.config import (
 )
 from silvershard.cluster.extra_calls import ExtraCalls
 from silvershard.cluster.metrics import Metrics
+from silvershard.cluster.recall_audit import Audited
 from silvershard.cluster.router import Router
-from silvershard.cluster.router_metrics import add_router_metrics
+from silvershard.cluster.router_metrics import add_recall_metrics, add_router_metrics
 from silvershard.cluster.shard_link import LinkState
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -92,3 +93,16 @@ def test_the_table_of_metrics_is_that_of_the_router(tmp_path: Path) -> None:
     section = DOCS.read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
     told = Counter(re.findall(r"^\| `(silvershard_[a-z_]+)", section, re.MULTILINE))
     assert told == Counter(router._metrics.names())
+
+
+def test_the_recall_of_each_band_is_shown() -> None:
+    metrics = Metrics()
+    found = {"unfiltered": Audited(4, 3.0), "above": Audited(1, 1.0)}
+    add_recall_metrics(metrics, SimpleNamespace(found=found, given_up=2))  # type: ignore[arg-type]
+    assert read(metrics) == {
+        ("silvershard_recall_audits_total", "unfiltered"): 4,
+        ("silvershard_recall_audits_total", "above"): 1,
+        ("silvershard_recall_ratio", "unfiltered"): 0.75,
+        ("silvershard_recall_ratio", "above"): 1.0,
+        ("silvershard_recall_audits_given_up_total",): 2,
+    }

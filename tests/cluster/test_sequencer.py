@@ -527,6 +527,26 @@ def test_an_item_that_was_upserted_or_deleted_is_so_in_every_generation(
         assert scene.accept(ItemDelete(both)) == 7
 
 
+def test_another_number_of_shards_has_room_once_each_of_them_has_said_so(
+    make_scene: Any, live: LiveGeneration
+) -> None:
+    feed = FeedBlock(0.9, 0.1)
+    scene = make_scene(feed=feed, num_shards=2)
+    feed.report([RoomReport(shard, 0, 1000, 10, (0,)) for shard in range(2)])
+    scene.accept(ItemUpsert(NEW))
+    scene.sequencer.follow(live, 2)
+    scene.accept(ItemUpsert(NEW + 1))
+    scene.sequencer.follow(live, 3)
+    items = [ItemUpsert(NEW + 2 + number) for number in range(40)]
+    writes = [one for part in scene.writes(*items)[0].values() for one in part]
+    # Those of every shard, also of the numbers that there were before.
+    assert all(scene.sequencer.awaits_room([one]) for one in writes)
+    scene.refuse(items[0], "RESOURCE_EXHAUSTED")
+    feed.report([RoomReport(shard, 0, 1000, 10, (0,)) for shard in range(3)])
+    assert not scene.sequencer.awaits_room(writes)
+    scene.accept(*items)
+
+
 def test_outcomes_are_counted_by_operation_and_code(scene: Scene) -> None:
     scene.apply(
         ItemUpsert(NEW, ttl_s=1),
@@ -640,3 +660,14 @@ def test_threads_on_the_same_items_lose_no_ack_and_versions_only_grow(make_scene
             assert one.version == versions.get(one.item_id, 0) + 1
             versions[one.item_id] = one.version
     assert total == 8 * 40 * 5
+
+
+def test_nothing_is_logged_while_the_log_is_stalled(make_scene: Any, suffer: Any) -> None:
+    scene = make_scene(faults=suffer("stall", "sequencer"))
+    with pytest.raises(LogUnavailable, match="stalled by fault a"):
+        scene.apply(ItemUpsert(NEW))
+    with pytest.raises(LogUnavailable, match="stalled by fault a"):
+        scene.sequencer.expire(0)
+    suffer("stall", "sequencer", state="cleared")
+    # Its epoch is the same: no append was without an answer.
+    assert scene.accept(ItemUpsert(NEW)) == 1

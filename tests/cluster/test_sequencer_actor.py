@@ -108,36 +108,6 @@ def test_a_fenced_actor_ends_for_good(
     assert log.end(0) == 0
 
 
-@pytest.mark.parametrize("table", ["newer", "dead", "elsewhere"])
-def test_a_process_in_whose_place_is_another_ends_itself_alone(
-    monkeypatch: pytest.MonkeyPatch, table: str
-) -> None:
-    from silvershard.cluster import sequencer_actor
-
-    found = {"State": "ALIVE", "Pid": 7, "Address": {"NodeID": "here"}}
-    found |= {
-        "newer": {"Pid": 8},
-        "dead": {"State": "DEAD"},
-        "elsewhere": {"Address": {"NodeID": "there"}},
-    }[table]
-    answers = iter([ConnectionError("Ray is away"), found])
-    ended: list[Any] = []
-
-    def actor_table(actor_id: str) -> Any:
-        assert actor_id == "actor"
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(sequencer_actor.ray_state, "actor_table", actor_table)
-    monkeypatch.setattr(sequencer_actor.ray, "kill", lambda *_, **__: ended.append("actor"))
-    monkeypatch.setattr(sequencer_actor.os, "_exit", ended.append)
-    monkeypatch.setattr(sequencer_actor, "_RETRY_S", 1e-3)
-    sequencer_actor.Incarnation(None, "actor", "here", 7)._end()
-    assert ended == [1]
-
-
 def test_the_report_is_for_everybody(ray: Any, start: Any, log: UpdateLog) -> None:
     found = described(ray, start())
     with grpc.insecure_channel(found["address"]) as channel:

@@ -1,11 +1,14 @@
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,6 +25,9 @@ from silvershard.cluster.config import (
 )
 from silvershard.cluster.degrade_policy import DegradeMode, DegradePolicy
 from silvershard.model.request import Request
+from silvershard.model.spec import SearchDefaults
+from silvershard.shard.load import load_executor
+from silvershard.shard.publish import publish_generation
 from silvershard.shard.snapshot import open_snapshot
 
 Message = retrieval_pb2.RetrieveRequest
@@ -44,6 +50,13 @@ def client(cluster: Any) -> Iterator[Client]:
 def stub(cluster: Any, client: Client) -> Iterator[Any]:
     with grpc.insecure_channel(cluster.router.address) as channel:
         yield retrieval_pb2_grpc.RetrievalStub(channel)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end_s, "the state that was waited for did not come"
+        time.sleep(0.002)
 
 
 def refusal(call: Callable[[], Any]) -> tuple[str, status_pb2.Status, dict[str, Any]]:
@@ -619,3 +632,72 @@ def test_a_client_that_gives_up_in_the_queue_frees_its_place_and_its_shard_never
     # The shard is told to release what the answer has taken.
     while executors[0].num_open:
         threading.Event().wait(0.001)
+
+
+@pytest.fixture(scope="module")
+def calibrated(generation: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generation, with what its plans find measured on 100 users."""
+    histories = np.random.default_rng(5).choice(generation.catalogue.item_ids, (100, 6))
+    return publish_generation(
+        tmp_path_factory.mktemp("calibrated"),
+        name="films",
+        model=generation.model,
+        builder="two_tower",
+        config=generation.model.config.model_dump(mode="json"),
+        catalogue=generation.catalogue,
+        schema=generation.schema,
+        defaults=SearchDefaults(probes=4, ann_k=40),
+        num_clusters=16,
+        golden_requests=0,
+        golden_users=[Request(features={"history": one.tolist()}) for one in histories],
+        recall_requests=100,
+    ).path
+
+
+def test_answers_hold_the_share_of_an_exact_search_that_they_say(
+    make_cluster: Any, calibrated: Path, generation: Any
+) -> None:
+    executors = [load_executor(calibrated, shard, 2) for shard in range(2)]
+    cluster = make_cluster(2, executors=executors, snapshot=calibrated)
+    # Others than those it was measured on.
+    users = np.random.default_rng(6).choice(generation.catalogue.item_ids, (100, 6)).tolist()
+
+    def ask(**changes: Any) -> list[Result]:
+        queries = [Query(features={"history": one}, min_coverage=0.0, **changes) for one in users]
+        fates = [
+            fate
+            for at in range(0, 100, 50)
+            for fate in client.retrieve_batch(queries[at : at + 50])
+        ]
+        return [fate for fate in fates if isinstance(fate, Result)]
+
+    def compare(wanted: list[Result], found: list[Result]) -> tuple[float, float]:
+        assert len(found) == 100
+        said = {one.coverage.expected_recall for one in found}
+        assert len(said) == 1
+        held = [
+            len(set(one.item_ids.tolist()) & set(exact.item_ids.tolist())) / len(exact.item_ids)
+            for one, exact in zip(found, wanted, strict=True)
+        ]
+        return said.pop(), sum(held) / 100
+
+    with cluster.client(timeout_s=20) as client:
+        client.wait_until_ready(10)
+        exact = ask(exact=True)
+        assert compare(exact, exact) == (1.0, 1.0)
+        # As by default, and what overload makes of it.
+        for changes in ({}, {"nprobe": 2}, {"ann_k": 20}, {"nprobe": 3, "ann_k": 25}):
+            expected, held = compare(exact, ask(**changes))
+            assert held == pytest.approx(expected, abs=0.06)
+        assert client.retrieve(filter="year > 1990").coverage.expected_recall is None
+        cluster.publish_map(calibrated, version=2, leave_out=[1])
+        until(lambda: client.retrieve(min_coverage=0.0).coverage.documents < 1.0)
+        for changes in ({}, {"nprobe": 2}, {"exact": True}):
+            expected, held = compare(exact, ask(**changes))
+            # The others give more of theirs than their share of the best.
+            assert expected - 0.06 <= held < 0.7, (changes, expected, held)
+
+
+def test_a_generation_that_was_not_measured_gives_no_estimate(client: Client) -> None:
+    assert client.retrieve().coverage.expected_recall is None
+    assert client.retrieve(exact=True).coverage.expected_recall is None

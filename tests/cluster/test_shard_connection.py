@@ -16,7 +16,7 @@ from silvershard.cluster.shard_connection import ShardConnection
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.model.request import RequestError
-from silvershard.shard.errors import ReplicaStale, ShardUnavailable
+from silvershard.shard.errors import DeadlineExceeded, ReplicaStale, ShardUnavailable
 
 PING = PingSection(every_ms=5, suspect_after=2000, eject_after=2000)
 
@@ -31,11 +31,15 @@ class Echo(shard_pb2_grpc.ShardServicer):
         self.calls: list[shard_pb2.ShardCall] = []
         self.served: list[shard_pb2.ServedGeneration] = []
         self.epoch = 7
+        self.let_go: asyncio.Event | None = None
+        """Replies wait for it."""
 
     async def Execute(self, _: object, context: Any) -> None:
         await context.send_initial_metadata(())
         while (call := await context.read()) is not grpc.aio.EOF:
             self.calls.append(call)
+            if self.let_go is not None:
+                await self.let_go.wait()
             await context.write(
                 shard_pb2.ShardReply(
                     call_id=call.call_id,
@@ -57,13 +61,13 @@ class Echo(shard_pb2_grpc.ShardServicer):
 
 
 @asynccontextmanager
-async def connected(shard: Echo) -> AsyncIterator[ShardConnection]:
+async def connected(shard: Echo, **options: Any) -> AsyncIterator[ShardConnection]:
     server = grpc.aio.server(options=server_options(1 << 20))
     shard_pb2_grpc.add_ShardServicer_to_server(shard, server)
     address = bind(server, "127.0.0.1", 0)
     await server.start()
     entry = ShardEntry(shard=2, replica=1, address=address, epoch=7, documents=1, pid=1)
-    connection = ShardConnection(entry, PING)
+    connection = ShardConnection(entry, options.get("ping", PING), faults=options.get("faults"))
     connection.start()
     try:
         yield connection
@@ -254,5 +258,35 @@ def test_a_shard_is_told_of_a_call_that_nobody_waits_for_any_more(run: Any) -> N
             assert (second.cancel, second.epoch) == (first.call_id, 7)
             assert connection._connection is not None
             assert connection._connection.pending == {}
+
+    run(scene())
+
+
+def test_what_a_partition_separates_gets_no_call_no_reply_and_no_beat(
+    run: Any, suffer: Any
+) -> None:
+    shard = Echo()
+    ping = PingSection(every_ms=5, suspect_after=4, eject_after=8)
+    faults = suffer("partition", "shard 2.1")
+
+    async def scene() -> None:
+        async with connected(shard, ping=ping, faults=faults) as connection:
+            await until(lambda: connection.state is LinkState.EJECTED)
+            with pytest.raises(DeadlineExceeded):
+                await connection.call(shard_pb2.ShardCall(key="lost"), 3, 0.05)
+            connection.release("lost")
+            await until(lambda: not connection._released)
+            suffer("partition", "shard 2.1", state="cleared")
+            await until(lambda: connection.state is LinkState.UP)
+            assert (await connection.call(shard_pb2.ShardCall(), 3, 5)).generation == 3
+            assert [call.key for call in shard.calls] == [""]
+            # What was sent before is answered into the void.
+            shard.let_go = asyncio.Event()
+            waiting = asyncio.create_task(connection.call(shard_pb2.ShardCall(), 3, 0.2))
+            await until(lambda: len(shard.calls) == 2)
+            suffer("partition", "shard 2.1")
+            shard.let_go.set()
+            with pytest.raises(DeadlineExceeded):
+                await waiting
 
     run(scene())

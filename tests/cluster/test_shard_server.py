@@ -1,7 +1,9 @@
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -9,11 +11,11 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, shard_server, tensors
 from silvershard.cluster.codec import code_name
 from silvershard.cluster.follower import UpdateCounts
 from silvershard.cluster.freshness import Lag
-from silvershard.cluster.hosting import Loaded
+from silvershard.cluster.hosting import Hosted, Loaded
 from silvershard.cluster.query_gaps import QueryGaps
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.cluster.table_lookup import TableCounts
@@ -25,6 +27,8 @@ from silvershard.shard.errors import ConfigError, StateError
 from silvershard.shard.page_pool import PoolUsage
 
 EPOCH = 7
+CLOCKS = {"monotonic": time.monotonic, "time_ns": time.time_ns}
+REPORT = shard_pb2.GenerationReport(pool=shard_pb2.PoolReport(retired_slots=2, dead_slots=7))
 
 
 class Clock:
@@ -694,5 +698,27 @@ def test_a_call_that_is_cancelled_does_not_run_and_its_neighbours_do(
             assert len(counted) == 1
             await until(lambda: caller.server._pending == 0)
             assert await counts(caller) == ({}, {"count": 1})
+
+    run(scene())
+
+
+def test_a_slow_shard_takes_so_much_longer_and_a_full_one_says_so(
+    run: Any, executor: Any, suffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(shard_server, "time", SimpleNamespace(sleep=slept.append, **CLOCKS))
+    faults = suffer("slow", "shard 0.0", delay_ms=70)
+
+    async def scene() -> None:
+        async with serving(executor, faults=faults) as caller:
+            assert (await caller.ask(count=scan_of())).code == 0
+            assert slept == [0.07]
+            suffer("fill", "shard 0.0")
+            assert (await caller.ask(count=scan_of())).code == 0
+            assert slept == [0.07]
+            monkeypatch.setattr(Hosted, "report", lambda _: REPORT)
+            assert caller.server.inspect().generations[0].pool.retired_slots == 9
+            suffer("fill", "shard 0.0", state="cleared")
+            assert caller.server.inspect().generations[0].pool.retired_slots == 2
 
     run(scene())

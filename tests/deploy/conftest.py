@@ -14,6 +14,8 @@ import torch
 
 from silvershard.cluster import retrieval_pb2
 from silvershard.deploy import generation_verbs
+from silvershard.deploy.cluster_store import Launched, PlacedHost
+from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Control
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
@@ -205,3 +207,32 @@ def fake_router() -> Iterator[FakeRouter]:
     router = FakeRouter()
     yield router
     router.close()
+
+
+def placed(name: str, number: int, *copies: tuple[int, int]) -> PlacedHost:
+    return PlacedHost(
+        name=name,
+        address=f"10.0.0.{number}",
+        cpus=2.0,
+        memory_bytes=1 << 30,
+        router=True,
+        copies=copies,
+    )
+
+
+@pytest.fixture
+def launched() -> Callable[..., Launched]:
+    """``launched(root="/state", **options)`` is a cluster of two shards on hosts a and b."""
+
+    def made(root: object = "/state", **options: Any) -> Launched:
+        return Launched(
+            config=load(None, environ={}, options=options),
+            generation=3,
+            model="films",
+            root=str(root),
+            ray="10.0.0.9:6379",
+            hosts=(placed("a", 1, (0, 0), (1, 1)), placed("b", 2, (1, 0), (0, 1))),
+            since_unix_s=1.0,
+        )
+
+    return made

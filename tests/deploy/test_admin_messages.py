@@ -5,6 +5,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from silvershard.cluster import admin_pb2
 from silvershard.deploy.admin_messages import (
+    audit_limit,
+    audit_to,
     freshness_to,
     name_of,
     operation_to,
@@ -50,6 +52,10 @@ FILES = admin_pb2.CHECKS_FILES
             admin_pb2.SetAliasRequest(alias="canary"),
             AdminTask(kind="set_alias", alias="canary"),
         ),
+        (
+            admin_pb2.ScaleRequest(shards=3, standby=0, dry_run=True),
+            AdminTask(kind="scale", shards=3, standby=0, dry_run=True),
+        ),
     ],
 )
 def test_a_request_is_a_task(message: Any, task: AdminTask) -> None:
@@ -69,6 +75,10 @@ def test_a_request_is_a_task(message: Any, task: AdminTask) -> None:
         (admin_pb2.SetAliasRequest(generation=1, alias="warm"), "alias", "got 'warm'"),
         (admin_pb2.SetAliasRequest(alias="live"), "generation", "got 0"),
         (admin_pb2.ActivateRequest(generation=1, checks=7), "checks", "unknown choice 7"),
+        (admin_pb2.ScaleRequest(), "shards", "shards, replicas or standby must be given, got none"),
+        (admin_pb2.ScaleRequest(shards=0), "shards", r"must be in 1\.\.1048576, got 0"),
+        (admin_pb2.ScaleRequest(replicas=17), "replicas", r"must be in 1\.\.16, got 17"),
+        (admin_pb2.ScaleRequest(shards=3, standby=5), "standby", r"must be in 0\.\.4, got 5"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_field(message: Any, field: str, words: str) -> None:
@@ -118,7 +128,7 @@ def test_an_operation_is_told_with_its_progress_and_times() -> None:
 
 
 def test_every_kind_and_state_has_its_number() -> None:
-    kinds = ("plan", "stage", "verify", "warm", "activate", "rollback", "set_alias")
+    kinds = ("plan", "stage", "verify", "warm", "activate", "rollback", "set_alias", "scale")
     numbers = {operation_to(operation(AdminTask(kind=kind))).kind for kind in kinds}
     assert numbers == set(admin_pb2.OperationKind.values()) - {0}
     states = ("waiting", "running", "done", "failed", "cancelled", "abandoned")
@@ -150,6 +160,7 @@ def test_every_kind_and_state_has_its_number() -> None:
             {"kind": "rollback", "alias": "live", "generation": 1, "before": 2, "seconds": 0.5},
             "moved",
         ),
+        (AdminTask(kind="scale"), {"starts": 3, "ends": 2, "done": True}, "scaled"),
     ],
 )
 def test_a_result_lies_where_its_kind_belongs(
@@ -222,3 +233,24 @@ def test_freshness_is_told_whatever_else_it_comes_to_say() -> None:
     assert message.sequencer.blocked[0].use == 0.5
     assert list(message.shards[0].cut) == [5, 6]
     assert message.shards[1].error == "no answer"
+
+
+def test_lines_of_the_audit_log_are_entries() -> None:
+    change = {
+        **{"time": "1970-01-02T00:00:00.500+00:00", "event": "admin", "who": "olga", "peer": "p"},
+        **{"method": "/a/B", "code": "OK", "request": {"generation": "3"}},
+    }
+    refused = {"event": "refused", "reason": "TOKEN_MISSING", "suppressed": 3, "later": 1}
+    first, second = audit_to([change, refused]).entries
+    assert (first.time.seconds, first.time.nanos) == (86400, 500_000_000)
+    assert (first.event, first.who, first.peer, first.method) == ("admin", "olga", "p", "/a/B")
+    assert (first.code, first.request) == ("OK", '{"generation": "3"}')
+    assert (second.reason, second.suppressed, second.request) == ("TOKEN_MISSING", 3, "")
+
+
+def test_no_more_entries_are_asked_for_than_fit_an_answer() -> None:
+    assert [audit_limit(admin_pb2.AuditRequest(limit=one)) for one in (0, 1, 1000)] == [
+        *(100, 1, 1000)
+    ]
+    with pytest.raises(RequestError, match=r"limit.*at most 1000, got 1001"):
+        audit_limit(admin_pb2.AuditRequest(limit=1001))

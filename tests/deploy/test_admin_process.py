@@ -12,6 +12,7 @@ import pytest
 from silvershard.deploy import activate
 from silvershard.deploy.admin_process import Errand, Said, carry_out
 from silvershard.deploy.admin_store import AdminTask
+from silvershard.deploy.cluster_size import ClusterSize
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.control_store import Control
 from silvershard.deploy.processes import identify, is_alive
@@ -150,6 +151,23 @@ def started(state: StateDir, content: str, parent: int = 0) -> "subprocess.Popen
     process.stdin.write(content)
     process.stdin.close()
     return process
+
+
+def test_a_cluster_is_scaled_as_by_the_command(idle_state: StateDir) -> None:
+    record = idle_state.read_record()
+    assert record is not None
+    size = ClusterSize(shards=1, replicas=1)
+    idle_state.write_record(record.model_copy(update={"size": size}))
+    said, lines = done(idle_state, "scale", shards=3, dry_run=True)
+    assert said.failure is None
+    assert said.result is not None
+    assert (said.result["done"], said.result["starts"], said.result["ends"]) == (False, 3, 1)
+    assert lines[0].startswith("1 shard x 1 replica now, 3 shards x 1 replica then: 3 processes")
+    said, _ = done(idle_state, "scale", shards=100)
+    assert said.failure is not None
+    assert said.failure.code == "INVALID_ARGUMENT"
+    assert "shards must be at most 64" in said.failure.message
+    assert idle_state.control.read().operations == ()
 
 
 def test_the_process_says_one_object_a_line_and_ends(idle_state: StateDir) -> None:

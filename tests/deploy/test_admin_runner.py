@@ -9,6 +9,7 @@ import pytest
 from silvershard.cluster.codec import Refusal
 from silvershard.deploy.admin_runner import MAX_GOING, AdminRunner
 from silvershard.deploy.admin_store import AdminOperation, AdminStore, AdminTask
+from silvershard.deploy.cluster_size import ClusterSize, Scaled
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, wanted
 from silvershard.deploy.processes import identify, is_alive
@@ -232,6 +233,24 @@ def test_a_swap_that_was_quicker_than_its_cancellation_is_done(state: StateDir) 
         ended = await runner.wait("one", None)
         assert (ended.state, ended.failure) == ("done", None)
         assert ended.result == {"alias": "live", "generation": 2, "done": True}
+
+    run(state, test)
+
+
+def test_a_scaling_that_was_quicker_than_its_cancellation_is_done(state: StateDir) -> None:
+    size = ClusterSize(shards=3, replicas=2)
+
+    async def test(runner: AdminRunner) -> None:
+        submitted = runner.submit("one", task("activate", url="hold"))
+        await begun(state, "activate-2")
+        done = wanted("scale", 0, "live", operation_id=submitted.swap_id).ended("done")
+        scaled = Scaled(size=size, instead_of=size)
+        done = done.model_copy(update={"scaled": scaled})
+        state.control.change(lambda now: now.with_operation(done))
+        runner.cancel("one")
+        ended = await runner.wait("one", None)
+        assert (ended.state, ended.failure) == ("done", None)
+        assert ended.result == {"after": size.model_dump(), "done": True}
 
     run(state, test)
 

@@ -143,6 +143,13 @@ def test_bad_input_names_the_field_and_begins_nothing(client: AdminClient) -> No
     assert client.list_operations() == []
 
 
+def test_nothing_is_in_an_audit_log_that_is_not_kept(client: AdminClient) -> None:
+    assert client.audit() == []
+    with pytest.raises(RequestRefused, match="at most 1000") as refused:
+        client.audit(limit=1001)
+    assert refused.value.code == "INVALID_ARGUMENT"
+
+
 def test_reads_without_a_cluster_are_refused_in_words(client: AdminClient) -> None:
     for read in (client.list_shards, client.freshness):
         with pytest.raises(RequestRefused, match="cluster") as refused:

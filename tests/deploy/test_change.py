@@ -17,6 +17,7 @@ from silvershard.cluster import (
     UpdateRejection,
     UpdateToken,
 )
+from silvershard.cluster.dialer import Dialer
 from silvershard.deploy import change
 from silvershard.deploy.errors import CommandError, ExitCode
 
@@ -24,14 +25,14 @@ ACCEPTED = ApplyResult((UpdateToken(9, 0, 12),), ())
 
 
 @pytest.fixture
-def parse() -> Callable[..., argparse.Namespace]:
+def parse(tmp_path: Path) -> Callable[..., argparse.Namespace]:
     """``parse("update", "5")`` gives the options as the command line does."""
     parser = argparse.ArgumentParser()
     verbs = parser.add_subparsers(required=True)
 
     def verb(name: str, text: str, run: Any) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text)
-        added.set_defaults(run=run, timeout=None)
+        added.set_defaults(run=run, timeout=None, state=tmp_path / "none")
         return added
 
     change.add_options(verb)
@@ -44,8 +45,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
     class FakeClient:
-        def __init__(self, address: str, *, timeout_s: float) -> None:
-            assert (address, timeout_s) == ("here:1", 10.0)
+        def __init__(self, address: str, *, timeout_s: float, dialer: Dialer) -> None:
+            assert (address, timeout_s, dialer) == ("here:1", 10.0, Dialer("own"))
 
         def __enter__(self) -> "FakeClient":
             return self
@@ -58,6 +59,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             return ACCEPTED if updates[0].item_id != 404 else REJECTED
 
     monkeypatch.setattr("silvershard.cluster.Client", FakeClient)
+    monkeypatch.setenv("SILVERSHARD_TOKEN", "own")
     return calls
 
 

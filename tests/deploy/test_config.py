@@ -56,6 +56,11 @@ def test_a_file_sets_what_it_names(write: Write) -> None:
             2,
             "query.min_coverag: unknown key; did you mean min_coverage?",
         ),
+        (
+            "listen:\n  insecure: true\n",
+            2,
+            "listen.insecure: this key is security.insecure now",
+        ),
         ("shrding:\n  a: 3\n", 1, "shrding: unknown key; did you mean sharding?"),
         ("a: 1\n", 1, "a: unknown key; known are paths, model"),
         (
@@ -206,7 +211,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"SILVERSHARD__QUERY__MIN_COVERAGE": "0.95"}, {"query": {"min_coverage": 0.95}}),
         ({"SILVERSHARD__SHARDING__DEVICES": "[cpu, cpu]"}, {"sharding": {"devices": ["cpu"] * 2}}),
         ({"SILVERSHARD__PATHS__DATA": "25"}, {"paths": {"data": "25"}}),
-        ({"SILVERSHARD__LISTEN__INSECURE": "true"}, {"listen": {"insecure": True}}),
+        ({"SILVERSHARD__SECURITY__INSECURE": "true"}, {"security": {"insecure": True}}),
         ({"SILVERSHARD_STATE": "x", "OTHER__A": "1"}, {}),
     ],
 )

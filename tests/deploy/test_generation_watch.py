@@ -9,6 +9,7 @@ from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Control, Operation, wanted
 from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.memory_plan import MemoryPlan
 from silvershard.deploy.readiness import REMEMBERED
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardWatch
@@ -102,6 +103,8 @@ class Setup:
         self.state = state
         self.now_s = 1000.0
         self.free_bytes = 1000 * MIB
+        self.lacking = ""
+        self.plan: Any = None
         settings = {"sharding.shards": 2, "query.deadline_max_ms": 2000, **options}
         self.config = load(None, environ={}, options=settings)
         self.hosts: dict[str, FakeHost] = {}
@@ -126,6 +129,8 @@ class Setup:
             generation,
             connect=self.connect,
             free_bytes=lambda: self.free_bytes,
+            lacking=lambda generation: self.lacking,
+            plan=self.plan,
             clock=lambda: self.now_s,
         )
 
@@ -858,3 +863,45 @@ def test_what_cannot_be_compared_is_said_and_does_not_end_a_swap(setup: Setup) -
     setup.poll(4)
     assert setup.operation(asked).state == "done"
     assert "took what shards 0 refused is not known" in setup.operation(asked).progress
+
+
+def test_a_generation_that_a_host_does_not_have_yet_is_waited_for(setup: Setup) -> None:
+    setup.lacking = "generation 2 is not on h2 yet"
+    asked = setup.ask(2)
+    setup.poll(5)
+    assert (setup.watch.live, setup.operation(asked).state) == (1, "waiting")
+    assert setup.held() == {1}
+    assert setup.watch.kept == {1, 2}
+    setup.lacking = ""
+    setup.poll(5)
+    assert (setup.watch.live, setup.operation(asked).state) == (2, "done")
+
+
+def test_a_generation_that_a_host_never_gets_is_given_up_with_the_reason(setup: Setup) -> None:
+    setup.lacking = "generation 2 is not on h2 yet"
+    asked = setup.ask(2)
+    setup.poll(2)
+    setup.poll(2, forward_s=901.0)
+    assert setup.operation(asked).state == "failed"
+    assert setup.operation(asked).reason.startswith("generation 2 is not on h2 yet after 900 s")
+
+
+def test_several_hosts_decide_by_their_own_plan(state: StateDir) -> None:
+    setup = Setup(state)
+    seen: list[tuple[str, str]] = []
+
+    def plan(live: Any, new: Any) -> MemoryPlan:
+        seen.append((live.path.name, new.path.name))
+        return MemoryPlan("refused", 0, 0, 0, 0, 0, "h2 has no room")
+
+    setup.plan = plan
+    setup.watch = setup.make(1)
+    setup.watch.started()
+    setup.poll()
+    asked = setup.ask(2)
+    setup.poll(3)
+    assert (setup.operation(asked).state, setup.operation(asked).reason) == (
+        "failed",
+        "h2 has no room",
+    )
+    assert seen == [("gen-000001", "gen-000002")]

@@ -16,12 +16,13 @@ import pytest
 
 from silvershard.cluster import Client, Query, Result
 from silvershard.cluster.config import ListenSection
+from silvershard.cluster.tokens import TokenFile
 from silvershard.deploy import golden, launch, operate
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
 from silvershard.deploy.state import ClusterRecord, StateDir
-from silvershard.shard.errors import SnapshotError
+from silvershard.shard.errors import ConfigError, SnapshotError
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.load import load_retriever
 from silvershard.shard.snapshot import open_snapshot
@@ -83,6 +84,46 @@ def test_a_free_port_is_accepted_and_one_in_use_is_not() -> None:
         with pytest.raises(CommandError, match=f"cannot listen on 127.0.0.1:{port}"):
             launch.check_listen(ListenSection(port=port))
     launch.check_listen(ListenSection(port=port))
+
+
+@pytest.mark.parametrize("key", ["listen.host", "admin.host"])
+def test_others_may_reach_a_port_only_with_tls_and_tokens(
+    tmp_path: Path, authority: Any, key: str
+) -> None:
+    path = tmp_path / "tokens.json"
+    TokenFile().write(path)
+    tls = {f"security.tls.{one}": value for one, value in authority.section().items()}
+    tokens = {"security.tokens": str(path)}
+
+    def check(**options: object) -> None:
+        launch.check_security(load(None, environ={}, options={key: "0.0.0.0", **options}))
+
+    for lacking, missing in (
+        ({}, "security.tls and security.tokens"),
+        (tls, "security.tokens"),
+        (tokens, "security.tls"),
+    ):
+        with pytest.raises(Refused, match=f"{key} must be a loopback address without {missing},"):
+            check(**lacking)
+    check(**tls, **tokens)
+    check(**{"security.insecure": True})
+    if key == "admin.host":
+        check(**{"admin.enabled": False})
+
+
+def test_files_of_security_are_checked_before_anything_is_started(
+    tmp_path: Path, authority: Any
+) -> None:
+    state = StateDir(tmp_path / "s")
+    expired = authority.section("old", days=-1.0)
+    tls = {f"security.tls.{one}": value for one, value in expired.items()}
+    for options, message in (
+        (tls, "security.tls.certificate .* expired"),
+        ({"security.tokens": str(tmp_path / "none")}, "security.tokens .* No such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            launch.start(state, load(None, environ={}, options=options))
+    assert not state.root.exists()
 
 
 def test_a_port_of_http_is_looked_at_before_anything_is_started() -> None:

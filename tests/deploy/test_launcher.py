@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.table_map import TableEntry, map_path
 from silvershard.cluster.update_log import open_log
 from silvershard.deploy import launcher
+from silvershard.deploy.cluster_size import ClusterSize, Scaled, size_of
 from silvershard.deploy.config import Config, load
 from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, TimedOut
@@ -23,7 +25,8 @@ from silvershard.deploy.processes import is_alive
 from silvershard.deploy.sequencer_watch import SequencerEntry
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardDead
-from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+from silvershard.deploy.site import ThisMachine
+from silvershard.deploy.state import ClusterRecord, RouterPhase, RouterRecord, StateDir
 from silvershard.deploy.table_tier import TableHost
 from silvershard.shard.generations import generation_dir
 
@@ -31,7 +34,7 @@ from silvershard.shard.generations import generation_dir
 class FakeRouter:
     """A router that does what the test says."""
 
-    def __init__(self, state: StateDir, config: Config) -> None:
+    def __init__(self, state: StateDir, config: Config, dialer: Dialer = PLAIN) -> None:
         self.phase: RouterPhase = "serving"
         self.address = "127.0.0.1:8001"
         self.http = "127.0.0.1:8002"
@@ -131,13 +134,18 @@ class Setup:
         self.copies = [FakeShard(0, 1), FakeShard(1, 1)]
         self.phases: list[str] = []
         self.asked: list[str] = []
+        self.others: list[FakeShard] = []
+        """Those of another number of shards than two."""
+        self.checked: list[tuple[ShardMap, ShardMap]] = []
+        self.ended = 0
         self.sequencer = FakeShard(0)
         self.cluster = LocalCluster(
             self.state,
             load(None, environ={}, options=settings or {"updates.enabled": False}),
             generation=3,
             snapshot=snapshot,
-            start_shard=lambda shard, replica: (self.shards, self.copies)[replica][shard],
+            start_shard=self.start,
+            start_check=self.check,
             start_sequencer=lambda: self.sequencer,
             connect=FakeHost,
             canary=self.asked.append,
@@ -147,6 +155,23 @@ class Setup:
         router = self.cluster._router
         assert isinstance(router, FakeRouter)
         self.router = router
+
+    def start(self, num_shards: int, shard: int, replica: int) -> FakeShard:
+        if num_shards == 2:
+            return (self.shards, self.copies)[replica][shard]
+        self.others.append(FakeShard(shard, replica))
+        return self.others[-1]
+
+    def check(self, old: Path, new: Path) -> Any:
+        self.checked.append((ShardMap.read(old), ShardMap.read(new)))
+        return self
+
+    def poll(self) -> str:
+        """Return what differs: nothing."""
+        return ""
+
+    def end(self) -> None:
+        self.ended += 1
 
     @property
     def map(self) -> ShardMap:
@@ -222,11 +247,6 @@ def test_ready_means_all_shards_and_the_router(setup: Setup) -> None:
     assert setup.asked == []
     setup.cluster.wait_until_ready(0.0)
     assert setup.asked == ["127.0.0.1:8001"]
-
-
-def test_a_cluster_whose_first_question_is_not_answered_is_not_ready() -> None:
-    with pytest.raises(CommandError, match="the first question was not answered: UNAVAILABLE"):
-        launcher.ask_canary("127.0.0.1:1")
 
 
 def test_a_shard_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -> None:
@@ -433,6 +453,40 @@ def test_the_map_follows_a_swap_with_one_change(setup: Setup) -> None:
     ]
 
 
+def test_the_map_follows_a_new_number_of_shards_with_one_change(setup: Setup) -> None:
+    setup.cluster.start_shards()
+    for shard in setup.shards:
+        shard.serve()
+    setup.cluster.wait_until_ready(0.0)
+    store, config = setup.state.control, load(None, environ={})
+    size = ClusterSize(shards=3, replicas=1)
+    scaled = Scaled(size=size, instead_of=size_of(config))
+    operation = wanted("scale", 0, "live").model_copy(update={"scaled": scaled})
+    store.change(lambda now: now.with_operation(operation))
+    setup.cluster.poll()
+    for number, other in enumerate(setup.others):
+        other.serve()
+        other.said = other.said.model_copy(update={"address": f"127.0.0.1:{9100 + number}"})
+    maps = {setup.map.version: setup.map}
+    for _ in range(4):
+        setup.cluster.poll()
+        maps[setup.map.version] = setup.map
+    assert [(one.num_shards, len(one.entries)) for one in maps.values()] == [(2, 2), (3, 3)]
+    assert sum(one.documents for one in setup.map.entries) == 21
+    ((old, new),) = setup.checked
+    assert (old, new.num_shards, new.entries) == (maps[1], 3, setup.map.entries)
+    assert setup.ended == 1
+    assert store.read().scaled == scaled
+    record = setup.state.read_record()
+    assert record is not None
+    assert (record.size, len(record.shards), record.documents) == (size, 3, 21)
+    assert record.is_whole
+    # The old ones end when nobody can be waiting for them any more, or with the cluster.
+    assert not any(shard.ended for shard in setup.shards)
+    setup.cluster.stop()
+    assert all(shard.ended for shard in (*setup.shards, *setup.others))
+
+
 def test_the_driver_of_a_cluster_needs_no_torch() -> None:
     code = "import sys, silvershard.deploy.launcher\nprint('torch' in sys.modules)"
     done = subprocess.run(
@@ -453,4 +507,91 @@ def test_the_first_map_names_no_standby_and_is_whole_without(
     assert sorted((one.shard, one.replica) for one in setup.map.entries) == [(0, 0), (1, 0)]
     standby = [(one.shard, one.replica) for one in setup.cluster.shards if one.standby]
     assert standby == [(0, 1), (1, 1)]
+    setup.cluster.stop()
+
+
+class FakeSite(ThisMachine):
+    """Several hosts whose routers follow a map already."""
+
+    feel = None
+    ray = "10.0.0.9:6379"
+    name = "h1"
+
+    def __init__(self, found: ShardMap | None) -> None:
+        self.found = found
+        self.maps: list[ShardMap] = []
+        self.records: list[ClusterRecord] = []
+        self.kept: set[int] = set()
+
+    def host_of(self, actor: str) -> str:
+        return f"host of {actor}"
+
+    def poll(self, kept: Collection[int]) -> None:
+        self.kept = set(kept)
+
+    def read_map(self) -> ShardMap | None:
+        return self.found
+
+    def write_map(self, shard_map: ShardMap) -> None:
+        self.maps.append(shard_map)
+
+    def write_record(self, record: ClusterRecord) -> None:
+        self.records.append(record)
+
+
+def found_map() -> ShardMap:
+    entries = tuple(
+        ShardEntry(shard=one, replica=0, address=f"x:{one}", epoch=7, documents=9, pid=1)
+        for one in range(2)
+    )
+    return ShardMap(version=8, generation=3, snapshot="/g", num_shards=2, entries=entries)
+
+
+def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    now_s = 1000.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
+    site = FakeSite(found_map())
+    setup = Setup(tmp_path, site=site)
+    # It was started again before, which is no reason to give it up.
+    setup.shards[0].count = 9
+    setup.cluster.adopt()
+    assert setup.state.control.read().live == 3
+    assert site.kept == set()
+    setup.cluster.poll()
+    setup.shards[0].serve(epoch=7)
+    setup.cluster.poll()
+    assert site.maps == []
+    assert site.kept == {3}
+    setup.shards[1].serve(epoch=8)
+    setup.cluster.poll()
+    assert [one.version for one in site.maps] == [9]
+    assert [(one.shard, one.epoch) for one in site.maps[0].entries] == [(0, 7), (1, 8)]
+    record = site.records[-1]
+    assert [(one.host, one.restarts) for one in record.shards] == [
+        ("host of shard-0-0", 9),
+        ("host of shard-1-0", 0),
+    ]
+    assert (record.ray, record.host) == ("10.0.0.9:6379", "h1")
+    assert not setup.state.record_file.exists()
+    setup.cluster.stop()
+
+
+def test_who_has_not_spoken_in_time_leaves_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    now_s = 1000.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
+    site = FakeSite(found_map())
+    setup = Setup(tmp_path, site=site)
+    setup.cluster.adopt()
+    setup.shards[1].serve(epoch=7)
+    setup.cluster.poll()
+    assert site.maps == []
+    now_s += 11.0
+    setup.cluster.poll()
+    assert [served(one) for one in site.maps] == [[1]]
     setup.cluster.stop()

@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
+from silvershard.deploy.host_state import HOST_STATES
 from silvershard.deploy.nodes import NodeChange, set_node_state
-from silvershard.deploy.placement import HOST_STATES, Copy, Host, Need, Wanted, place
+from silvershard.deploy.placement import Copy, Host, Need, Wanted, place
 
 GIB = 1 << 30
 

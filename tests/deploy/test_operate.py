@@ -13,7 +13,9 @@ from silvershard.cluster.table_follower import TableProgress
 from silvershard.cluster.table_server import TableServer
 from silvershard.cluster.update_log import NewRecord, open_log
 from silvershard.deploy import operate
+from silvershard.deploy.cluster_size import ClusterSize, Scaled
 from silvershard.deploy.config import load
+from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
 from silvershard.deploy.processes import myself
 from silvershard.deploy.state import (
@@ -62,7 +64,7 @@ def record(**changes: Any) -> ClusterRecord:
 def test_a_lost_shard_is_degraded_with_its_reason(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
     state.write_record(record())
     document, code = operate.status(state)
     assert (document["state"], document["coverage"], code) == ("degraded", 0.6, ExitCode.DEGRADED)
@@ -71,9 +73,24 @@ def test_a_lost_shard_is_degraded_with_its_reason(
         assert text in shown
 
 
+def test_what_is_going_on_is_shown(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
+    state.write_record(record())
+    assert "going on" not in operate.render_cluster(operate.status(state)[0])
+    size = ClusterSize(shards=3, replicas=2)
+    operation = wanted("scale", 0, "live").model_copy(
+        update={"scaled": Scaled(size=size, instead_of=size), "progress": "prepared 2 of 6"}
+    )
+    state.control.change(lambda now: now.with_operation(operation))
+    shown = operate.render_cluster(operate.status(state)[0])
+    assert "scale to 3 shards x 2 replicas: prepared 2 of 6" in shown
+    state.control.call_off(operation.operation_id, "a person did")
+    assert "going on" not in operate.render_cluster(operate.status(state)[0])
+
+
 def test_health_is_asked_for_by_name(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(operate, "_health", lambda *names: bool(asked.append(names)) or True)
+    monkeypatch.setattr(operate, "_health", lambda *names: bool(asked.append(names[:2])) or True)
     state.write_record(record())
     operate.status(state)
     assert asked == [("127.0.0.1:8001", "model/films"), ("127.0.0.1:1", "shard/0")]
@@ -84,14 +101,16 @@ def test_a_shard_that_does_not_answer_counts_as_lost(
 ) -> None:
     whole = record().shards[0]
     state.write_record(record(shards=(whole, whole.model_copy(update={"shard": 1}))))
-    monkeypatch.setattr(operate, "_health", lambda address, service: service != "shard/1")
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: service != "shard/1")
     document, code = operate.status(state)
     assert code == ExitCode.DEGRADED
     assert [shard["state"] for shard in document["shards"]] == ["serving", "not answering"]
-    monkeypatch.setattr(operate, "_health", lambda address, service: service != "model/films")
+    monkeypatch.setattr(
+        operate, "_health", lambda address, service, dialer: service != "model/films"
+    )
     document, code = operate.status(state)
     assert (document["router"]["state"], code) == ("not serving", ExitCode.DEGRADED)
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
     assert operate.status(state)[1] == ExitCode.OK
 
 
@@ -108,13 +127,13 @@ def test_a_process_of_tables_that_does_not_answer_is_degraded(
     state.write_record(record(shards=record().shards[:1], tables=(tables,)))
     asked = []
 
-    def health(address: str, service: str) -> bool:
+    def health(address: str, service: str, dialer: Any) -> bool:
         asked.append((address, service))
         return service != "table/recent/1"
 
     monkeypatch.setattr(operate, "_health", health)
     counts = {"lookups": 3, "rows": 12345, "cached": 1, "fetched": 2, "defaulted": 678}
-    monkeypatch.setattr(operate, "_lookups", lambda shards: {"history": counts})
+    monkeypatch.setattr(operate, "_lookups", lambda shards, dialer: {"history": counts})
     document, code = operate.status(state)
     assert document["lookups"] == {"history": counts}
     assert asked[-2:] == [("127.0.0.1:5", "table/history/1"), ("127.0.0.1:6", "table/recent/1")]
@@ -129,7 +148,7 @@ def test_a_process_of_tables_that_does_not_answer_is_degraded(
         "678",
     ):
         assert text in shown
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
     assert operate.status(state)[1] == ExitCode.OK
 
 
@@ -177,7 +196,7 @@ def run_table_server() -> Iterator[Callable[..., str]]:
 def test_a_daemon_that_is_gone_is_degraded(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
     gone = myself().model_copy(update={"boot": "another"})
     state.write_record(record(driver=gone, shards=record().shards[:1]))
     document, code = operate.status(state)
@@ -187,7 +206,7 @@ def test_a_daemon_that_is_gone_is_degraded(
 def test_a_cluster_without_a_map_is_starting(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operate, "_health", lambda address, service: False)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: False)
     state.write_record(record(map_version=0))
     document, code = operate.status(state)
     assert (document["state"], code) == ("starting", ExitCode.FAILED)
@@ -214,10 +233,20 @@ def test_down_says_what_it_did(
         "was_running": was_running,
         "leftovers": leftovers,
         "killed": killed,
+        "unreachable": [],
         "seconds": 1.5,
     }
     shown = operate.render_down(document, state)
     assert shown.startswith(said.format(root=state.root))
+
+
+def test_down_names_the_hosts_that_it_could_not_reach(state: StateDir) -> None:
+    document = {"was_running": True, "leftovers": 0, "killed": 0, "unreachable": ["h1", "h2"]}
+    shown = operate.render_down({**document, "seconds": 1.5}, state)
+    assert shown == (
+        f"stopped the cluster on {state.root}; h1, h2 cannot be reached: what runs there ends when "
+        "it is back"
+    )
 
 
 def test_a_broken_snapshot_is_found_before_it_is_served(tmp_path: Path, generation: Any) -> None:
@@ -261,8 +290,8 @@ def held(generation: int, cut: int, end: int) -> shard_pb2.ShardReport:
 def test_replicas_sequencer_and_generations_are_shown(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
-    monkeypatch.setattr(operate, "_inspected", lambda address: held(3, 40, 57))
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
+    monkeypatch.setattr(operate, "_inspected", lambda address, dialer: held(3, 40, 57))
     first = record().shards[0]
     copies = [
         first.model_copy(update={"shard": shard, "replica": replica, "documents": 5})
@@ -294,8 +323,10 @@ def test_replicas_sequencer_and_generations_are_shown(
 def test_a_sequencer_that_is_away_is_degraded(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operate, "_inspected", lambda address: None)
-    monkeypatch.setattr(operate, "_health", lambda address, service: address != "127.0.0.1:7")
+    monkeypatch.setattr(operate, "_inspected", lambda address, dialer: None)
+    monkeypatch.setattr(
+        operate, "_health", lambda address, service, dialer: address != "127.0.0.1:7"
+    )
     sequencer = SequencerRecord(state="serving", pid=77, address="127.0.0.1:7")
     state.write_record(record(shards=record().shards[:1], sequencer=sequencer))
     document, code = operate.status(state)
@@ -306,7 +337,7 @@ def test_a_sequencer_that_is_away_is_degraded(
 def test_a_generation_that_is_being_prepared_is_no_harm_and_a_live_one_that_is_not_there_is(
     state: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operate, "_health", lambda address, service: True)
+    monkeypatch.setattr(operate, "_health", lambda address, service, dialer: True)
     live = GenerationRecord(generation=3, role="live", prepared=1, processes=1)
     staged = GenerationRecord(generation=4, role="staged", prepared=0, processes=1)
     state.write_record(record(shards=record().shards[:1], generations=(live, staged)))

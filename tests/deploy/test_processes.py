@@ -11,6 +11,7 @@ import pytest
 
 from silvershard.deploy.processes import (
     Process,
+    Processes,
     descendants,
     identify,
     is_alive,
@@ -188,3 +189,16 @@ def test_a_process_that_steps_back_gets_what_others_leave(spawn: Spawn) -> None:
     autogroup = Path(f"/proc/{stepped.pid}/autogroup")
     if autogroup.exists() and autogroup.read_text().strip():
         assert autogroup.read_text().split()[-1] == "10"
+
+
+def test_those_who_watch_see_a_process_and_may_kill_it(spawn: Spawn) -> None:
+    processes, child = Processes(), spawn(WAIT_FOR_INPUT)
+    known = processes.identify(child.pid)
+    assert known is not None
+    assert known == identify(child.pid)
+    assert processes.is_alive(known)
+    assert processes.kill(known)
+    child.wait()
+    assert not processes.is_alive(known)
+    assert not processes.kill(known)
+    assert processes.identify(child.pid) is None

@@ -128,3 +128,14 @@ def test_the_live_one_may_still_come_to_what_the_coming_one_refused() -> None:
     )
     reports[0, 0][LIVE] = held(5)
     assert refusals(reports, LIVE, COMING).refused != ""
+
+
+def test_new_processes_are_measured_by_the_furthest_old_one_whatever_its_shard() -> None:
+    readiness = Readiness()
+    old = [held(5, 2), held(4, 7)]
+    new = {(0, 0): held(5, 7), (2, 1): held(5, 6)}
+    assert readiness.observe_new(new, old, 0.0) == (
+        "shard 2.1 is at position 5, 6 of the update log, the live generation at 5, 7"
+    )
+    assert readiness.observe_new({**new, (2, 1): held(6, 7)}, old, 10.0) == ""
+    assert Readiness().observe_new(new, [], 0.0) == ""

@@ -1,10 +1,11 @@
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.shard_host import Held
-from silvershard.deploy.shard_hosts import ShardHosts
+from silvershard.deploy.shard_hosts import ShardHosts, reconcile
 
 
 class FakeHost:
@@ -84,3 +85,46 @@ def test_it_knows_who_has_prepared_what() -> None:
     hosts.close()
     assert (len(hosts), hosts.entries) == (0, {})
     assert all(one.closed for one in made.values())
+
+
+class Wishing(FakeHost):
+    """A process that notes what it is wished for."""
+
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1:1")
+        self.wishes: list[tuple[str, int]] = []
+
+    def prepare(self, generation: int, snapshot: str) -> None:
+        assert snapshot == f"gen-{generation}"
+        self.wishes.append(("prepare", generation))
+
+    def retire(self, generation: int) -> None:
+        self.wishes.append(("retire", generation))
+
+
+def wishes(states: dict[int, str], wanted: set[int], live: int) -> list[tuple[str, int]]:
+    host = Wishing()
+    holding = {number: held(state) for number, state in states.items()}
+    reconcile(host, holding, wanted, live=live, path=lambda one: Path(f"gen-{one}"))
+    return host.wishes
+
+
+def test_a_process_is_wished_to_hold_what_it_shall() -> None:
+    assert wishes({1: "prepared"}, {1}, 1) == []
+    assert wishes({}, {1, 2, 3}, 2) == [("prepare", 2), ("prepare", 1), ("prepare", 3)]
+    # What is given up makes the room for what comes.
+    assert wishes({1: "prepared", 4: "failed"}, {1, 2}, 1) == [("retire", 4)]
+    # Only the live one is tried again.
+    assert wishes({1: "failed", 2: "failed"}, {1, 2}, 2) == [("prepare", 2)]
+
+
+def test_entries_of_some_processes_say_what_they_serve() -> None:
+    watches = [FakeWatch(1), FakeWatch(0)]
+    for watch in watches:
+        watch.serve()
+    hosts = ShardHosts(FakeHost)  # type: ignore[arg-type]
+    hosts.follow(watches)  # type: ignore[arg-type]
+    found = hosts.entries_of({(0, 0), (1, 0)}, lambda shard: 10 + shard)
+    assert [(one.shard, one.documents) for one in found] == [(0, 10), (1, 11)]
+    assert [one.shard for one in hosts.entries_of({(1, 0)}, lambda _: 0)] == [1]
+    hosts.close()

@@ -229,3 +229,27 @@ def test_nobody_feels_the_pulse_of_what_has_ended(
     watch.end()
     assert shard.ended
     assert [one.closed for one in pulses] == [True]
+
+
+def test_a_process_of_another_host_is_neither_looked_for_nor_killed_here(
+    shard: FakeShard, clock: Clock, process: "subprocess.Popen[bytes]"
+) -> None:
+    runtime = RuntimeSection(crash_limit=3, crash_window_s=60, hang_s=7)
+    shard.count = 5
+    watch = ShardWatch(1, shard, runtime, feel=None, clock=clock, restarts=5, host="h2")
+    # Here this number belongs to nobody.
+    shard.said = entry(1 << 22)
+    watch.poll()
+    watch.poll()
+    assert (watch.state, watch.restarts, watch.record.host) == ("serving", 5, "h2")
+    # Ray says when it has ended.
+    shard.count = 6
+    watch.poll()
+    assert (watch.state, watch.restarts) == ("restarting", 6)
+    assert watch.reason == f"process {1 << 22} ended"
+    # One that has this number here is left alone.
+    shard.said = entry(process.pid)
+    watch.poll()
+    assert watch.state == "serving"
+    watch.end()
+    assert process.poll() is None

@@ -226,7 +226,9 @@ def test_what_outlives_a_cluster_is_kept_when_its_record_is_cleared(state: State
     kept = (state.control_file, state.updates_file)
     for path in kept:
         path.write_text("x")
+    state.coming_map_file.write_text("{}")
     state.clear_record()
     assert not state.record_file.exists()
+    assert not state.coming_map_file.exists()
     assert not state.shard_map_file.exists()
     assert all(path.exists() for path in kept)

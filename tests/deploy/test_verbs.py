@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import pytest
 
-from silvershard.deploy import verbs
+from silvershard.deploy import recluster, verbs
+from silvershard.deploy.cluster_size import ClusterSize, Scaled
 from silvershard.deploy.config import Config
-from silvershard.deploy.errors import ExitCode, TimedOut
+from silvershard.deploy.errors import CommandError, ExitCode, TimedOut
 from silvershard.deploy.state import StateDir
 from silvershard.model.request import WeightedIds
 from silvershard.shard.errors import DeadlineExceeded, RemoteError, SnapshotError
@@ -78,7 +79,7 @@ def test_a_port_in_use_is_named(command: Command, taken_port: int) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "[::]", "example.org"])
 def test_an_address_that_others_can_reach_is_refused(command: Command, host: str) -> None:
     said = failed(command("up", "--listen", f"{host}:8001"), 4)
-    assert "is not a loopback address" in said
+    assert "listen.host must be a loopback address without security.tls" in said
     assert "--insecure" in said
 
 
@@ -134,6 +135,22 @@ def test_data_without_ratings_are_named(command: Command, tmp_path: Path) -> Non
     (tmp_path / "movies.csv").write_text("movieId,title,genres\n1,Heat (1995),Action\n")
     said = failed(command("demo", "--data", str(tmp_path), "--listen", "127.0.0.1:0"), 1)
     assert f"{tmp_path / 'ratings.csv'}: is missing" in said
+
+
+def test_publish_plans_for_as_many_shards_as_the_cluster_was_scaled_to(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateDir(tmp_path / ".silvershard")
+    state.create()
+    before = ClusterSize(shards=2, replicas=1)
+    scaled = Scaled(size=ClusterSize(shards=100, replicas=1), instead_of=before)
+    state.control.change(lambda now: now.model_copy(update={"scaled": scaled}))
+
+    def republish(state: StateDir, config: Config, *_: object, **__: object) -> None:
+        raise CommandError(f"for {config.sharding.shards} shards")
+
+    monkeypatch.setattr(recluster, "republish", republish)
+    assert "for 100 shards" in failed(command("publish", "--recluster"), 1)
 
 
 def test_publish_without_a_model_says_what_to_run(command: Command) -> None:

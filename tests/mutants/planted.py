@@ -8,6 +8,9 @@ from dataclasses import dataclass
 HISTORY = "tests/history/test_live_cluster.py"
 """The checker of histories, over what a small cluster did."""
 
+SIMULATION = "tests/simulation/test_simulation.py::test_no_fault_breaks_a_promise"
+"""The properties of a cluster in virtual time."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -242,5 +245,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "        self._unanswered.add(partition)\n        try:\n",
         "        try:\n",
         "tests/cluster/test_sequencer.py::test_nothing_gets_into_the_log_behind_a_decision",
+    ),
+    # What takes chance to happen.
+    _one(
+        "the merge leaves a shard out",
+        "cluster/rounds.py",
+        "            seconds = [self._closed[shard] for shard in self._fanout.alive]\n",
+        "            seconds = [self._closed[shard] for shard in self._fanout.alive][:2]\n",
+        SIMULATION,
+    ),
+    _one(
+        "a shard that did not answer counts as covered",
+        "cluster/fanout.py",
+        "            documents=self.coverage_of(alive),\n",
+        "            documents=self.coverage_of(range(len(self.documents))),\n",
+        SIMULATION,
+    ),
+    _one(
+        "who is slower goes on",
+        "cluster/races.py",
+        "                self._cancel(other)\n",
+        "                del other\n",
+        SIMULATION,
     ),
 )

@@ -9,6 +9,7 @@ import torch
 
 from silvershard.model.catalogue import Ragged
 from silvershard.model.planes import shortfall
+from silvershard.model.request import Request
 from silvershard.model.schema import Schema, SchemaError
 from silvershard.model.semantic_config import SemanticConfig, SemanticSpec
 from silvershard.model.semantic_source import SemanticSource
@@ -209,3 +210,24 @@ def test_centroids_that_do_not_fit_publish_nothing(tmp_path: Path, generation) -
         with pytest.raises(ValueError, match=problem):
             publish_again(tmp_path, generation, centroids=centroids)
     assert list_generations(tmp_path) == []
+
+
+def test_what_plans_find_is_measured_once_and_no_part_of_the_content(
+    tmp_path: Path, generation
+) -> None:
+    plain = open_snapshot(publish_again(tmp_path / "a", generation).path).manifest
+    assert plain.calibration is None
+    again = open_snapshot(publish_again(tmp_path / "b", generation, recall_requests=9).path)
+    manifest = again.manifest
+    assert manifest.content_hash == plain.content_hash
+    assert manifest.calibration is not None
+    assert manifest.calibration.requests == 9
+    assert manifest.calibration.probes[-1] == manifest.spec.num_clusters
+    users = [Request(features={"history": [1, 2]})] * 3
+    real = publish_again(
+        tmp_path / "c", generation, golden_requests=0, golden_users=users, recall_requests=3
+    )
+    found = open_snapshot(real.path).manifest.calibration
+    assert found is not None
+    # Real users come first, and these are all alike.
+    assert set(found.recall[0][-1]) <= {at / 10 for at in range(11)}

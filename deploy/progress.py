@@ -1,0 +1,14 @@
+"""What a cluster that starts tells the command that waits for it."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Progress(BaseModel):
+    """One line of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    phase: str = Field(default="", description="what is being waited for")
+    ready: bool = Field(default=False, description="the cluster serves")
+    error: str = Field(default="", description="why it cannot serve")
+    exit_code: int = Field(default=0, description="exit code that goes with the error")

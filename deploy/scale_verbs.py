@@ -1,0 +1,70 @@
+"""The verbs ``scale`` and ``restart``, which change the processes of a running cluster."""
+
+import argparse
+
+from silvershard.deploy.arguments import (
+    AddVerb,
+    Parents,
+    load_settings,
+    reporter,
+    show,
+    state_of,
+)
+from silvershard.deploy.errors import ExitCode
+
+
+def add_verbs(verb: AddVerb, shared: Parents) -> None:
+    """Declare the verbs that change the processes of a running cluster.
+
+    Args:
+        verb: adds one.
+        shared: options that several verbs have.
+    """
+    state, config, _, timeout = shared
+    text = "give a running cluster another number of shards or of their copies"
+    scale = verb("scale", text, _scale, state, config, timeout)
+    scale.add_argument("--shards", type=int, metavar="S", dest="to_shards", help="parts")
+    scale.add_argument(
+        "--replicas", type=int, metavar="R", dest="to_replicas", help="shard processes of each part"
+    )
+    scale.add_argument(
+        "--standby", type=int, metavar="N", dest="to_standby", help="further ones, kept warm"
+    )
+    text = "restart every shard process, one after the other, while the cluster serves"
+    restart = verb("restart", text, _restart, state, config, timeout)
+    for parser in (scale, restart):
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done only")
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from silvershard.deploy import scale
+
+    state = state_of(options)
+    config = load_settings(options, state).config
+    document = scale.scale(
+        state,
+        config,
+        shards=options.to_shards,
+        replicas=options.to_replicas,
+        standby=options.to_standby,
+        dry_run=options.dry_run,
+        timeout_s=options.timeout or config.swap.timeout_s,
+        report=reporter(options),
+    )
+    show(options, document, lambda: scale.render_done(document))
+    return ExitCode.OK
+
+
+def _restart(options: argparse.Namespace) -> int:
+    from silvershard.deploy import restart
+
+    state = state_of(options)
+    config = load_settings(options, state).config
+    document = restart.restart(
+        state,
+        dry_run=options.dry_run,
+        timeout_s=options.timeout or config.swap.timeout_s,
+        report=reporter(options),
+    )
+    show(options, document, lambda: restart.render(document))
+    return ExitCode.OK
