@@ -409,27 +409,17 @@ class Admission(Generic[T]):
             late: whether none of its requests was answered in time.
         """
         self._turn(-1)
-        self.sized(size, answered=answered, late=late)
-        if not answered:
-            return
-        spent_s = self._clock() - started_s
-        self._batch_s += (_SMOOTHING if self._batch_s else 1.0) * (spent_s - self._batch_s)
-        self._limit.finished(size, started_s, someone_waits=len(self.line) > 0)
-
-    def sized(self, size: int, *, answered: bool, late: bool) -> None:
-        """Learn from a batch how large one may be, also from one that waited for updates.
-
-        Args:
-            size: requests in it.
-            answered: whether it came to its end by itself and without an error.
-            late: whether none of its requests was answered in time.
-        """
         if late:
             # Of a small one, its size was not the reason.
             if 2 * size > self._largest:
                 self._largest = max(size // 2, 1)
         elif answered and size >= self._largest:
             self._largest = min(self._largest + 1, self._max_batch)
+        if not answered:
+            return
+        spent_s = self._clock() - started_s
+        self._batch_s += (_SMOOTHING if self._batch_s else 1.0) * (spent_s - self._batch_s)
+        self._limit.finished(size, started_s, someone_waits=len(self.line) > 0)
 
     def _turn(self, change: int) -> None:
         self._load, self._load_at_s = self.load, self._clock()

@@ -285,10 +285,9 @@ class Batcher:
         finally:
             for timer in timers:
                 timer.cancel()
-            if batch[0].demands:
-                # How long it took says nothing of a batch that may have waited for updates.
-                self._admission.sized(len(batch), answered=answered, late=late)
-            else:
+            # Of one that may have waited for updates, neither its time nor its being late tells
+            # whether it was too large.
+            if not batch[0].demands:
                 self._admission.ended(len(batch), started_s, answered=answered, late=late)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
