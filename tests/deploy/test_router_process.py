@@ -173,7 +173,7 @@ def test_a_port_in_use_is_told_without_a_stack_trace(run_main: Any) -> None:
         ('{"map_path": "m", "surprise": 1}', "surprise: Extra inputs"),
         (
             '{"map_path": "m", "listen": {"host": "0.0.0.0"}}',
-            "must be a loopback address while nothing is encrypted, got '0.0.0.0'",
+            "must be a loopback address without security.tls and security.tokens, got '0.0.0.0'",
         ),
     ],
 )

@@ -48,8 +48,8 @@ def test_a_seed_does_the_same_in_every_process(tmp_path: Path) -> None:
 
 
 def test_seeds_differ_and_steps_end_the_faults(tmp_path: Path) -> None:
-    one = simulated(Plan(1, 300, steps=3), tmp_path / "one")
-    other = simulated(Plan(2, 300, steps=3), tmp_path / "other")
+    one = simulated(Plan(1, 1000, steps=3), tmp_path / "one")
+    other = simulated(Plan(2, 1000, steps=3), tmp_path / "other")
     assert one.trace != other.trace
     clients = {"cancelled request", "expired request"}
     assert sum(n for name, n in one.faults.items() if name not in clients) == 3
