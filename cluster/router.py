@@ -142,7 +142,10 @@ class Router:
             self._metrics, self._batcher, self._extra, lambda: self._logged_level, self._live_links
         )
         self._recall = RecallAudit(
-            config.observability.recall_audit, is_hot=self._batcher.is_hot, clock=clock
+            config.observability.recall_audit,
+            is_hot=self._batcher.is_hot,
+            clock=clock,
+            draw=self._rng.random,
         )
         add_recall_metrics(self._metrics, self._recall)
         otel = config.observability.otel

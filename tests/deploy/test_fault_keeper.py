@@ -55,11 +55,11 @@ def victim() -> Iterator[Process]:
 
 
 def test_a_process_stands_still_until_the_time_is_over(tmp_path: Path, victim: Process) -> None:
-    order(tmp_path, 0.3)
+    order(tmp_path, 3.0)
     thread = threading.Thread(target=keep_up, args=(tmp_path, "a", victim, threading.Event()))
     thread.start()
     until(lambda: suffering(tmp_path, os.getpid()) == ("a",), "it is not there")
-    assert state_of(victim.pid) == "T"
+    until(lambda: state_of(victim.pid) == "T", "it does not stand still")
     thread.join(WAIT_S)
     assert state_of(victim.pid) == "S"
 

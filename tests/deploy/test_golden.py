@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from silvershard.cluster.dialer import Dialer
 from silvershard.deploy import golden, verbs
 from silvershard.deploy.errors import CommandError
 from silvershard.deploy.state import StateDir
@@ -27,7 +28,9 @@ def test_the_verb_fails_where_an_answer_differs(
     texts: list[str],
     code: int,
 ) -> None:
-    def check(state: StateDir, address: str, *, timeout_s: float) -> dict[str, object]:
+    def check(
+        state: StateDir, address: str, *, timeout_s: float, dialer: Dialer
+    ) -> dict[str, object]:
         assert (state.root, address, timeout_s) == (tmp_path, "here:1", 5.0)
         wrong = [{"request": {}, "text": text} for text in texts]
         return {"generation": 2, "requests": 24, "differences": wrong}

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from silvershard.cluster.dialer import PLAIN
 from silvershard.deploy import quality_report, recipe, verbs
 from silvershard.deploy.config import load
 from silvershard.deploy.errors import CommandError
@@ -165,7 +166,7 @@ def test_a_cluster_is_measured_on_the_data_and_split_of_its_model(
     (((prepared, path, address), options),) = asked
     assert prepared.split.test_from is not None
     assert (path, address) == (generation_dir(trained.generations, 1), "here:1")
-    assert options == {"max_requests": 256, "min_rating": {"liked": 4.0}}
+    assert options == {"max_requests": 256, "min_rating": {"liked": 4.0}, "dialer": PLAIN}
 
 
 @pytest.mark.parametrize(("coverage", "code"), [(1.0, 0), (0.5, 3)])
