@@ -323,13 +323,21 @@ def run_by(client: AdminClient, state: StateDir, copies: str) -> None:
     assert freshness.sequencer.log_id
     assert len({(one.shard, one.generation) for one in freshness.shards}) == 4
     assert done(client.rollback()).moved.generation == 1
-    # A swap that is called off before its change leaves what is live.
-    before = store.read()
-    client.activate(2, operation_id="called-off")
-    until(lambda: client.get_operation("called-off").progress, "it does not begin")
-    client.cancel_operation("called-off")
-    with pytest.raises(RequestRefused, match="cancelled"):
-        done(client.get_operation("called-off"))
+    # A swap that is called off before its change leaves what is live; on a busy machine it may be
+    # done before it is called off, and is asked for again.
+    for number in range(5):
+        before, name = store.read(), f"called-off-{number}"
+        client.activate(2, operation_id=name)
+        until(lambda: client.get_operation(name).progress, "it does not begin")  # noqa: B023
+        ended = client.cancel_operation(name)
+        try:
+            done(ended)
+        except RequestRefused as error:
+            assert "cancelled" in str(error)  # noqa: PT017
+            break
+        assert done(client.rollback()).moved.generation == 1
+    else:
+        raise AssertionError("it could not be called off")
     after = store.read()
     assert (after.live, after.current) == (before.live, None)
 
