@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from silvershard.cluster.secret_file import read_secret
+from silvershard.deploy.access import secured
 from silvershard.deploy.cluster_store import ClusterStore, Launched, PlacedHost
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
-from silvershard.deploy.launch import choose_generation
+from silvershard.deploy.launch import check_security, choose_generation
 from silvershard.deploy.placement import Host, Placement
 from silvershard.deploy.progress import Progress
 from silvershard.deploy.ray_nodes import ADDRESS_VARIABLE, check_nodes, connected, find
@@ -34,6 +36,7 @@ def check_settings(config: Config) -> None:
 
     Raises:
         Refused: naming the setting and what it must be.
+        ConfigError: if a file of security cannot be used on this host.
     """
     if not config.control.store:
         raise Refused(
@@ -46,12 +49,21 @@ def check_settings(config: Config) -> None:
             f"{config.updates.log or 'nothing'}: a file is only there for one of them"
         )
     security = config.security
-    if not security.insecure and not (security.tls.enabled and security.secret):
+    given = {
+        "security.tls": security.tls.enabled,
+        "security.tokens": security.tokens,
+        "security.secret": security.secret,
+    }
+    missing = [key for key, value in given.items() if not value]
+    if missing and not security.insecure:
         raise Refused(
-            "the processes of several hosts listen on their addresses: set security.tls and "
-            "security.secret, files that are at the same paths on every host, or --insecure if "
-            "every machine that can reach them may ask"
+            f"the processes of several hosts listen on their addresses: set {', '.join(missing)} "
+            "to files that are at the same paths on every host, or --insecure if every machine "
+            "that can reach them may ask"
         )
+    check_security(config)
+    if security.secret:
+        read_secret(Path(security.secret))
 
 
 def placed_hosts(
@@ -143,6 +155,7 @@ def up(
         CommandError: if it cannot start; nothing is left running.
         TimedOut: if it does not start in time; nothing is left running.
     """
+    config = secured(config, state, own_secret=False)
     check_settings(config)
     address = ray or os.environ.get(ADDRESS_VARIABLE, "")
     if not address:
