@@ -138,11 +138,6 @@ class HostSite:
         self._movable: dict[str, str] = {}
         """The host of each actor that may change it."""
 
-    @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """Return every router."""
-        return self.site_routers.records
-
     def host_of(self, actor: str) -> str:
         """Return the host that an actor is on, or was placed on."""
         if actor in self._movable:

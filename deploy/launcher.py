@@ -26,12 +26,12 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.local_routers import LocalRouters
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.rolling import Rolling
-from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
@@ -96,7 +96,7 @@ class LocalCluster:
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
             site: the machines that it runs on; by default this one.
-            routers: the routers; by default one process of this machine.
+            routers: the routers; by default ``runtime.routers`` processes of this machine.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
@@ -120,7 +120,7 @@ class LocalCluster:
         dialer = peer_dialer(self._peers)
         self._canary = canary or partial(ask_canary, dialer=dialer)
         self._report = report
-        self._router: Routers = routers or RouterWatch(state, config, dialer)
+        self._router: Routers = routers or LocalRouters(state, config, dialer)
         self._site: Site = site or ThisMachine(state, dialer)
         self._tables = TableTiers(state, config, start_tables, feel=partial(Pulse, dialer=dialer))
         connect = connect or partial(ShardHost, dialer=dialer)
@@ -429,7 +429,7 @@ class LocalCluster:
             )
             if self._sequencer
             else None,
-            routers=self._site.routers,
+            routers=self._router.records,
             ray=self._site.ray,
             host=self._site.name,
             generations=self._generations.records,

@@ -135,6 +135,7 @@ class RouterWatch:
         self._reader: threading.Thread | None = None
         self._began_s = 0.0
         self._replace_until_s = 0.0
+        self._stop_until_s = 0.0
         self._next_start_s = 0.0
         """When to start it again; 0 while it runs or was never started."""
         self._pulse: Pulse | None = None
@@ -363,17 +364,29 @@ class RouterWatch:
         """Tell the process to end; ``end_stop`` waits for it."""
         self._disconnect()
         self._next_start_s = 0.0
-        for process in (self._next, self._leaving, self._process):
-            if process is not None and process.poll() is None:
+        self._stop_until_s = time.monotonic() + self._config.runtime.drain_s + _GRACE_S
+        for process in self._processes:
+            if process.poll() is None:
                 process.terminate()
+
+    def has_stopped(self) -> bool:
+        """Return whether the process has ended after ``begin_stop``; kill it once it must have."""
+        now_s = time.monotonic()
+        living = [one for one in self._processes if one.poll() is None]
+        for process in living if now_s > self._stop_until_s else ():
+            process.kill()
+        return not living
+
+    @property
+    def _processes(self) -> list[RouterProcess]:
+        found = (self._next, self._leaving, self._process)
+        return [one for one in found if one is not None]
 
     def end_stop(self) -> None:
         """Wait until the process has ended, and kill it if that takes too long."""
-        for process in (self._next, self._leaving, self._process):
-            if process is None:
-                continue
+        for process in self._processes:
             try:
-                process.wait(self._config.runtime.drain_s + _GRACE_S)
+                process.wait(max(self._stop_until_s - time.monotonic(), 0.0))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

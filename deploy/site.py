@@ -18,16 +18,29 @@ E = TypeVar("E", bound=Entry)
 class Routers(Protocol):
     """The routers of a cluster, or its only one."""
 
-    phase: RouterPhase
-    """That of the one which is furthest behind."""
-    address: str
-    """``host:port`` of one that serves, empty before one listens."""
-    http: str
-    """``host:port`` of its probes and metrics; empty: there are none."""
+    @property
+    def phase(self) -> RouterPhase:
+        """Return that of the one which is furthest behind."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Return ``host:port`` of one that serves, empty before one listens."""
+        ...
+
+    @property
+    def http(self) -> str:
+        """Return ``host:port`` of its probes and metrics; empty: there are none."""
+        ...
 
     @property
     def record(self) -> RouterRecord:
         """Return one of them as status shows it."""
+        ...
+
+    @property
+    def records(self) -> tuple[RouterRecord, ...]:
+        """Return every router, if there may be several."""
         ...
 
     @property
@@ -64,11 +77,6 @@ class Site(Protocol):
     """``host:port`` of the Ray that was found; empty: the cluster brings its own."""
     name: str
     """The host on which this is decided; empty: there is only this machine."""
-
-    @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """Return every router, if there may be several."""
-        ...
 
     def host_of(self, actor: str) -> str:
         """Return the host of an actor; empty on a single machine."""
@@ -117,7 +125,6 @@ class ThisMachine:
     plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None
     ray = ""
     name = ""
-    routers: tuple[RouterRecord, ...] = ()
 
     def __init__(self, state: StateDir, dialer: Dials = PLAIN) -> None:
         self.feel: Feel | None = partial(Pulse, dialer=dialer)

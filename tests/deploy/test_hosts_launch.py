@@ -57,8 +57,8 @@ def test_several_hosts_are_open_or_have_certificates_tokens_and_a_secret(
     for key in ("tokens", "secret"):
         with pytest.raises(Refused, match=rf"set security.{key} to files .* or --insecure"):
             check_settings(load(None, environ={}, options={**protected, f"security.{key}": ""}))
+        lost = {f"security.{key}": str(tmp_path / "nowhere")}
         with pytest.raises(ConfigError, match="nowhere"):
-            lost = {f"security.{key}": str(tmp_path / "nowhere")}
             check_settings(load(None, environ={}, options={**protected, **lost}))
     expired = {
         f"security.tls.{key}": value for key, value in authority.section("old", days=-2).items()
