@@ -6,7 +6,7 @@ on without supervisor, Ray and store. Hosts write what they hold; the supervisor
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _TIMEOUT_S = 1.0
 
-Document = Literal["launch", "map", "record", "progress", "wanted"]
+Document = Literal["launch", "map", "record", "progress", "wanted", "order"]
 
 _WRITE = """
 if (redis.call('HGET', KEYS[1], 'term') or '0') ~= ARGV[1] then return 0 end
@@ -105,6 +105,15 @@ class Launched(BaseModel):
         return self.config.model_copy(update={"listen": listen})
 
 
+class RouterOrder(BaseModel):
+    """That a host shall replace its router."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(description="its name")
+    number: int = Field(ge=1, description="tells one order from every other one")
+
+
 class HostReport(BaseModel):
     """What a host says of itself."""
 
@@ -116,6 +125,8 @@ class HostReport(BaseModel):
     staging: str = Field(default="", description="what it is fetching, or why it cannot")
     router: RouterRecord | None = Field(default=None, description="its router, if it has one")
     http: str = Field(default="", description="host:port of probes and metrics of that router")
+    ordered: int = Field(default=0, ge=0, description="number of the order that is done")
+    refused: str = Field(default="", description="why it was not carried out; empty: it was")
 
 
 class ClusterStore:
@@ -194,8 +205,7 @@ class ClusterStore:
 
     def clear(self) -> None:
         """Forget the cluster; terms go on, so that nobody who is late can write."""
-        names = ("launch", "map", "record", "progress", "wanted")
-        self._call(lambda: self._server.client.hdel(self._key, *names))
+        self._call(lambda: self._server.client.hdel(self._key, *get_args(Document)))
         self._call(lambda: self._server.client.delete(self._hosts))
 
     def close(self) -> None:

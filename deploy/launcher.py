@@ -142,7 +142,7 @@ class LocalCluster:
             draw_map=self._drawn,
             start_check=start_check or partial(CheckWatch, state),
         )
-        self._rolling = Rolling(state, config, self._generations, self._scaling)
+        self._rolling = Rolling(state, config, self._generations, self._scaling, self._router)
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None

@@ -60,6 +60,20 @@ class Routers(Protocol):
         """Return why one has failed."""
         ...
 
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether one is being replaced, or is still to be."""
+        ...
+
+    @property
+    def refused(self) -> str:
+        """Return why not all of them were replaced the last time; empty: they were."""
+        ...
+
+    def replace(self) -> None:
+        """Let a new process take the place of each, one after the other; no request is refused."""
+        ...
+
     def stop(self) -> None:
         """End them in order."""
         ...

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.deploy.cluster_store import ClusterStore, HostReport, Launched, Superseded
+from silvershard.deploy.cluster_store import (
+    ClusterStore,
+    HostReport,
+    Launched,
+    RouterOrder,
+    Superseded,
+)
 from silvershard.deploy.host_site import NAMESPACE, Actors, HostRouters, HostSite, MovingHandle
 from silvershard.deploy.processes import myself
 from silvershard.deploy.sequencer_watch import SequencerEntry
@@ -128,6 +134,34 @@ def test_routers_are_as_their_hosts_say() -> None:
     assert routers.last_words() == "its host has said nothing for 6 s"
     routers.take({"a": report("a", 3), "b": report("b", 4)})
     assert routers.phase == "serving"
+
+
+def test_routers_are_replaced_one_host_after_the_other() -> None:
+    orders: list[str] = []
+    routers = HostRouters(["a", "b"], Clock(), orders.append)
+    routers.replace()
+
+    def ordered() -> RouterOrder:
+        return RouterOrder.model_validate_json(orders[-1])
+
+    def done(host: str, number: int, refused: str = "") -> dict[str, HostReport]:
+        made = report(host, number).model_copy(update={"ordered": number, "refused": refused})
+        return {"a": report("a", 1), "b": report("b", 1), host: made}
+
+    first = ordered()
+    assert (first.host, routers.is_replacing) == ("a", True)
+    routers.take(done("a", first.number - 1))
+    assert orders == [first.model_dump_json()]
+    routers.take(done("a", first.number))
+    second = ordered()
+    assert (second.host, second.number > first.number) == ("b", True)
+    routers.take(done("b", second.number))
+    # Who starts anew shall not carry it out again.
+    assert (routers.is_replacing, routers.refused, orders[-1]) == (False, "", "")
+    routers.replace()
+    routers.take(done("a", ordered().number, "no room"))
+    assert (routers.is_replacing, routers.refused) == (False, "a: no room")
+    assert (len(orders), orders[-1]) == (5, "")
 
 
 class FakeSequencer:
