@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from silvershard.deploy.config import Config
 from silvershard.deploy.host_state import HostState
-from silvershard.deploy.placement import Copy, Host
+from silvershard.deploy.placement import Host
 from silvershard.deploy.state import RouterRecord
 from silvershard.shard.errors import StateError
 
@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _TIMEOUT_S = 1.0
 
-Document = Literal["launch", "map", "record", "progress", "wanted", "order"]
+Document = Literal["launch", "layout", "map", "record", "progress", "wanted", "order"]
 
 _WRITE = """
 if (redis.call('HGET', KEYS[1], 'term') or '0') ~= ARGV[1] then return 0 end
@@ -50,7 +50,9 @@ class PlacedHost(BaseModel):
     state: HostState = Field(default="up", description="what it was listed as")
     router: bool = Field(description="whether it has a router")
     copies: tuple[tuple[int, int], ...] = Field(
-        default=(), description="shard and number of each copy; standbys come after replicas"
+        default=(),
+        description="shard and number of each copy that was started on it first; "
+        "standbys come after replicas",
     )
 
     def listed(self) -> Host:
@@ -83,21 +85,6 @@ class Launched(BaseModel):
     def host(self, name: str) -> PlacedHost:
         """Return the host that is called so; one that is not there is an error of the caller."""
         return next(one for one in self.hosts if one.name == name)
-
-    def host_of(self, shard: int, replica: int) -> PlacedHost:
-        """Return where a copy was placed."""
-        return next(one for one in self.hosts if (shard, replica) in one.copies)
-
-    def present(self) -> dict[Copy, str]:
-        """Return where every copy is, as placement knows them."""
-        replicas = self.config.sharding.replicas
-        return {
-            Copy(shard, number, standby=False)
-            if number < replicas
-            else Copy(shard, number - replicas, standby=True): one.name
-            for one in self.hosts
-            for shard, number in one.copies
-        }
 
     def own_config(self, host: PlacedHost) -> Config:
         """Return the settings of a host, whose processes bind its own address."""

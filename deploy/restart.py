@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from silvershard.deploy.activate import running_here
+from silvershard.deploy.activate import running
 from silvershard.deploy.carry_out import Report, awaited, refuse_if_busy
 from silvershard.deploy.control_store import Control, wanted
 from silvershard.deploy.errors import CommandError
@@ -28,7 +28,7 @@ def restart(
         TimedOut: if it is not done in time; it goes on.
     """
     began_s = time.monotonic()
-    record = running_here(state, "restart in turn")
+    record = running(state)
     extra = len({one.replica for one in record.shards}) == 1
     routers = len(record.routers) or 1
     document = {"processes": len(record.shards), "routers": routers, "extra": extra}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, Operation
+from silvershard.deploy.errors import Refused
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.readiness import Readiness, is_prepared
 from silvershard.deploy.roster import Key
@@ -108,7 +109,12 @@ class Rolling:
         extra = current.sharding.copies == 1
         if extra:
             more = current.sharding.model_copy(update={"standby": 1})
-            self._scaling.resize(more)
+            try:
+                self._scaling.resize(more)
+            except Refused as error:
+                refused = running.ended("failed", f"a further copy has no room: {error}")
+                self._store.change(lambda now: now.replaced(refused))
+                return
         give_up_s = self._clock() + self._config.swap.timeout_s
         self._going = _Going(running, left, len(left), extra, give_up_s)
 
@@ -124,8 +130,8 @@ class Rolling:
             self._rest_next(going)
         elif going.end_s is not None:
             if now_s >= going.end_s:
-                going.end_s = None
                 self._scaling.current.restart(*resting)
+                going.end_s = None
         elif failed := self._failure(resting):
             self._end(going, failed)
         elif self._is_back(going, resting):

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.deploy.memory_plan import MemoryPlan
+from silvershard.deploy.places import HerePlaces, Places
 from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.shard_watch import Entry, Handle
 from silvershard.deploy.state import ClusterRecord, RouterPhase, RouterRecord, StateDir
@@ -91,6 +92,13 @@ class Site(Protocol):
     """``host:port`` of the Ray that was found; empty: the cluster brings its own."""
     name: str
     """The host on which this is decided; empty: there is only this machine."""
+    maps: StateDir
+    """Where the map that routers follow is on this machine, with the settings of a router."""
+
+    @property
+    def places(self) -> Places:
+        """Return where shard processes go."""
+        ...
 
     def host_of(self, actor: str) -> str:
         """Return the host of an actor; empty on a single machine."""
@@ -142,6 +150,8 @@ class ThisMachine:
 
     def __init__(self, state: StateDir, dialer: Dials = PLAIN) -> None:
         self.feel: Feel | None = partial(Pulse, dialer=dialer)
+        self.places: Places = HerePlaces()
+        self.maps = state
         self._state = state
 
     def host_of(self, actor: str) -> str:

@@ -79,12 +79,16 @@ def test_every_host_gets_its_copies_and_the_first_ones_routers() -> None:
     ]
     at = {Copy(0, 0): "a", Copy(0, 1): "b", Copy(0, 0, standby=True): "b"}
     found = placed_hosts(hosts, placement(at), 2, 1)
-    # Standbys are numbered after the replicas, and who gets nothing is left out.
+    # Standbys are numbered after the replicas. Who gets nothing now may get something later.
     assert [(one.name, one.router, one.copies) for one in found] == [
         ("b", False, ((0, 1), (0, 2))),
         ("a", True, ((0, 0),)),
+        ("c", False, ()),
     ]
-    assert [one.router for one in placed_hosts(hosts, placement(at), 2, None)] == [True, True]
+    with_router = [one.router for one in placed_hosts(hosts, placement(at), 2, None)]
+    assert with_router == [True, True, False]
+    hosts[2] = hosts[2]._replace(state="down")
+    assert len(placed_hosts(hosts, placement(at), 2, None)) == 2
     assert (found[1].address, found[1].zone, found[1].cpus) == ("10.0.0.1", "east", 4.0)
     for routers in (0, 3):
         with pytest.raises(Refused, match=rf"from 1 to 2, .* up, got {routers}"):

@@ -21,6 +21,8 @@ from silvershard.deploy.config import Config, load
 from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.launcher import LocalCluster
+from silvershard.deploy.layout import Place
+from silvershard.deploy.places import HerePlaces
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.sequencer_watch import SequencerEntry
 from silvershard.deploy.shard_host import Held
@@ -514,21 +516,25 @@ def test_the_first_map_names_no_standby_and_is_whole_without(
     setup.cluster.stop()
 
 
+class FakePlaces(HerePlaces):
+    def where(self, place: Place) -> str:
+        return f"host of {place.shard}-{place.replica} of {place.num_shards}"
+
+
 class FakeSite(ThisMachine):
     """Several hosts whose routers follow a map already."""
 
-    feel = None
     ray = "10.0.0.9:6379"
     name = "h1"
 
-    def __init__(self, found: ShardMap | None) -> None:
+    def __init__(self, state: StateDir, found: ShardMap | None) -> None:
+        super().__init__(state)
+        self.places = FakePlaces()
+        self.feel = None
         self.found = found
         self.maps: list[ShardMap] = []
         self.records: list[ClusterRecord] = []
         self.kept: set[int] = set()
-
-    def host_of(self, actor: str) -> str:
-        return f"host of {actor}"
 
     def poll(self, kept: Collection[int]) -> None:
         self.kept = set(kept)
@@ -557,7 +563,7 @@ def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
     monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     now_s = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
-    site = FakeSite(found_map())
+    site = FakeSite(StateDir(tmp_path), found_map())
     setup = Setup(tmp_path, site=site)
     # It was started again before, which is no reason to give it up.
     setup.shards[0].count = 9
@@ -575,8 +581,8 @@ def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
     assert [(one.shard, one.epoch) for one in site.maps[0].entries] == [(0, 7), (1, 8)]
     record = site.records[-1]
     assert [(one.host, one.restarts) for one in record.shards] == [
-        ("host of shard-0-0", 9),
-        ("host of shard-1-0", 0),
+        ("host of 0-0 of 2", 9),
+        ("host of 1-0 of 2", 0),
     ]
     assert (record.ray, record.host) == ("10.0.0.9:6379", "h1")
     assert not setup.state.record_file.exists()
@@ -589,7 +595,7 @@ def test_who_has_not_spoken_in_time_leaves_the_map(
     monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     now_s = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
-    site = FakeSite(found_map())
+    site = FakeSite(StateDir(tmp_path), found_map())
     setup = Setup(tmp_path, site=site)
     setup.cluster.adopt()
     setup.shards[1].serve(epoch=7)

@@ -8,6 +8,7 @@ import pytest
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Operation, wanted
+from silvershard.deploy.errors import Refused
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.scaling import Scaling
@@ -220,6 +221,37 @@ def make(state: StateDir) -> Iterator[Any]:
         one.scaling.close()
         one.generations.close()
         assert one.living == []
+
+
+def test_without_room_for_a_further_copy_nothing_is_restarted(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make()
+
+    def refused(sharding: Any) -> None:
+        raise Refused("shard 0 replica 1 needs 9 GiB")
+
+    monkeypatch.setattr(setup.scaling, "resize", refused)
+    ended = setup.until_ended(setup.ask())
+    assert ended.state == "failed"
+    assert ended.reason == "a further copy has no room: shard 0 replica 1 needs 9 GiB"
+    assert setup.living == setup.named == [(0, 0), (1, 0)]
+
+
+def test_a_restart_that_cannot_be_written_down_is_tried_again(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make(**{"sharding.replicas": 2})
+    start, failures = setup.start, iter((True, False))
+
+    def away(*place: int) -> Any:
+        if next(failures, False):
+            raise StateError("the store is away")
+        return start(*place)
+
+    monkeypatch.setattr(setup.scaling.current, "_start", away)
+    assert setup.until_ended(setup.ask()).state == "done"
+    assert len(setup.shards) == 8
 
 
 COPIES = [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -79,7 +79,8 @@ class HostedCluster:
             return False
         states = [one["state"] for one in (*record["shards"], *record["routers"])]
         states.append(record["sequencer"]["state"])
-        return set(states) == {"serving"} and len(self.map(host)["entries"]) == SHARDS * REPLICAS
+        named = record["size"]["shards"] * record["size"]["replicas"]
+        return set(states) == {"serving"} and len(self.map(host)["entries"]) == named
 
     def map(self, host: int = 0) -> dict[str, Any]:
         """Return the shard map that the router of a host follows."""

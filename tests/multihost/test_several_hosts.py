@@ -2,20 +2,14 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from multihost.conftest import HOSTS, REPLICAS, SHARDS, HostedCluster
 from multihost.hosts import HEAD, NETWORK, until
 
-from silvershard.cluster.secret_file import make_secret
-from silvershard.cluster.tokens import TokenFile, make_token
-
 # The first of them also starts the cluster.
 pytestmark = pytest.mark.timeout(600)
-
-ACTORS = ("ray::HostActor", "ray::ShardActor", "ray::SequencerActor", "ray::SupervisorActor")
 
 
 def shard_copies(cluster: HostedCluster, host: int = 0) -> dict[tuple[int, int], dict[str, Any]]:
@@ -173,64 +167,3 @@ def test_no_request_fails_while_the_head_of_ray_is_away(whole: HostedCluster) ->
     os.kill(pid, signal.SIGKILL)
     until(lambda: whole.hosts[1].named("ray::ShardActor") not in ([], [pid]), "not restarted")
     whole.wait_whole()
-
-
-def test_down_ends_everything_of_ours_and_nothing_else(whole: HostedCluster) -> None:
-    done = whole.cli("down", host=1)
-    assert done.returncode == 0, done.stderr
-    for box in whole.hosts:
-        # Ray keeps idle workers.
-        until(lambda box=box: not any(map(box.named, ACTORS)), "actors are left")
-        assert box.named("router_process") == []
-        assert not (box.folder / "state" / "shard_map.json").exists()
-        # Ray itself goes on.
-        assert len(box.named("raylet/raylet")) == 1
-    assert whole.status()["state"] == "down"
-    assert whole.cli("down").stdout.startswith("nothing is running")
-
-
-def test_hosts_with_certificates_tokens_and_a_secret(
-    unstarted: HostedCluster, tmp_path: Path, make_authority: Any
-) -> None:
-    if unstarted.status()["state"] != "down":
-        assert unstarted.cli("down").returncode == 0
-    addresses = [f"{NETWORK}.{10 + host}" for host in range(len(HOSTS))]
-    authority = make_authority("hosts")
-    tls = authority.section("server", "feed.test", *addresses)
-    made = make_token("reader", ["query"], now_unix_s=1)
-    TokenFile(tokens=(made.row,)).write(tmp_path / "tokens.json")
-    make_secret(tmp_path / "secret")
-    unstarted.settings |= {
-        **{f"SILVERSHARD__SECURITY__TLS__{key.upper()}": one for key, one in tls.items()},
-        "SILVERSHARD__SECURITY__TOKENS": str(tmp_path / "tokens.json"),
-        "SILVERSHARD__SECURITY__SECRET": str(tmp_path / "secret"),
-    }
-    done = unstarted.up(insecure=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    # Who owns the state directory may ask, and the processes of the cluster each other.
-    found = unstarted.status(2)
-    assert (found["state"], found["coverage"]) == ("up", 1.0)
-    assert unstarted.cli("query", "--history", "1,2,3", "--fields", "title", host=1).returncode == 0
-
-    def ask(address: str, *words: str, token: str = "") -> Any:
-        return unstarted.network.cli(
-            unstarted.network.switch,
-            *("query", "--history", "1,2,3", "--fields", "title", "--output", "json", *words),
-            *("--address", f"{address}:8001"),
-            environment={"SILVERSHARD_TOKEN": token},
-        )
-
-    known = ("--ca", str(authority.ca))
-    for address in addresses:
-        done = ask(address, *known, token=made.text)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["coverage"] == 1.0
-    for words, token, said in (
-        (known, "", "UNAUTHENTICATED: a token is needed"),
-        (known, "svt_00000000_wrong", "UNAUTHENTICATED: "),
-        ((), made.text, "a token is shown in plain text to loopback addresses alone"),
-    ):
-        done = ask(addresses[2], *words, token=token)
-        assert (done.returncode, done.stdout) != (0, "")
-        assert said in done.stderr
-    assert unstarted.cli("down", host=2).returncode == 0
