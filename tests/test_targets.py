@@ -58,7 +58,8 @@ import pytest
 
 class Finished:
     def pytest_collection_finish(self, session):
-        self.tests = [item.nodeid for item in session.items]
+        # pytest escapes what is escaped once more in every collection of a process.
+        self.tests = [item.nodeid.replace(chr(92), "") for item in session.items]
 
 found = []
 for arguments in json.load(sys.stdin):

@@ -754,6 +754,7 @@ def test_a_shard_killed_in_mid_query_gives_exact_coverage_or_unavailable_and_its
     assert result.item_ids.tolist() == ask_whole(wanted).item_ids.tolist()
 
 
+@pytest.mark.slow
 def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     make_router: Any,
     make_server: Any,
