@@ -61,6 +61,8 @@ class Scores(NamedTuple):
     """``(U, M)``; many are equal."""
     order: NDArray[np.int64]
     """``(U, M)`` places of the items by scan score, the best and among equals the least first."""
+    worth: NDArray[np.int64]
+    """``(U, M)`` place of each item among all by value, the best and among equals the least is 0."""
 
 
 class Log:
@@ -110,6 +112,7 @@ class Catalogue:
         self.shard_of = owner[partitions]
         self.of_shard = [self.shard_of == shard for shard in range(num_shards)]
         self.place_of = {int(one): at for at, one in enumerate(self.ids)}
+        self.shard_of_id = dict(zip(self.place_of, self.shard_of.tolist(), strict=True))
         present = draw.random(items) < 0.8
         self.log = Log(items, log_partitions, present) if log_partitions else None
         self._present = present
@@ -149,7 +152,8 @@ class Catalogue:
             scan = (draw.integers(0, 60, shape) / 8).astype(np.float32)
             value = (draw.integers(0, 90, shape) / 16).astype(np.float32)
             order = np.stack([np.lexsort((self.ids, -row)) for row in scan])
-            self._scores[generation] = Scores(scan, value, order)
+            best = np.stack([np.lexsort((self.ids, -row)) for row in value])
+            self._scores[generation] = Scores(scan, value, order, np.argsort(best, axis=1))
         return self._scores[generation]
 
     def alive(self, cut: Cut) -> NDArray[np.bool_]:

@@ -227,7 +227,7 @@ class Checks:
         found: dict[int, int] = {}
         numbers = response.task_scores["origin"].values
         for item, number in zip(response.item_ids, numbers, strict=True):
-            shard = int(catalogue.shard_of[catalogue.place_of[item]])
+            shard = catalogue.shard_of_id[item]
             if found.setdefault(shard, int(number)) != int(number):
                 self.violated(NO_MIXED_REPLICA, f"item {item} of shard {shard}", asked)
         origins = {shard: self.world.origins[number] for shard, number in found.items()}
