@@ -36,6 +36,19 @@ from silvershard.shard.errors import CandidatesExpired
 from silvershard.shard.page_pool import PoolUsage
 
 
+class Place(NamedTuple):
+    """What a process is there for, whichever incarnation it is."""
+
+    shard: int
+    copy: int
+    num_shards: int
+
+    @property
+    def named(self) -> tuple[int, int]:
+        """Return what the map calls it."""
+        return self.shard, self.copy
+
+
 class Condition:
     """Since when nothing is wrong with something."""
 
@@ -196,12 +209,11 @@ class Pipeline:
 
     def __init__(self, process: "ShardProcess", generation: int) -> None:
         self.spec: ServingSpec = process.world.spec(generation)
-        self.shard = process.place[0]
-        self.num_shards = process.world.catalogue.num_shards
+        self.shard, _, self.num_shards = process.place
         self._process = process
         self._catalogue: Catalogue = process.world.catalogue
         self._scores = self._catalogue.scores(generation)
-        self._mine = self._catalogue.of_shard[self.shard]
+        self._mine = self._catalogue.cut_into(self.num_shards).masks[self.shard]
         self._open: dict[str, _Open] = {}
         log = self._catalogue.log
         self.cut: Cut = (0,) * len(log.end) if log is not None else ()
@@ -218,7 +230,7 @@ class Pipeline:
     def move(self, cut: Cut) -> None:
         """Apply the log up to a cut."""
         self.cut = cut
-        self.documents = self._catalogue.documents(self.shard, cut)
+        self.documents = self._catalogue.documents(self.num_shards, self.shard, cut)
 
     def usage(self) -> PoolUsage:
         return PoolUsage(8, 4, self.documents, 0, 64, 1, 1.0, 0)
@@ -425,8 +437,7 @@ class ShardProcess:
     """One incarnation of a copy of a shard."""
 
     world: Any
-    place: tuple[int, int]
-    """Shard and number of the copy."""
+    place: Place
     address: str
     epoch: int
     pid: int
@@ -447,8 +458,8 @@ class ShardProcess:
 
     def __post_init__(self) -> None:
         loop: SimulatedLoop = self.world.loop
-        shard, copy = self.place
-        self.name = f"shard {shard}.{copy} epoch {self.epoch}"
+        shard, copy, num_shards = self.place
+        self.name = f"shard {shard}.{copy} of {num_shards} epoch {self.epoch}"
         self.draw = random.Random(f"{self.world.seed}/{self.name}")
         self.condition = Condition(loop)
         self.log_condition = Condition(loop)
@@ -480,7 +491,7 @@ class ShardProcess:
             loaded,  # type: ignore[arg-type]
             snapshot=str(path),
             load=self._load,
-            replica=self.place[1],
+            replica=self.place.copy,
             epoch=self.epoch,
             clock=self.clock,
             model_thread=self.thread,
@@ -488,11 +499,11 @@ class ShardProcess:
         )
         await self.shard_server.serve(self.server)  # type: ignore[arg-type]
         self.entry = ShardEntry(
-            shard=self.place[0],
-            replica=self.place[1],
+            shard=self.place.shard,
+            replica=self.place.copy,
             address=self.address,
             epoch=self.epoch,
-            documents=self.world.catalogue.documents(self.place[0], ()),
+            documents=self.world.catalogue.documents(self.place.num_shards, self.place.shard, ()),
             pid=self.pid,
         )
 
