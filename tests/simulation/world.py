@@ -46,8 +46,8 @@ RECOVERY_S = 15.0
 set aside, and the time to load."""
 
 OPERATION_S = 40.0
-"""Nothing that is wanted of the cluster takes longer to be done or given up: twice the time that the
-settings give it, and that of whoever leaves."""
+"""Nothing that is wanted of the cluster takes longer to be done or given up: twice the time that
+the settings give it, and that of whoever leaves."""
 
 _GROUPS_PER_S = 15.0
 _GROUP = 24
