@@ -275,15 +275,16 @@ class Links:
     def update(self, shard_map: ShardMap) -> None:
         """Connect to what is new in the map and let go of what is no longer in it.
 
-        Whoever was drained may still answer what it was asked; whose place a newer incarnation has
-        taken may not.
+        Whoever was drained or relieved may still answer what it was asked; whose place a newer
+        incarnation has taken otherwise may not.
         """
         wanted = {_incarnation(entry): entry for entry in shard_map.entries}
-        epochs = {(entry.shard, entry.replica): entry.epoch for entry in shard_map.entries}
+        newest = {(entry.shard, entry.replica): entry for entry in shard_map.entries}
         for key in [one for one in self._links if one not in wanted]:
             connection = self._links.pop(key).connection
-            place = connection.entry.shard, connection.entry.replica
-            if epochs.get(place, 0) > connection.entry.epoch:
+            entry = newest.get((connection.entry.shard, connection.entry.replica))
+            epoch = connection.entry.epoch
+            if entry is not None and entry.epoch > epoch != entry.relieves:
                 connection.fence()
             self._connections.release(connection, self._linger_s)
         for key in [one for one in wanted if one not in self._links]:

@@ -26,6 +26,12 @@ class ShardEntry(BaseModel):
     epoch: int = Field(ge=1, description="incarnation; grows with every restart of the replica")
     documents: int = Field(ge=0, description="items that it serves")
     pid: int = Field(ge=1, description="its process")
+    relieves: int = Field(
+        default=0,
+        ge=0,
+        description="epoch of the incarnation that it relieves in order, and that may still answer "
+        "what it was asked; 0: none",
+    )
 
 
 class ShardMap(BaseModel):

@@ -161,26 +161,6 @@ def running(state: StateDir) -> ClusterRecord:
     return record
 
 
-def running_here(state: StateDir, what: str) -> ClusterRecord:
-    """Return the record of the cluster that runs on a state directory, on this machine alone.
-
-    Args:
-        state: the directory.
-        what: wants it so.
-
-    Raises:
-        CommandError: as ``running``.
-        Refused: if it runs on several hosts.
-    """
-    record = running(state)
-    if record.ray:
-        raise Refused(
-            f"the cluster on {state.root} runs on several hosts, which this version cannot {what}: "
-            "stop it, and start it with other settings"
-        )
-    return record
-
-
 def memory_plan(
     config: Config, record: ClusterRecord, control: Control, live: Outline, new: Outline
 ) -> MemoryPlan:

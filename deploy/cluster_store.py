@@ -6,14 +6,14 @@ on without supervisor, Ray and store. Hosts write what they hold; the supervisor
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from silvershard.deploy.config import Config
 from silvershard.deploy.host_state import HostState
-from silvershard.deploy.placement import Copy, Host
+from silvershard.deploy.placement import Host
 from silvershard.deploy.state import RouterRecord
 from silvershard.shard.errors import StateError
 
@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _TIMEOUT_S = 1.0
 
-Document = Literal["launch", "map", "record", "progress", "wanted"]
+Document = Literal["launch", "layout", "map", "record", "progress", "wanted", "order"]
 
 _WRITE = """
 if (redis.call('HGET', KEYS[1], 'term') or '0') ~= ARGV[1] then return 0 end
@@ -50,7 +50,9 @@ class PlacedHost(BaseModel):
     state: HostState = Field(default="up", description="what it was listed as")
     router: bool = Field(description="whether it has a router")
     copies: tuple[tuple[int, int], ...] = Field(
-        default=(), description="shard and number of each copy; standbys come after replicas"
+        default=(),
+        description="shard and number of each copy that was started on it first; "
+        "standbys come after replicas",
     )
 
     def listed(self) -> Host:
@@ -84,25 +86,19 @@ class Launched(BaseModel):
         """Return the host that is called so; one that is not there is an error of the caller."""
         return next(one for one in self.hosts if one.name == name)
 
-    def host_of(self, shard: int, replica: int) -> PlacedHost:
-        """Return where a copy was placed."""
-        return next(one for one in self.hosts if (shard, replica) in one.copies)
-
-    def present(self) -> dict[Copy, str]:
-        """Return where every copy is, as placement knows them."""
-        replicas = self.config.sharding.replicas
-        return {
-            Copy(shard, number, standby=False)
-            if number < replicas
-            else Copy(shard, number - replicas, standby=True): one.name
-            for one in self.hosts
-            for shard, number in one.copies
-        }
-
     def own_config(self, host: PlacedHost) -> Config:
         """Return the settings of a host, whose processes bind its own address."""
         listen = self.config.listen.model_copy(update={"host": host.address})
         return self.config.model_copy(update={"listen": listen})
+
+
+class RouterOrder(BaseModel):
+    """That a host shall replace its router."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(description="its name")
+    number: int = Field(ge=1, description="tells one order from every other one")
 
 
 class HostReport(BaseModel):
@@ -116,6 +112,8 @@ class HostReport(BaseModel):
     staging: str = Field(default="", description="what it is fetching, or why it cannot")
     router: RouterRecord | None = Field(default=None, description="its router, if it has one")
     http: str = Field(default="", description="host:port of probes and metrics of that router")
+    ordered: int = Field(default=0, ge=0, description="number of the order that is done")
+    refused: str = Field(default="", description="why it was not carried out; empty: it was")
 
 
 class ClusterStore:
@@ -205,8 +203,7 @@ class ClusterStore:
 
     def clear(self) -> None:
         """Forget the cluster; terms go on, so that nobody who is late can write."""
-        names = ("launch", "map", "record", "progress", "wanted")
-        self._call(lambda: self._server.client.hdel(self._key, *names))
+        self._call(lambda: self._server.client.hdel(self._key, *get_args(Document)))
         self._call(lambda: self._server.client.delete(self._hosts))
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ WARM: Final = "warm"
 """No name for requests: what is loaded beside the live one, to take over quickly."""
 
 Alias = Literal["live", "canary", "warm"]
-Kind = Literal["activate", "rollback", "scale", "restart"]
+Kind = Literal["activate", "rollback", "scale", "restart", "move"]
 OperationState = Literal["waiting", "running", "done", "failed", "cancelled", "abandoned"]
 
 _KEPT = 20
@@ -74,6 +74,8 @@ class Operation(BaseModel):
             return f"{self.kind} to {self.scaled.size}"
         if self.kind == "restart":
             return "a rolling restart"
+        if self.kind == "move":
+            return "a move of copies between hosts"
         return f"{self.kind} of generation {self.generation}"
 
     def ended(self, state: OperationState, reason: str = "") -> Self:

@@ -4,13 +4,19 @@ import socket
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from silvershard.deploy.control_store import Control
+from silvershard.deploy.carry_out import Report
+from silvershard.deploy.cluster_size import ClusterSize
+from silvershard.deploy.config import Config
+from silvershard.deploy.control_store import Control, ControlStore
 from silvershard.deploy.errors import Refused
 from silvershard.deploy.host_state import HostState
+from silvershard.deploy.memory_plan import free_memory, held_by
 from silvershard.deploy.nodes import set_node_state
 from silvershard.deploy.placement import Copy, Host, Need, Wanted
+from silvershard.deploy.scale_plan import ScalePlan, plan_scale
 from silvershard.deploy.state import ClusterRecord, StateDir
 from silvershard.deploy.tables import table
+from silvershard.shard.outline import Outline
 
 
 class Holding(NamedTuple):
@@ -33,6 +39,41 @@ class Fleet(Protocol):
 
     def set_state(self, name: str, state: HostState) -> None:
         """Write down the state of a host; what follows from it is done by the driver."""
+        ...
+
+    def await_empty(self, name: str, *, timeout_s: float | None, report: Report) -> None:
+        """Wait until a host that hands over what it holds has no process of a shard any more.
+
+        Args:
+            name: of the host.
+            timeout_s: longest wait; None: as long as a swap may take.
+            report: hears how far it is, a line at a time.
+
+        Raises:
+            CommandError: if a copy cannot be moved.
+            TimedOut: if it is not done in time; it goes on.
+        """
+        ...
+
+    def settings(self, config: Config) -> Config:
+        """Return the settings that the cluster was started with, given those of a command."""
+        ...
+
+    def plan_scale(
+        self,
+        config: Config,
+        before: ClusterSize,
+        after: ClusterSize,
+        outlines: Mapping[int, Outline],
+    ) -> ScalePlan:
+        """Return what happens when the cluster is scaled.
+
+        Args:
+            config: its settings.
+            before: how large it is.
+            after: how large it shall be.
+            outlines: the generations that its processes hold.
+        """
         ...
 
 
@@ -59,13 +100,46 @@ class OneMachine:
 
     def set_state(self, name: str, state: HostState) -> None:
         """Write the state into the control store."""
+        write_state(self._store, name, state)
 
-        def make(now: Control) -> Control:
-            others = {one: was for one, was in now.host_states.items() if one != name}
-            states = others if state == "up" else {**others, name: state}
-            return now.model_copy(update={"host_states": states})
+    def await_empty(self, name: str, *, timeout_s: float | None, report: Report) -> None:
+        """Do nothing: there is no other host."""
 
-        self._store.change(make)
+    def settings(self, config: Config) -> Config:
+        """Return those of the command."""
+        return config
+
+    def plan_scale(
+        self,
+        config: Config,
+        before: ClusterSize,
+        after: ClusterSize,
+        outlines: Mapping[int, Outline],
+    ) -> ScalePlan:
+        """Plan with the memory that this machine has left."""
+        return plan_scale(
+            config,
+            before,
+            after,
+            outlines,
+            held_bytes=held_by(one.pid for one in self._record.shards if one.pid),
+            free_bytes=free_memory(),
+        )
+
+
+def write_state(store: ControlStore, name: str, state: HostState) -> None:
+    """Write the state of a host into a control store.
+
+    Raises:
+        StateError: if it cannot be written.
+    """
+
+    def make(now: Control) -> Control:
+        others = {one: was for one, was in now.host_states.items() if one != name}
+        states = others if state == "up" else {**others, name: state}
+        return now.model_copy(update={"host_states": states})
+
+    store.change(make)
 
 
 def change_state(

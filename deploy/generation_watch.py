@@ -71,7 +71,7 @@ class GenerationWatch:
         self._planned = plan
         self._clock = clock
         self._store = state.control
-        self._hosts = ShardHosts(connect)
+        self.hosts = ShardHosts(connect)
         self.roster = Roster(config.sharding.replicas)
         self._starting = generation
         """What is live as soon as the cluster has started; 0 from then on."""
@@ -126,7 +126,7 @@ class GenerationWatch:
     @property
     def reports(self) -> dict[Key, Mapping[int, Held]]:
         """Return what every process said last that it holds."""
-        return self._hosts.reports
+        return self.hosts.reports
 
     @property
     def live(self) -> int:
@@ -163,7 +163,7 @@ class GenerationWatch:
     @property
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return every generation that a process holds, as status shows it."""
-        return readiness.records_of(self._hosts.reports, self._control)
+        return readiness.records_of(self.hosts.reports, self._control)
 
     def path(self, generation: int) -> Path:
         """Return the directory of a generation."""
@@ -171,7 +171,7 @@ class GenerationWatch:
 
     def poll(self, watches: Sequence[ShardWatch]) -> None:
         """Look at everything once and take the next step."""
-        self._hosts.follow(watches)
+        self.hosts.follow(watches)
         try:
             self._take(self._store.read())
             if self._swap is not None:
@@ -179,7 +179,7 @@ class GenerationWatch:
             self._settle()
         except RetrievalError as error:
             self._say(f"the control store cannot be used, all stays as it is: {error}")
-        for (_, replica), host in self._hosts.by_key.items():
+        for (_, replica), host in self.hosts.by_key.items():
             if host.held is not None:
                 wanted = self._wanted(replica) - self._retried(host.held)
                 reconcile(host, host.held, wanted, live=self.live, path=self.path)
@@ -192,7 +192,7 @@ class GenerationWatch:
         Those that are about to answer for the next one instead are named a moment before, so that
         routers are connected to them by then.
         """
-        return self.entries_of(self._hosts, self.roster.named, self._config.sharding.shards)
+        return self.entries_of(self.hosts, self.roster.named, self._config.sharding.shards)
 
     def entries_of(
         self, hosts: ShardHosts, named: Collection[Key], num_shards: int
@@ -214,15 +214,15 @@ class GenerationWatch:
 
     def take_over(self, hosts: ShardHosts, sharding: ShardingSection) -> None:
         """Name the processes of another cut of the catalogue from now on; they hold all wanted."""
-        self._hosts.close()
-        self._hosts = hosts
+        self.hosts.close()
+        self.hosts = hosts
         self.roster = Roster(sharding.replicas)
         self._config = self._config.model_copy(update={"sharding": sharding})
         self.roster.fill(map(self._ready_for, sorted(self._offered)))
 
     def close(self) -> None:
         """Leave the processes alone."""
-        self._hosts.close()
+        self.hosts.close()
 
     def _take(self, control: Control) -> None:
         self._accept(control)
@@ -301,7 +301,7 @@ class GenerationWatch:
     def _obstacle(self, operation: Operation) -> str:
         """Return in words what is in the way, empty if nothing is; it is on its way out then."""
         generation, control = operation.generation, self._control
-        held = self._hosts.reports.values()
+        held = self.hosts.reports.values()
         if any(generation in one and one[generation].state == "failed" for one in held):
             # The last try is let go of first, so that it is not taken for this one.
             return f"generation {generation} failed earlier and is still held"
@@ -318,7 +318,7 @@ class GenerationWatch:
     def _plan(self, generation: int) -> MemoryPlan:
         """Return how to bring a generation in; the processes that hold it need no room for it."""
         live, new = self._outlines.outline(self.live), self._outlines.outline(generation)
-        holding = [generation in one for one in self._hosts.reports.values()]
+        holding = [generation in one for one in self.hosts.reports.values()]
         if self._planned is not None:
             return self._planned(None if all(holding) else live, new)
         return plan_swap(
@@ -326,7 +326,7 @@ class GenerationWatch:
             live,
             new,
             holding,
-            (entry.pid for entry in self._hosts.entries.values()),
+            (entry.pid for entry in self.hosts.entries.values()),
             free_bytes=self._free_bytes(),
         )
 
@@ -334,7 +334,7 @@ class GenerationWatch:
         """Notice what is over: drains, the second half of a wave, what a failed swap displaced."""
         now_s = self._clock()
         self._leaving = {one: end_s for one, end_s in self._leaving.items() if now_s < end_s}
-        late = [held for key, held in self._hosts.reports.items() if key[1] in self._is_late]
+        late = [held for key, held in self.hosts.reports.items() if key[1] in self._is_late]
         states = {held[self.live].state if self.live in held else "" for held in late}
         if now_s >= self._drained_s and states <= {"prepared", "failed"}:
             self._is_late = range(0)
@@ -345,7 +345,7 @@ class GenerationWatch:
         """Load the previous generation again, if it made room for what was not done."""
         control = self._control
         previous, ended = control.previous, control.operation(self._gave_way)
-        held = set().union(*self._hosts.reports.values())
+        held = set().union(*self.hosts.reports.values())
         is_lost = ended is None or ended.state == "done" or not self.path(previous).is_dir()
         if not is_lost and held - {control.live, control.canary, control.warm, previous}:
             # What failed is let go of first.
@@ -362,7 +362,7 @@ class GenerationWatch:
             for one in watches
             if one.state != "failed" and (not is_wave or one.replica in self._first_wave)
         ]
-        reports = self._hosts.reports
+        reports = self.hosts.reports
         held = [reports.get((one.shard, one.replica), {}).get(generation) for one in counted]
         broken = [one.reason for one in held if one is not None and one.state == "failed"]
         prepared = sum(one is not None and one.state == "prepared" for one in held)
@@ -397,10 +397,10 @@ class GenerationWatch:
         coming = operation.generation
         if operation.alias != LIVE or coming == self.live:
             return readiness.NOTHING, ""
-        behind = self._readiness.observe(self._hosts.reports, self.live, coming, self._clock())
+        behind = self._readiness.observe(self.hosts.reports, self.live, coming, self._clock())
         if operation.allow_refused or operation.kind == "rollback":
             return readiness.NOTHING, behind
-        lacking = readiness.refusals(self._hosts.reports, self.live, coming)
+        lacking = readiness.refusals(self.hosts.reports, self.live, coming)
         return lacking, behind or lacking.early
 
     def _report(self, swap: Swap, progress: str) -> None:
@@ -475,7 +475,7 @@ class GenerationWatch:
     def _ready_for(self, generation: int) -> list[Key]:
         """Return the processes that the map may name for a generation."""
         out, copies = self._out_of_service(), self._config.sharding.copies
-        prepared = self._hosts.prepared(generation)
+        prepared = self.hosts.prepared(generation)
         return [key for key in prepared if key[1] not in out and key[1] < copies]
 
     def is_standby(self, key: Key) -> bool:
@@ -484,7 +484,7 @@ class GenerationWatch:
 
     def _named_for(self, generation: int) -> Iterable[Key]:
         """Return the processes that the map names and that could answer from a generation."""
-        return self.roster.named.intersection(self._hosts.prepared(generation))
+        return self.roster.named.intersection(self.hosts.prepared(generation))
 
     def _covers(self, keys: Iterable[Key]) -> bool:
         """Return whether every shard is among those of some processes."""

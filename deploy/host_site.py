@@ -2,18 +2,32 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from silvershard.cluster.shard_map import ShardMap
-from silvershard.deploy.cluster_store import ClusterStore, Freshness, HostReport, Launched
+from silvershard.deploy.cluster_size import in_force
+from silvershard.deploy.cluster_store import (
+    ClusterStore,
+    Freshness,
+    HostReport,
+    Launched,
+    RouterOrder,
+)
+from silvershard.deploy.config_sections import ShardingSection
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.errors import Refused
+from silvershard.deploy.host_places import Beside, HostPlaces, present_in
+from silvershard.deploy.host_router import RouterDir
 from silvershard.deploy.memory_plan import MemoryPlan
+from silvershard.deploy.placement import Copy, Host
 from silvershard.deploy.pulse import Pulse
+from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.shard_watch import Entry, Handle
 from silvershard.deploy.staging import Stager
-from silvershard.deploy.state import ClusterRecord, RouterPhase, RouterRecord
+from silvershard.deploy.state import ClusterRecord, RouterPhase, RouterRecord, StateDir
+from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline
 
 NAMESPACE = "silvershard"
@@ -25,6 +39,9 @@ _LOOK_S = 0.5
 _SILENT_S = 5.0
 """A host whose agent has said nothing for so long is shown as such."""
 _NODES_S = 1.0
+_STRAYS_S = 15.0
+"""How long what an earlier supervisor left goes on beside the longest deadline: the map may name
+it until everybody has spoken."""
 
 E = TypeVar("E", bound=Entry)
 
@@ -36,16 +53,29 @@ class Actors(NamedTuple):
     """Returns the actor of a name, None if there is none."""
     addresses: Callable[[], Collection[str]]
     """Returns the IP addresses of the nodes that Ray thinks alive."""
+    end: Callable[[Any], None]
+    """Ends an actor for good."""
 
 
 class HostRouters:
     """The routers of all hosts, as their agents tell of them."""
 
-    def __init__(self, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        """Know of the routers of these hosts."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+        order: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """Know of the routers of these hosts; ``order`` writes a ``RouterOrder`` or nothing."""
         self.phase: RouterPhase = "starting"
         self.address = ""
         self.http = ""
+        self.refused = ""
+        """Why not all of them were replaced when that was last asked for; empty: they were."""
+        self._order = order
+        self._to_replace: list[str] = []
+        """Hosts whose routers are still to be replaced, the present one first."""
+        self._ordered = 0
         self.records = tuple(RouterRecord(state="starting", host=name) for name in names)
         self._https: dict[str, str] = {}
         self._freshness = Freshness(clock)
@@ -67,9 +97,40 @@ class HostRouters:
         states = {one.state for one in self.records}
         order: tuple[RouterPhase, ...] = ("restarting", "starting", "serving")
         self.phase = next(one for one in order if one in states)
+        self._follow_order(reports)
         self.address = self.record.address
         found = reports.get(self.record.host)
         self.http = found.http if found is not None else ""
+
+    def replace(self) -> None:
+        """Let a new process take the place of each, one host after the other."""
+        self.refused = ""
+        self._to_replace = [one.host for one in self.records]
+        self._order_next()
+
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether one is being replaced, or is still to be."""
+        return bool(self._to_replace)
+
+    def _order_next(self) -> None:
+        self._ordered = time.time_ns()
+        order = RouterOrder(host=self._to_replace[0], number=self._ordered)
+        self._order(order.model_dump_json())
+
+    def _follow_order(self, reports: dict[str, HostReport]) -> None:
+        """Go on to the next host once one is done."""
+        report = reports.get(self._to_replace[0]) if self._to_replace else None
+        if report is None or report.ordered != self._ordered:
+            return
+        if report.refused:
+            self.refused = f"{report.host}: {report.refused}"
+        self._to_replace = [] if report.refused else self._to_replace[1:]
+        if self._to_replace:
+            self._order_next()
+        else:
+            # Who starts anew shall not carry it out again.
+            self._order("")
 
     def _record(self, host: str, report: HostReport | None) -> RouterRecord:
         if report is None or report.router is None:
@@ -94,6 +155,27 @@ class HostRouters:
         """Do nothing: agents end them."""
 
 
+class SupervisorDir(RouterDir):
+    """A place of its own for the supervisor, where it has the map as it wrote it last.
+
+    It may run on a node that is no host, and on a host the agent writes that of the router.
+    """
+
+    def __init__(self, state: StateDir) -> None:
+        """Make the place."""
+        super().__init__(state, ".supervisor")
+
+    @property
+    def shard_map_file(self) -> Path:
+        """Return the map that routers follow."""
+        return self.place / "shard_map.json"
+
+    @property
+    def coming_map_file(self) -> Path:
+        """Return the map by which a new set of shards is checked."""
+        return self.place / "shard_map.coming.json"
+
+
 class HostSite:
     """Several hosts; see ``site.Site``."""
 
@@ -108,47 +190,67 @@ class HostSite:
         *,
         address: str,
         stager: Stager,
+        control: Callable[[], Control],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Look at nobody yet.
 
         Args:
             store: of the cluster.
-            launched: what runs where.
+            launched: what was started.
             term: of this supervisor.
             actors: what Ray knows.
             address: IP address of the node that this runs on, which may be no host.
             stager: brings generations to it.
+            control: returns the document of the control store.
             clock: for the pauses.
+
+        Raises:
+            StateError: if the store cannot be used.
         """
         self._store = store
         self._launched = launched
         self._term = term
         self._actors = actors
         self._stager = stager
+        self._control = control
         self._clock = clock
+        self.config = in_force(launched.config, control().scaled)
+        """Settings, with the numbers of processes that are in force."""
+        state = StateDir(Path(launched.root))
+        self._generations = state.generations
+        self.maps: StateDir = SupervisorDir(state)
+        settings = RouterWatch(self.maps, launched.config).settings()
+        self.maps.router_file.write_text(settings.model_dump_json(indent=1))
+        self._host_states = control().host_states
+        self.places = HostPlaces(
+            store,
+            launched,
+            term,
+            self.config.sharding,
+            self._planned_copies,
+            lambda: self._host_states,
+        )
+        longest_s = self.config.query.deadline_max_ms / 1e3
+        self._end_strays_s = clock() + _STRAYS_S + longest_s
         self.ray = launched.ray
         self.name = next((one.name for one in launched.hosts if one.address == address), address)
         self.reports: dict[str, HostReport] = {}
         """What every host said last."""
-        self.site_routers = HostRouters([one.name for one in launched.hosts if one.router], clock)
+        self.site_routers = HostRouters(
+            [one.name for one in launched.hosts if one.router],
+            clock,
+            lambda text: store.write(term, "order", text),
+        )
         self.plan: Callable[[Outline | None, Outline], MemoryPlan] | None = self._planned
         self._looked_s = -_LOOK_S
         self._wanted = ""
         self._movable: dict[str, str] = {}
         """The host of each actor that may change it."""
 
-    @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """Return every router."""
-        return self.site_routers.records
-
     def host_of(self, actor: str) -> str:
         """Return the host that an actor is on, or was placed on."""
-        if actor in self._movable:
-            return self._movable[actor]
-        _, shard, replica = actor.split("-")
-        return self._launched.host_of(int(shard), int(replica)).name
+        return self._movable.get(actor) or self.places.layout.of(actor).host
 
     def find(self, actor: str) -> Any:
         """Return the actor that runs under a name already."""
@@ -205,36 +307,68 @@ class HostSite:
         if wanted != self._wanted:
             self._store.write(self._term, "wanted", wanted)
             self._wanted = wanted
+        self._host_states = self._control().host_states
+        self.places.flush()
+        if now_s >= self._end_strays_s:
+            self._end_strays()
         self.reports = self._store.reports()
         self._stager.poll(kept, self.reports)
         self.site_routers.take(self.reports)
+
+    def _end_strays(self) -> None:
+        """End what an earlier supervisor had begun to start or to end."""
+        for name in self.places.strays:
+            actor = self.find(name)
+            if actor is not None:
+                self._actors.end(actor)
+            self.places.ended(name)
+        self.places.strays = []
 
     def lacking(self, generation: int) -> str:
         """Return in words which host does not have a generation; empty if all of them do."""
         if generation and not self._stager.holds(generation):
             return f"generation {generation} is not where the supervisor runs: {self._stager.said}"
-        for host in self._launched.hosts:
-            report = self.reports.get(host.name)
-            if (
-                generation
-                and host.copies
-                and (report is None or generation not in report.generations)
-            ):
+        for name in sorted({one.host for one in self.places.layout.copies}):
+            report = self.reports.get(name)
+            if generation and (report is None or generation not in report.generations):
                 said = f" ({report.staging})" if report is not None and report.staging else ""
-                return f"generation {generation} is not on {host.name} yet{said}"
+                return f"generation {generation} is not on {name} yet{said}"
         return ""
 
     def read_map(self) -> ShardMap | None:
         """Return the map that routers follow already."""
-        return self._store.read(ShardMap, "map")
+        found = self._store.read(ShardMap, "map")
+        if found is not None:
+            found.write_atomic(self.maps.shard_map_file)
+        return found
 
     def write_map(self, shard_map: ShardMap) -> None:
         """Give all hosts a new map."""
         self._store.write(self._term, "map", shard_map.model_dump_json(indent=1))
+        shard_map.write_atomic(self.maps.shard_map_file)
 
     def write_record(self, record: ClusterRecord) -> None:
         """Write down what runs, for all hosts."""
         self._store.write(self._term, "record", record.model_dump_json(indent=1))
+
+    def _planned_copies(
+        self,
+        sharding: ShardingSection,
+        hosts: Sequence[Host],
+        present: Mapping[Copy, str],
+        beside: Sequence[Beside],
+    ) -> Mapping[Copy, str]:
+        """Return the host of every copy; see ``host_places.PlanCopies``."""
+        # It loads torch, which a supervisor needs for nothing else.
+        from silvershard.deploy.host_plan import plan_beside
+
+        control = self._control()
+        snapshot = generation_dir(self._generations, control.live or self._launched.generation)
+        kept = len(control.kept)
+        made = plan_beside(
+            self.config, snapshot, sharding, hosts, present, beside, generations=kept
+        )
+        return made.placement.at
 
     def _planned(self, live: Outline | None, new: Outline) -> MemoryPlan:
         """Return how a generation comes in, from the memory that the hosts were listed with."""
@@ -245,13 +379,13 @@ class HostSite:
         from silvershard.deploy.footprint import read_footprint
         from silvershard.deploy.plan import plan_cluster
 
-        config = self._launched.config
+        config = in_force(self._launched.config, self._control().scaled)
         try:
             made = plan_cluster(
                 config,
                 read_footprint(Path(new.path), config),
-                [one.listed() for one in self._launched.hosts],
-                self._launched.present(),
+                self.places.hosts,
+                present_in(self.places.layout, config.sharding),
             )
         except Refused as error:
             return held._replace(mode="refused", reason=str(error))

@@ -9,11 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from silvershard.cluster.secret_file import read_secret
+from silvershard.deploy.access import secured
+from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.cluster_store import ClusterStore, Launched, PlacedHost
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
-from silvershard.deploy.launch import choose_generation
+from silvershard.deploy.launch import check_security, choose_generation
+from silvershard.deploy.layout import Layout
 from silvershard.deploy.placement import Host, Placement
 from silvershard.deploy.progress import Progress
 from silvershard.deploy.ray_nodes import ADDRESS_VARIABLE, check_nodes, connected, find
@@ -34,6 +38,7 @@ def check_settings(config: Config) -> None:
 
     Raises:
         Refused: naming the setting and what it must be.
+        ConfigError: if a file of security cannot be used on this host.
     """
     if not config.control.store:
         raise Refused(
@@ -46,18 +51,27 @@ def check_settings(config: Config) -> None:
             f"{config.updates.log or 'nothing'}: a file is only there for one of them"
         )
     security = config.security
-    if not security.insecure and not (security.tls.enabled and security.secret):
+    given = {
+        "security.tls": security.tls.enabled,
+        "security.tokens": security.tokens,
+        "security.secret": security.secret,
+    }
+    missing = [key for key, value in given.items() if not value]
+    if missing and not security.insecure:
         raise Refused(
-            "the processes of several hosts listen on their addresses: set security.tls and "
-            "security.secret, files that are at the same paths on every host, or --insecure if "
-            "every machine that can reach them may ask"
+            f"the processes of several hosts listen on their addresses: set {', '.join(missing)} "
+            "to files that are at the same paths on every host, or --insecure if every machine "
+            "that can reach them may ask"
         )
+    check_security(config)
+    if security.secret:
+        read_secret(Path(security.secret))
 
 
 def placed_hosts(
     hosts: Sequence[Host], placement: Placement, replicas: int, routers: int | None
 ) -> tuple[PlacedHost, ...]:
-    """Return every host with what it gets.
+    """Return every host that is not down with what it gets.
 
     Args:
         hosts: as they were listed.
@@ -80,7 +94,7 @@ def placed_hosts(
             (one.shard, one.replica + (replicas if one.standby else 0))
             for one in placement.on(host.name)
         )
-        if not copies and host.name not in with_router:
+        if host.state == "down":
             continue
         found.append(
             PlacedHost(
@@ -143,6 +157,7 @@ def up(
         CommandError: if it cannot start; nothing is left running.
         TimedOut: if it does not start in time; nothing is left running.
     """
+    config = secured(config, state, own_secret=False)
     check_settings(config)
     address = ray or os.environ.get(ADDRESS_VARIABLE, "")
     if not address:
@@ -157,7 +172,10 @@ def up(
         move_control(state.root, config.control.store)
         number, snapshot = choose_generation(state, generation)
         report("plan")
-        placement = _planned(state, config, number, snapshot, hosts, show_plan)
+        control = state.control.read()
+        sized = in_force(config, control.scaled)
+        hosts = [one._replace(state=control.host_states.get(one.name, one.state)) for one in hosts]
+        placement = _planned(state, sized, number, snapshot, hosts, show_plan)
         admit(snapshot)
         launched = Launched(
             config=config,
@@ -165,7 +183,7 @@ def up(
             model=read_outline(snapshot).model,
             root=str(state.root),
             ray=address,
-            hosts=placed_hosts(hosts, placement, config.sharding.replicas, routers),
+            hosts=placed_hosts(hosts, placement, sized.sharding.replicas, routers),
             since_unix_s=time.time(),
         )
         store = ClusterStore(config.control.store)
@@ -345,8 +363,8 @@ def _end(store: ClusterStore, launched: Launched, *, timeout_s: float) -> tuple[
         _asked(lambda: ray.get(supervisor.stop.remote(timeout_s), timeout=timeout_s + _ASK_S))
         ray.kill(supervisor, no_restart=True)
     # What the supervisor could not end any more.
-    copies = [f"shard-{shard}-{number}" for one in launched.hosts for shard, number in one.copies]
-    for name in ("sequencer", *copies):
+    layout = store.read(Layout, "layout") or Layout()
+    for name in ("sequencer", *(one.actor for one in layout.copies)):
         actor = find(name)
         if actor is not None:
             ray.kill(actor, no_restart=True)

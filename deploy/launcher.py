@@ -8,7 +8,6 @@ Shapes: S shards, R replicas.
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -26,12 +25,14 @@ from silvershard.deploy.config import Config
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.layout import Place
+from silvershard.deploy.local_routers import LocalRouters
 from silvershard.deploy.log_pins import check_log, pin_generations
+from silvershard.deploy.moving import Moving
 from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.pulse import Pulse
 from silvershard.deploy.rolling import Rolling
-from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
@@ -48,11 +49,6 @@ TICK_S = 0.1
 _CENSUS_S = 1.0
 
 _SEQUENCER = "sequencer"
-
-
-def _shard_name(shard: int, replica: int) -> str:
-    return f"shard-{shard}-{replica}"
-
 
 _SETTLE_S = 10.0
 """How long a cluster that is adopted waits for everybody to say where they are."""
@@ -96,7 +92,7 @@ class LocalCluster:
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
             site: the machines that it runs on; by default this one.
-            routers: the routers; by default one process of this machine.
+            routers: the routers; by default ``runtime.routers`` processes of this machine.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
             start_sequencer: starts the sequencer; by default as a Ray actor.
@@ -120,7 +116,7 @@ class LocalCluster:
         dialer = peer_dialer(self._peers)
         self._canary = canary or partial(ask_canary, dialer=dialer)
         self._report = report
-        self._router: Routers = routers or RouterWatch(state, config, dialer)
+        self._router: Routers = routers or LocalRouters(state, config, dialer)
         self._site: Site = site or ThisMachine(state, dialer)
         self._tables = TableTiers(state, config, start_tables, feel=partial(Pulse, dialer=dialer))
         connect = connect or partial(ShardHost, dialer=dialer)
@@ -140,9 +136,21 @@ class LocalCluster:
             connect=connect,
             watch=self._watched,
             draw_map=self._drawn,
-            start_check=start_check or partial(CheckWatch, state),
+            start_check=start_check or partial(CheckWatch, self._site.maps),
+            places=self._site.places,
+            maps=self._site.maps,
         )
-        self._rolling = Rolling(state, config, self._generations, self._scaling)
+        self._rolling = Rolling(state, config, self._generations, self._scaling, self._router)
+        self._moving = Moving(
+            state,
+            config,
+            self._generations,
+            self._scaling,
+            start_shard or self._start_actor,
+            connect=connect,
+            watch=self._watched,
+            places=self._site.places,
+        )
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
         self._sequencer: SequencerWatch | None = None
@@ -153,8 +161,6 @@ class LocalCluster:
         self._family: dict[int, Process] = {}
         self._next_census_s = 0.0
         self._since_unix_s = time.time()
-        self._names: Counter[str] = Counter()
-        """How often each was given to an actor."""
 
     @property
     def address(self) -> str:
@@ -214,7 +220,9 @@ class LocalCluster:
             )
         self._scaling.start()
 
-    def _watched(self, shard: int, replica: int, handle: ShardHandle) -> ShardWatch:
+    def _watched(
+        self, num_shards: int, shard: int, replica: int, handle: ShardHandle
+    ) -> ShardWatch:
         return ShardWatch(
             shard,
             handle,
@@ -222,7 +230,7 @@ class LocalCluster:
             replica=replica,
             feel=self._site.feel,
             restarts=self._restarts_before(handle),
-            host=self._site.host_of(_shard_name(shard, replica)),
+            host=self._site.places.where(Place(num_shards, shard, replica)),
         )
 
     def _restarts_before(self, handle: Handle[Any]) -> int:
@@ -272,13 +280,11 @@ class LocalCluster:
     def _start_actor(self, num_shards: int, shard: int, replica: int) -> ShardHandle:
         from silvershard.cluster import shard_actor
 
-        name = _shard_name(shard, replica)
-        # Ray wants a name that nobody has, and one that ended has its name for a while longer.
-        again = f"-{self._names[name]}" if self._names[name] else ""
-        self._names[name] += 1
-        return self._actor(
+        # Ray wants a name that nobody has.
+        name = self._site.places.name(Place(num_shards, shard, replica))
+        handle: ShardHandle = self._actor(
             shard_actor.ShardActor,
-            name + again,
+            name,
             ShardEntry,
             str(self._snapshot),
             shard,
@@ -294,6 +300,7 @@ class LocalCluster:
             peers=self._peers.model_dump(),
             faults_dir=faults_dir(self._state, self._config),
         )
+        return self._site.places.kept(name, handle)
 
     # ray.remote turns the class into something that its type does not say.
     def _actor(
@@ -363,6 +370,7 @@ class LocalCluster:
         self._generations.poll(self._shards)
         self._scaling.poll()
         self._rolling.poll()
+        self._moving.poll()
         self._router.poll()
         self._write_map()
         self._write_record()
@@ -429,7 +437,7 @@ class LocalCluster:
             )
             if self._sequencer
             else None,
-            routers=self._site.routers,
+            routers=self._router.records,
             ray=self._site.ray,
             host=self._site.name,
             generations=self._generations.records,
@@ -461,6 +469,7 @@ class LocalCluster:
         self._router.stop()
         with ExitStack() as rest:
             rest.callback(self._scaling.close)
+            rest.callback(self._moving.close)
             rest.callback(self._tables.end)
             if self._sequencer is not None:
                 rest.callback(self._sequencer.end)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from silvershard.deploy.arguments import AddVerb, Parents, show, state_of
+from silvershard.deploy.arguments import AddVerb, Parents, reporter, show, state_of
 from silvershard.deploy.errors import CommandError, ExitCode
 from silvershard.deploy.host_state import HOST_STATES, HostState
 from silvershard.deploy.state import StateDir
@@ -16,7 +16,7 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
         shared: options that several verbs have.
     """
     text = "let a host hand over what it holds, so that it can be taken away"
-    drain = verb("drain", text, _drain, shared.state)
+    drain = verb("drain", text, _drain, shared.state, shared.timeout)
     text = "let a host get copies again"
     undrain = verb("undrain", text, _undrain, shared.state)
     text = "list the hosts, or give one a state"
@@ -32,7 +32,7 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
 
 
 def _drain(options: argparse.Namespace) -> int:
-    return _change(options, "retired", force=options.force)
+    return _change(options, "retired", force=options.force, waits=True)
 
 
 def _undrain(options: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def _undrain(options: argparse.Namespace) -> int:
 
 
 def _node(options: argparse.Namespace) -> int:
-    from silvershard.deploy import activate, fleet
+    from silvershard.deploy import activate, fleet, host_fleet
 
     if options.what != "list":
         if not options.host:
@@ -49,16 +49,19 @@ def _node(options: argparse.Namespace) -> int:
     if options.host:
         raise CommandError(f"node list takes no host, got {options.host}", ExitCode.USAGE)
     state: StateDir = state_of(options)
-    document = fleet.listing(fleet.OneMachine(state, activate.running(state)))
+    document = fleet.listing(host_fleet.fleet_of(state, activate.running(state)))
     show(options, document, lambda: fleet.render_listing(document))
     return ExitCode.OK
 
 
-def _change(options: argparse.Namespace, to: HostState, *, force: bool) -> int:
-    from silvershard.deploy import activate, fleet
+def _change(options: argparse.Namespace, to: HostState, *, force: bool, waits: bool = False) -> int:
+    from silvershard.deploy import activate, fleet, host_fleet
 
     state: StateDir = state_of(options)
-    hosts = fleet.OneMachine(state, activate.running(state))
+    hosts = host_fleet.fleet_of(state, activate.running(state))
     document = fleet.change_state(hosts, options.host, to, force=force, dry_run=options.dry_run)
+    if waits and document["done"] and document["moves"]:
+        report = reporter(options)
+        hosts.await_empty(options.host, timeout_s=options.timeout, report=report)
     show(options, document, lambda: fleet.render_change(document))
     return ExitCode.OK

@@ -69,18 +69,18 @@ def plan_cluster(
     Raises:
         Refused: if it is impossible, with numbers.
     """
-    usable = _after_control_plane(hosts) if reserved else tuple(hosts)
+    usable = after_control_plane(hosts) if reserved else tuple(hosts)
     devices = sum(device != "cpu" for device in config.sharding.devices)
     refused: Refused | None = None
     modes: tuple[Swap, ...] = ("beside", "wave") if config.sharding.copies > 1 else ("beside",)
     for swap in modes:
-        wanted = _wanted(config, footprint, swap, devices)
+        wanted = wanted_of(config, footprint, swap, devices)
         try:
             return ClusterPlan(footprint, usable, wanted, swap, place(usable, wanted, present))
         except Refused as error:
             refused = error
     assert refused is not None
-    if len(modes) == 1 and _fits(usable, _wanted(config, footprint, "wave", devices)):
+    if len(modes) == 1 and _fits(usable, wanted_of(config, footprint, "wave", devices)):
         raise Refused(
             f"there is no room to swap generations: {refused}; without a second generation beside "
             "the first everything has room, which takes two copies of each shard to swap"
@@ -88,7 +88,8 @@ def plan_cluster(
     raise refused
 
 
-def _wanted(config: Config, footprint: Footprint, swap: Swap, num_devices: int) -> Wanted:
+def wanted_of(config: Config, footprint: Footprint, swap: Swap, num_devices: int) -> Wanted:
+    """Return what shall be held, given how generations are swapped, and the GPUs of a copy."""
     placement = config.replicas.placement
     return Wanted(
         needs=tuple(one.need(swap, num_devices=num_devices) for one in footprint.shards),
@@ -107,7 +108,8 @@ def _fits(hosts: Sequence[Host], wanted: Wanted) -> bool:
     return True
 
 
-def _after_control_plane(hosts: Sequence[Host]) -> tuple[Host, ...]:
+def after_control_plane(hosts: Sequence[Host]) -> tuple[Host, ...]:
+    """Return hosts with the memory that is left beside Ray and the control plane."""
     head = min((host.name for host in hosts if host.state == "up"), default="")
     return tuple(
         host._replace(

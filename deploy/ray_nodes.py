@@ -83,6 +83,12 @@ def find(name: str) -> Any:
         return None
 
 
+def _end(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor, no_restart=True)
+
+
 def actors() -> Actors:
     """Return what the Ray knows that this process is connected to."""
-    return Actors(find, living_addresses)
+    return Actors(find, living_addresses, _end)

@@ -42,7 +42,8 @@ class RayShard(Generic[E]):
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
             self.ask_again()
             return None
-        return self._kind(**{name: found[name] for name in self._kind.model_fields})
+        known = self._kind.model_fields.keys() & found.keys()
+        return self._kind(**{name: found[name] for name in known})
 
     def ask_again(self) -> None:
         """Forget what the actor said, because its process ended."""

@@ -1,8 +1,9 @@
-"""What the driver does when all shard processes are restarted, one after the other.
+"""What the driver does when all shard processes and routers are restarted, one after the other.
 
 A process leaves the map while another copy of its shard serves, ends when nobody can be waiting for
 it any more, and starts again; the next one follows when it is prepared and level with the others.
-Where a shard has one copy only, a further one is started first, and ends when all is done.
+Where a shard has one copy only, a further one is started first, and ends when all is done. Routers
+are replaced at the end: each by a process that takes its place while it serves.
 
 Nothing here waits, and time is read from one clock.
 """
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field
 
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, Operation
+from silvershard.deploy.errors import Refused
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.readiness import Readiness, is_prepared
 from silvershard.deploy.roster import Key
 from silvershard.deploy.scaling import Scaling
+from silvershard.deploy.site import Routers
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import RetrievalError
 
@@ -43,6 +46,8 @@ class _Going:
     """The process that the map does not name, or that starts."""
     end_s: float | None = None
     """When it may be ended; None: it has been."""
+    replacing: bool = False
+    """Whether it is the turn of the routers."""
 
 
 class Rolling:
@@ -54,6 +59,7 @@ class Rolling:
         config: Config,
         generations: GenerationWatch,
         scaling: Scaling,
+        routers: Routers,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,11 +70,13 @@ class Rolling:
             config: its settings.
             generations: what its processes hold.
             scaling: holds the processes.
+            routers: those of the cluster.
             clock: for limits and drains.
         """
         self._config = config
         self._generations = generations
         self._scaling = scaling
+        self._routers = routers
         self._clock = clock
         self._store = state.control
         self._going: _Going | None = None
@@ -101,7 +109,12 @@ class Rolling:
         extra = current.sharding.copies == 1
         if extra:
             more = current.sharding.model_copy(update={"standby": 1})
-            self._scaling.resize(more)
+            try:
+                self._scaling.resize(more)
+            except Refused as error:
+                refused = running.ended("failed", f"a further copy has no room: {error}")
+                self._store.change(lambda now: now.replaced(refused))
+                return
         give_up_s = self._clock() + self._config.swap.timeout_s
         self._going = _Going(running, left, len(left), extra, give_up_s)
 
@@ -110,14 +123,15 @@ class Rolling:
         now_s, resting = self._clock(), going.resting
         if now_s > going.give_up_s:
             where = f"shard {resting[0]} replica {resting[1]}" if resting else "the next process"
+            where = "the next router" if going.replacing else where
             limit_s = self._config.swap.timeout_s
             self._end(going, f"{where} was not ready after {limit_s:g} s, swap.timeout_s")
         elif resting is None:
             self._rest_next(going)
         elif going.end_s is not None:
             if now_s >= going.end_s:
-                going.end_s = None
                 self._scaling.current.restart(*resting)
+                going.end_s = None
         elif failed := self._failure(resting):
             self._end(going, failed)
         elif self._is_back(going, resting):
@@ -130,7 +144,7 @@ class Rolling:
     def _rest_next(self, going: _Going) -> None:
         """Take the next process out of the map, if another copy of its shard serves."""
         if not going.left:
-            self._commit(going)
+            self._replace_routers(going)
             return
         key = going.left[0]
         others = [one for one in self._ready if one[0] == key[0] and one != key]
@@ -142,6 +156,20 @@ class Rolling:
         going.end_s = self._clock() + longest_s + _LEFT_S
         going.readiness = Readiness()
         self._generations.roster.resting = frozenset({key})
+
+    def _replace_routers(self, going: _Going) -> None:
+        """Let new processes take the places of the routers; then all is done."""
+        if not going.replacing:
+            self._routers.replace()
+            going.replacing = True
+            going.give_up_s = self._clock() + self._config.swap.timeout_s
+            self._report(going, f"{going.total} processes are restarted, now the routers")
+        elif self._routers.is_replacing:
+            return
+        elif self._routers.refused:
+            self._end(going, f"a router was not replaced: {self._routers.refused}")
+        else:
+            self._commit(going)
 
     @property
     def _ready(self) -> list[Key]:

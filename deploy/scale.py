@@ -7,97 +7,20 @@ Shapes: S shards, R replicas.
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from silvershard.deploy.activate import running_here
+from silvershard.deploy.activate import running
 from silvershard.deploy.carry_out import Report, awaited, refuse_if_busy
-from silvershard.deploy.cluster_size import SIZE_LIMITS, ClusterSize, Scaled, resized, size_of
+from silvershard.deploy.cluster_size import SIZE_LIMITS, ClusterSize, Scaled, size_of
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, wanted
 from silvershard.deploy.errors import CommandError, ExitCode, Refused
-from silvershard.deploy.fleet import OneMachine, check_new_copies
-from silvershard.deploy.footprint import PROCESS_BYTES
-from silvershard.deploy.memory_plan import free_memory, held_by, loaded_bytes, mib
+from silvershard.deploy.fleet import check_new_copies
+from silvershard.deploy.host_fleet import fleet_of
+from silvershard.deploy.scale_plan import render
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir
 from silvershard.shard.outline import Outline, read_outline
-
-
-class ScalePlan(NamedTuple):
-    """What happens when a cluster is scaled."""
-
-    before: ClusterSize
-    after: ClusterSize
-    starts: int
-    """Processes that are started."""
-    ends: int
-    """Processes that end once the others have taken over."""
-    held_bytes: int
-    """What the shard processes take now."""
-    new_bytes: int
-    """What those that are started take at most while they load, beside all others."""
-    free_bytes: int
-    """What is left, of the machine or of ``swap.memory_mib``."""
-    reason: str
-    """Why it is refused; empty if it is not."""
-
-
-def plan_scale(
-    config: Config,
-    before: ClusterSize,
-    after: ClusterSize,
-    outlines: Mapping[int, Outline],
-    *,
-    held_bytes: int,
-    free_bytes: int,
-) -> ScalePlan:
-    """Return what happens when a cluster is scaled.
-
-    Args:
-        config: settings of the cluster.
-        before: how large it is.
-        after: how large it shall be.
-        outlines: the generations that its processes hold.
-        held_bytes: what all shard processes take now.
-        free_bytes: what the machine has left for this cluster.
-    """
-    if config.swap.memory_mib:
-        free_bytes = min(free_bytes, max((config.swap.memory_mib << 20) - held_bytes, 0))
-    is_new_cut = before.shards != after.shards
-    added = after.copies if is_new_cut else max(after.copies - before.copies, 0)
-    ended = before.copies if is_new_cut else max(before.copies - after.copies, 0)
-    # Of one copy of every shard; there may be none to start.
-    each = resized(config, after.model_copy(update={"replicas": 1, "standby": 0}))
-    copy_bytes = sum(loaded_bytes(each, one) for one in outlines.values())
-    copy_bytes += after.shards * PROCESS_BYTES
-    new_bytes = added * copy_bytes
-    reason = ""
-    if new_bytes > free_bytes:
-        generations = ", ".join(map(str, sorted(outlines)))
-        reason = (
-            f"{added * after.shards} new processes with generations {generations} take "
-            f"{mib(new_bytes)} beside the {mib(held_bytes)} that are held, and {mib(free_bytes)} "
-            "are free: free memory, raise swap.memory_mib, or take a smaller step"
-        )
-    return ScalePlan(
-        before=before,
-        after=after,
-        starts=added * after.shards,
-        ends=ended * before.shards,
-        held_bytes=held_bytes,
-        new_bytes=new_bytes,
-        free_bytes=free_bytes,
-        reason=reason,
-    )
-
-
-def render(plan: ScalePlan) -> list[str]:
-    """Return a plan for people, a line per number."""
-    return [
-        f"{plan.before} now, {plan.after} then: {plan.starts} processes start, {plan.ends} end",
-        f"memory held by the shard processes {mib(plan.held_bytes)}, of the new ones at most "
-        f"{mib(plan.new_bytes)}, free {mib(plan.free_bytes)}",
-    ]
 
 
 def scale(
@@ -132,7 +55,7 @@ def scale(
         TimedOut: if it is not done in time; it goes on.
     """
     began_s = time.monotonic()
-    record = running_here(state, "scale")
+    record = running(state)
     store = state.control
     control = store.read()
     before = record.size
@@ -143,18 +66,13 @@ def scale(
     numbers = {record.generation, *(one.generation for one in record.generations)}
     numbers |= {one for one in (control.previous, control.canary, control.warm) if one}
     outlines = _outlines(state, numbers, after)
-    plan = plan_scale(
-        config,
-        before,
-        after,
-        outlines,
-        held_bytes=held_by(one.pid for one in record.shards if one.pid),
-        free_bytes=free_memory(),
-    )
+    fleet = fleet_of(state, record)
+    config = fleet.settings(config)
+    plan = fleet.plan_scale(config, before, after, outlines)
     for line in render(plan):
         report(line)
     if plan.starts:
-        check_new_copies(OneMachine(state, record))
+        check_new_copies(fleet)
     if plan.reason:
         raise Refused(f"the cluster is not scaled: {plan.reason}")
     document = {

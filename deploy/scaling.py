@@ -23,7 +23,9 @@ from silvershard.deploy.cluster_size import sharding_of
 from silvershard.deploy.config import Config
 from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import Control, Operation
+from silvershard.deploy.errors import Refused
 from silvershard.deploy.generation_watch import GenerationWatch
+from silvershard.deploy.places import HerePlaces, Places
 from silvershard.deploy.readiness import Readiness, Reports, is_prepared
 from silvershard.deploy.shard_host import Connect
 from silvershard.deploy.shard_hosts import ShardHosts
@@ -77,6 +79,8 @@ class Scaling:
         draw_map: DrawMap,
         start_check: StartCheck,
         watch: WatchShard | None = None,
+        places: Places | None = None,
+        maps: StateDir | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start nothing yet.
@@ -90,11 +94,12 @@ class Scaling:
             draw_map: makes the map by which a new set is checked.
             start_check: compares the answers by two maps.
             watch: watches a shard process; None: on this machine.
+            places: where processes go; None: to this machine.
+            maps: where the map that routers follow is; None: where ``state`` has it.
             clock: for limits and drains.
         """
         self.current = ShardSet(config.sharding, start, config.runtime, watch=watch)
         """The processes that serve."""
-        self._state = state
         self._config = config
         self._generations = generations
         self._start = start
@@ -102,6 +107,8 @@ class Scaling:
         self._draw_map = draw_map
         self._start_check = start_check
         self._watch = watch
+        self._places = places or HerePlaces()
+        self._maps = maps or state
         self._clock = clock
         self._store = state.control
         self._going: _Going | None = None
@@ -111,7 +118,12 @@ class Scaling:
         self._said = ""
 
     def start(self) -> None:
-        """Start all processes at once."""
+        """Start all processes at once.
+
+        Raises:
+            Refused: if they have no room.
+        """
+        self._places.lay_out(self.current.sharding)
         self.current.start(range(self.current.sharding.copies))
 
     def poll(self) -> None:
@@ -146,6 +158,11 @@ class Scaling:
         sharding = sharding_of(self.current.sharding, operation.scaled.size)
         running = operation.model_copy(update={"state": "running", "progress": "starting"})
         if not self._write(running):
+            return
+        try:
+            self._places.lay_out(sharding)
+        except Refused as error:
+            self._end(running, str(error))
             return
         if sharding.shards == self.current.sharding.shards:
             coming, hosts = self.current, None
@@ -223,9 +240,9 @@ class Scaling:
         num_shards, replicas = going.coming.sharding.shards, going.coming.sharding.replicas
         named = {key for key in hosts.entries if key[1] < replicas}
         entries = self._generations.entries_of(hosts, named, num_shards)
-        path = self._state.coming_map_file
+        path = self._maps.coming_map_file
         self._draw_map(entries, num_shards).write_atomic(path)
-        return self._start_check(self._state.shard_map_file, path)
+        return self._start_check(self._maps.shard_map_file, path)
 
     def _commit(self, going: _Going) -> None:
         """Let the new processes take over, unless that was called off meanwhile."""
@@ -245,7 +262,7 @@ class Scaling:
             self.resize(sharding_of(self.current.sharding, operation.scaled.size))
         else:
             copies = range(self.current.sharding.copies)
-            self._leaving = _Leaving(self.current, copies, self._clock() + self._drain_s)
+            self._leaving = _Leaving(self.current, copies, self._clock() + self.drain_s)
             self.current = going.coming
             self._generations.take_over(going.hosts, going.coming.sharding)
         self._forget(going)
@@ -256,20 +273,23 @@ class Scaling:
         return self._going is None and self._leaving is None
 
     @property
-    def _drain_s(self) -> float:
+    def drain_s(self) -> float:
         """Return for how long somebody may be waiting for processes that the map names no more."""
         longest_s = self._config.query.deadline_max_ms / 1e3
         return max(self._config.swap.drain_ms / 1e3, longest_s + MEET_S)
 
     def resize(self, sharding: ShardingSection) -> None:
-        """Have another number of copies of the same shards; those that leave end after a drain."""
+        """Have another number of copies of the same shards; those that leave end after a drain.
+
+        Raises:
+            Refused: if those that come have no room; nothing is changed then.
+        """
+        self._places.lay_out(sharding)
         before, now = self.current.sharding.copies, sharding.copies
         there = {one.replica for one in self.current.watches}
         self.current.start([one for one in range(before, now) if one not in there])
         if now < before:
-            self._leaving = _Leaving(
-                self.current, range(now, before), self._clock() + self._drain_s
-            )
+            self._leaving = _Leaving(self.current, range(now, before), self._clock() + self.drain_s)
         self.current.sharding = sharding
         self._generations.resize(sharding)
 
@@ -290,7 +310,7 @@ class Scaling:
         self._going = None
         if going.check is not None:
             going.check.end()
-        self._state.coming_map_file.unlink(missing_ok=True)
+        self._maps.coming_map_file.unlink(missing_ok=True)
 
     def _end(self, operation: Operation, reason: str) -> None:
         """End an operation that cannot be done."""

@@ -41,6 +41,13 @@ class ShardHosts:
         for host in self.by_key.values():
             host.poll()
 
+    def relieve(self, others: "ShardHosts") -> None:
+        """Take the ways to other processes in the places of those to the same copies."""
+        for key, host in others.by_key.items():
+            if key in self.by_key:
+                self.by_key[key].close()
+            self.by_key[key], self.entries[key] = host, others.entries[key]
+
     def prepared(self, generation: int) -> list[Key]:
         """Return the processes that could answer from a generation."""
         return [key for key, host in self.by_key.items() if is_prepared(host.held, generation)]

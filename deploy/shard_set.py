@@ -12,8 +12,8 @@ from silvershard.deploy.shard_watch import ShardHandle, ShardWatch
 StartShard = Callable[[int, int, int], ShardHandle]
 """Starts the process of a shard, given S, its number and that of the copy; returns its handle."""
 
-WatchShard = Callable[[int, int, ShardHandle], ShardWatch]
-"""Watches the process of a shard, given its number, that of the copy, and its handle."""
+WatchShard = Callable[[int, int, int, ShardHandle], ShardWatch]
+"""Watches the process of a shard, given S, its number, that of the copy, and its handle."""
 
 
 class ShardSet:
@@ -49,6 +49,17 @@ class ShardSet:
             for shard in range(self.sharding.shards)
         ]
 
+    def add(self, shard: int, replica: int) -> None:
+        """Start one copy of one shard."""
+        self.watches.append(self._started(shard, replica))
+
+    def relieve(self, others: Collection[ShardWatch]) -> list[ShardWatch]:
+        """Let processes of another set take the places of the same copies; return those."""
+        newer = {(one.shard, one.replica): one for one in others}
+        before = [one for one in self.watches if (one.shard, one.replica) in newer]
+        self.watches = [newer.get((one.shard, one.replica), one) for one in self.watches]
+        return before
+
     def restart(self, shard: int, replica: int) -> None:
         """End one process for good, and start another one in its place."""
         for at, one in enumerate(self.watches):
@@ -57,9 +68,13 @@ class ShardSet:
                 self.watches[at] = self._started(shard, replica)
 
     def _started(self, shard: int, replica: int) -> ShardWatch:
-        return self._watch(shard, replica, self._start(self.sharding.shards, shard, replica))
+        num_shards = self.sharding.shards
+        handle = self._start(num_shards, shard, replica)
+        return self._watch(num_shards, shard, replica, handle)
 
-    def _watched(self, shard: int, replica: int, handle: ShardHandle) -> ShardWatch:
+    def _watched(
+        self, num_shards: int, shard: int, replica: int, handle: ShardHandle
+    ) -> ShardWatch:
         return ShardWatch(shard, handle, self._runtime, replica=replica)
 
     def poll(self) -> None:

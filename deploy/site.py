@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.deploy.memory_plan import MemoryPlan
+from silvershard.deploy.places import HerePlaces, Places
 from silvershard.deploy.pulse import Feel, Pulse
 from silvershard.deploy.shard_watch import Entry, Handle
 from silvershard.deploy.state import ClusterRecord, RouterPhase, RouterRecord, StateDir
@@ -18,16 +19,29 @@ E = TypeVar("E", bound=Entry)
 class Routers(Protocol):
     """The routers of a cluster, or its only one."""
 
-    phase: RouterPhase
-    """That of the one which is furthest behind."""
-    address: str
-    """``host:port`` of one that serves, empty before one listens."""
-    http: str
-    """``host:port`` of its probes and metrics; empty: there are none."""
+    @property
+    def phase(self) -> RouterPhase:
+        """Return that of the one which is furthest behind."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Return ``host:port`` of one that serves, empty before one listens."""
+        ...
+
+    @property
+    def http(self) -> str:
+        """Return ``host:port`` of its probes and metrics; empty: there are none."""
+        ...
 
     @property
     def record(self) -> RouterRecord:
         """Return one of them as status shows it."""
+        ...
+
+    @property
+    def records(self) -> tuple[RouterRecord, ...]:
+        """Return every router, if there may be several."""
         ...
 
     @property
@@ -47,6 +61,20 @@ class Routers(Protocol):
         """Return why one has failed."""
         ...
 
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether one is being replaced, or is still to be."""
+        ...
+
+    @property
+    def refused(self) -> str:
+        """Return why not all of them were replaced the last time; empty: they were."""
+        ...
+
+    def replace(self) -> None:
+        """Let a new process take the place of each, one after the other; no request is refused."""
+        ...
+
     def stop(self) -> None:
         """End them in order."""
         ...
@@ -64,10 +92,12 @@ class Site(Protocol):
     """``host:port`` of the Ray that was found; empty: the cluster brings its own."""
     name: str
     """The host on which this is decided; empty: there is only this machine."""
+    maps: StateDir
+    """Where the map that routers follow is on this machine, with the settings of a router."""
 
     @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """Return every router, if there may be several."""
+    def places(self) -> Places:
+        """Return where shard processes go."""
         ...
 
     def host_of(self, actor: str) -> str:
@@ -117,10 +147,11 @@ class ThisMachine:
     plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None
     ray = ""
     name = ""
-    routers: tuple[RouterRecord, ...] = ()
 
     def __init__(self, state: StateDir, dialer: Dials = PLAIN) -> None:
         self.feel: Feel | None = partial(Pulse, dialer=dialer)
+        self.places: Places = HerePlaces()
+        self.maps = state
         self._state = state
 
     def host_of(self, actor: str) -> str:

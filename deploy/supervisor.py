@@ -106,6 +106,7 @@ class Supervisor:
         state.create()
         if not state.control_url_file.is_file():
             write_atomic(state.control_url_file, self._store.url.encode())
+        control = state.control
         site = HostSite(
             self._store,
             launched,
@@ -113,13 +114,14 @@ class Supervisor:
             self._actors,
             address=self._address,
             stager=Stager(state.generations, "supervisor", self._reach),
+            control=control.read,
         )
         adopting = site.read_map() is not None
 
         def tell(progress: Progress) -> None:
             self._store.write(term, "progress", progress.model_dump_json())
 
-        generation = (state.control.read().live if adopting else 0) or launched.generation
+        generation = (control.read().live if adopting else 0) or launched.generation
         site.poll({generation})
         while not generation_dir(state.generations, generation).is_dir():
             if self._stop.wait(TICK_S):
@@ -165,7 +167,7 @@ def _made(
     state = StateDir(Path(launched.root))
     return LocalCluster(
         state,
-        launched.config,
+        site.config,
         generation=generation,
         snapshot=generation_dir(state.generations, generation),
         model=launched.model,

@@ -613,6 +613,30 @@ def test_a_drained_process_is_waited_for_no_longer_than_a_call_lives(run: Any) -
     run(scene())
 
 
+def test_who_is_relieved_in_order_may_still_answer(run: Any) -> None:
+    async def scene() -> None:
+        shard, successor = Scripted(), Scripted()
+        successor.reply = answering(tensors=counts(3, 4), epoch=9)
+        async with shard.serving(), successor.serving():
+            connections = Connections(PATIENT)
+            links = Links(connections, 1, linger_s=30)
+            links.update(map_of(entry(shard.address)))
+            (link,) = links.replicas(0)
+            task = asyncio.ensure_future(link.count(SCAN, 8))
+            await until(lambda: bool(shard.calls))
+            newer = entry(successor.address, epoch=9)
+            links.update(map_of(newer.model_copy(update={"relieves": 7})))
+            (call,) = shard.calls
+            late = Reply(call_id=call.call_id, generation=1, epoch=7, tensors=counts(1, 2))
+            await shard.streams[0].write(late)
+            assert (await task).tolist() == [1, 2]
+            assert (await links.replicas(0)[0].count(SCAN, 8)).tolist() == [3, 4]
+            links.close()
+            await connections.aclose()
+
+    run(scene())
+
+
 def test_answers_of_an_epoch_that_a_newer_map_fences_are_refused(run: Any) -> None:
     async def scene() -> None:
         shard, successor = Scripted(), Scripted()

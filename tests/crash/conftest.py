@@ -1,8 +1,7 @@
 """A cluster of several processes under load, what was acked there, and who is to be killed.
 
-How much is done comes from the environment, so that the same tests are a bounded selection in
-``make test`` and long in ``make test-crash``: ``SILVERSHARD_CRASH_SWAPS`` and
-``SILVERSHARD_CRASH_FAULTS``.
+How much is done comes from the environment, so that the same tests are bounded in CI and long in
+``make test-crash``: ``SILVERSHARD_CRASH_SWAPS`` and ``SILVERSHARD_CRASH_FAULTS``.
 """
 
 import os

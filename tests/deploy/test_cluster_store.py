@@ -10,7 +10,6 @@ from silvershard.deploy.cluster_store import (
     Launched,
     Superseded,
 )
-from silvershard.deploy.placement import Copy
 from silvershard.deploy.progress import Progress
 from silvershard.shard.errors import StateError
 
@@ -97,13 +96,6 @@ def test_silence_is_counted_by_our_own_clock() -> None:
 def test_what_was_launched_says_what_is_where(launched: Launch) -> None:
     made = launched()
     assert made.host("b").address == "10.0.0.2"
-    assert made.host_of(0, 1).name == "b"
     assert made.own_config(made.host("b")).listen.host == "10.0.0.2"
-    assert made.present() == {
-        Copy(0, 0): "a",
-        Copy(0, 0, standby=True): "b",
-        Copy(1, 0): "b",
-        Copy(1, 0, standby=True): "a",
-    }
     listed = made.host("a").listed()
     assert (listed.name, listed.address, listed.memory_bytes) == ("a", "10.0.0.1", 1 << 30)

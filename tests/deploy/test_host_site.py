@@ -4,13 +4,24 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.deploy.cluster_store import ClusterStore, HostReport, Launched, Superseded
+from silvershard.deploy.cluster_size import ClusterSize, Scaled, size_of
+from silvershard.deploy.cluster_store import (
+    ClusterStore,
+    HostReport,
+    Launched,
+    RouterOrder,
+    Superseded,
+)
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.host_site import NAMESPACE, Actors, HostRouters, HostSite, MovingHandle
+from silvershard.deploy.layout import Layout
+from silvershard.deploy.placement import Copy, Move
 from silvershard.deploy.processes import myself
 from silvershard.deploy.sequencer_watch import SequencerEntry
 from silvershard.deploy.staging import Stager
-from silvershard.deploy.state import ClusterRecord, RouterRecord, SequencerRecord
+from silvershard.deploy.state import ClusterRecord, RouterRecord, SequencerRecord, StateDir
 from silvershard.shard.generations import generation_dir
 
 
@@ -29,6 +40,8 @@ class Setup:
         self.clock = Clock()
         self.up = {"10.0.0.1", "10.0.0.2"}
         self.running: dict[str, str] = {}
+        self.ended: list[Any] = []
+        self.control = Control(live=3)
         self.term = store.take_over()
         self.site = self.make(self.term)
 
@@ -37,9 +50,10 @@ class Setup:
             self.store,
             self.launched,
             term,
-            Actors(self.running.get, lambda: self.up),
+            Actors(self.running.get, lambda: self.up, self.ended.append),
             address=address,
             stager=Stager(Path(self.launched.root) / "generations", "supervisor", no_way),
+            control=lambda: self.control,
             clock=self.clock,
         )
 
@@ -67,16 +81,48 @@ def report(host: str, beat: int, state: str = "serving", *generations: int) -> H
 
 def test_an_actor_is_tied_to_the_host_of_its_copy(setup: Setup) -> None:
     site = setup.site
-    assert (site.host_of("shard-0-1"), site.name, site.ray) == ("b", "b", "10.0.0.9:6379")
-    options = site.options("shard-0-1")
+    assert (site.host_of("shard-0-1-2"), site.name, site.ray) == ("b", "b", "10.0.0.9:6379")
+    options = site.options("shard-0-1-2")
     assert options["resources"] == {"node:10.0.0.2": 0.001}
     assert (options["lifetime"], options["namespace"]) == ("detached", NAMESPACE)
     bound = {"host": "10.0.0.2", "epochs": setup.store.url}
-    assert site.binding("shard-0-1") == bound
-    setup.running["shard-0-1"] = "the actor"
-    assert (site.find("shard-0-1"), site.find("shard-0-0")) == ("the actor", None)
+    assert site.binding("shard-0-1-2") == bound
+    setup.running["shard-0-1-2"] = "the actor"
+    assert (site.find("shard-0-1-2"), site.find("shard-0-0-1")) == ("the actor", None)
     # Where the supervisor is no host, people see its address.
     assert setup.make(setup.term, "10.0.0.9").name == "10.0.0.9"
+
+
+def test_what_an_earlier_supervisor_had_begun_is_ended_when_no_map_names_it(setup: Setup) -> None:
+    move = Move(Copy(0, 0), "a", "b")
+    setup.site.places.begin([move], setup.launched.config.sharding)
+    setup.running["shard-0-0-5"] = "the second one"
+    site = setup.make(setup.store.take_over())
+    site.poll({3})
+    # The first settings have one replica only, and the second ones are left of others.
+    assert site.places.strays == ["shard-0-1-2", "shard-1-1-4", "shard-0-0-5"]
+    setup.clock.now_s += 16.0
+    site.poll({3})
+    assert setup.ended == []
+    setup.clock.now_s += 60.0
+    site.poll({3})
+    assert setup.ended == ["the second one"]
+    setup.clock.now_s += 1.0
+    site.poll({3})
+    layout = setup.store.read(Layout, "layout")
+    assert layout is not None
+    assert [one.actor for one in layout.copies] == ["shard-0-0-1", "shard-1-0-3"]
+    assert setup.ended == ["the second one"]
+
+
+def test_what_scale_left_is_in_force(setup: Setup) -> None:
+    size = ClusterSize(shards=3, replicas=1)
+    scaled = Scaled(size=size, instead_of=size_of(setup.launched.config))
+    setup.control = Control(live=3, scaled=scaled)
+    site = setup.make(setup.store.take_over())
+    assert size_of(site.config) == size
+    setup.control = Control(live=3, scaled=scaled.model_copy(update={"instead_of": size}))
+    assert setup.make(setup.store.take_over()).config == setup.launched.config
 
 
 def test_map_and_record_go_to_the_hosts_and_only_from_the_newest_supervisor(setup: Setup) -> None:
@@ -86,6 +132,11 @@ def test_map_and_record_go_to_the_hosts_and_only_from_the_newest_supervisor(setu
     setup.site.write_map(made)
     next_one = setup.make(setup.store.take_over())
     assert next_one.read_map() == made
+    # Where the supervisor runs it is beside that of the host, with the settings of a router.
+    assert ShardMap.read(next_one.maps.shard_map_file) == made
+    assert next_one.maps.shard_map_file != StateDir(Path(setup.launched.root)).shard_map_file
+    found = RouterConfig.model_validate_json(next_one.maps.router_file.read_text())
+    assert found.map_path == str(next_one.maps.shard_map_file)
     with pytest.raises(Superseded):
         setup.site.write_map(made.model_copy(update={"version": 2}))
     assert next_one.read_map() == made
@@ -142,6 +193,34 @@ def test_routers_are_as_their_hosts_say() -> None:
     assert routers.last_words() == "its host has said nothing for 6 s"
     routers.take({"a": report("a", 3), "b": report("b", 4)})
     assert routers.phase == "serving"
+
+
+def test_routers_are_replaced_one_host_after_the_other() -> None:
+    orders: list[str] = []
+    routers = HostRouters(["a", "b"], Clock(), orders.append)
+    routers.replace()
+
+    def ordered() -> RouterOrder:
+        return RouterOrder.model_validate_json(orders[-1])
+
+    def done(host: str, number: int, refused: str = "") -> dict[str, HostReport]:
+        made = report(host, number).model_copy(update={"ordered": number, "refused": refused})
+        return {"a": report("a", 1), "b": report("b", 1), host: made}
+
+    first = ordered()
+    assert (first.host, routers.is_replacing) == ("a", True)
+    routers.take(done("a", first.number - 1))
+    assert orders == [first.model_dump_json()]
+    routers.take(done("a", first.number))
+    second = ordered()
+    assert (second.host, second.number > first.number) == ("b", True)
+    routers.take(done("b", second.number))
+    # Who starts anew shall not carry it out again.
+    assert (routers.is_replacing, routers.refused, orders[-1]) == (False, "", "")
+    routers.replace()
+    routers.take(done("a", ordered().number, "no room"))
+    assert (routers.is_replacing, routers.refused) == (False, "a: no room")
+    assert (len(orders), orders[-1]) == (5, "")
 
 
 class FakeSequencer:

@@ -21,6 +21,8 @@ from silvershard.deploy.config import Config, load
 from silvershard.deploy.control_store import wanted
 from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.launcher import LocalCluster
+from silvershard.deploy.layout import Place
+from silvershard.deploy.places import HerePlaces
 from silvershard.deploy.processes import is_alive
 from silvershard.deploy.sequencer_watch import SequencerEntry
 from silvershard.deploy.shard_host import Held
@@ -45,6 +47,10 @@ class FakeRouter:
     @property
     def record(self) -> RouterRecord:
         return RouterRecord(state=self.phase)
+
+    @property
+    def records(self) -> tuple[RouterRecord, ...]:
+        return ()
 
     def start(self) -> None:
         pass
@@ -184,7 +190,7 @@ def served(shard_map: ShardMap) -> list[int]:
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     made = Setup(tmp_path)
     yield made
     made.cluster.stop()
@@ -259,7 +265,7 @@ def test_a_shard_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -
 def test_ready_means_all_processes_of_tables_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     hosts: list[FakeShard] = []
 
     def start(shard: int, holding: Path) -> Any:
@@ -361,7 +367,7 @@ def test_watching_ends_when_told(setup: Setup) -> None:
 def test_every_replica_of_every_shard_is_in_the_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     setup = Setup(tmp_path, {"updates.enabled": False, "sharding.replicas": 2})
     setup.cluster.start_shards()
     for shard in (*setup.shards, setup.copies[0]):
@@ -390,7 +396,7 @@ def test_every_replica_of_every_shard_is_in_the_map(
 def test_the_log_is_made_and_the_map_names_it_and_the_sequencer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     setup = Setup(tmp_path, {"updates.partitions": 4})
     setup.cluster.start_shards()
     for shard in setup.shards:
@@ -498,7 +504,7 @@ def test_the_driver_of_a_cluster_needs_no_torch() -> None:
 def test_the_first_map_names_no_standby_and_is_whole_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     setup = Setup(tmp_path, {"updates.enabled": False, "sharding.standby": 1})
     setup.cluster.start_shards()
     for one in (*setup.shards, *setup.copies):
@@ -510,21 +516,25 @@ def test_the_first_map_names_no_standby_and_is_whole_without(
     setup.cluster.stop()
 
 
+class FakePlaces(HerePlaces):
+    def where(self, place: Place) -> str:
+        return f"host of {place.shard}-{place.replica} of {place.num_shards}"
+
+
 class FakeSite(ThisMachine):
     """Several hosts whose routers follow a map already."""
 
-    feel = None
     ray = "10.0.0.9:6379"
     name = "h1"
 
-    def __init__(self, found: ShardMap | None) -> None:
+    def __init__(self, state: StateDir, found: ShardMap | None) -> None:
+        super().__init__(state)
+        self.places = FakePlaces()
+        self.feel = None
         self.found = found
         self.maps: list[ShardMap] = []
         self.records: list[ClusterRecord] = []
         self.kept: set[int] = set()
-
-    def host_of(self, actor: str) -> str:
-        return f"host of {actor}"
 
     def poll(self, kept: Collection[int]) -> None:
         self.kept = set(kept)
@@ -550,10 +560,10 @@ def found_map() -> ShardMap:
 def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     now_s = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
-    site = FakeSite(found_map())
+    site = FakeSite(StateDir(tmp_path), found_map())
     setup = Setup(tmp_path, site=site)
     # It was started again before, which is no reason to give it up.
     setup.shards[0].count = 9
@@ -571,8 +581,8 @@ def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
     assert [(one.shard, one.epoch) for one in site.maps[0].entries] == [(0, 7), (1, 8)]
     record = site.records[-1]
     assert [(one.host, one.restarts) for one in record.shards] == [
-        ("host of shard-0-0", 9),
-        ("host of shard-1-0", 0),
+        ("host of 0-0 of 2", 9),
+        ("host of 1-0 of 2", 0),
     ]
     assert (record.ray, record.host) == ("10.0.0.9:6379", "h1")
     assert not setup.state.record_file.exists()
@@ -582,10 +592,10 @@ def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
 def test_who_has_not_spoken_in_time_leaves_the_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     now_s = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
-    site = FakeSite(found_map())
+    site = FakeSite(StateDir(tmp_path), found_map())
     setup = Setup(tmp_path, site=site)
     setup.cluster.adopt()
     setup.shards[1].serve(epoch=7)

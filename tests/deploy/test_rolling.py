@@ -8,12 +8,13 @@ import pytest
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Operation, wanted
+from silvershard.deploy.errors import Refused
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardDead
-from silvershard.deploy.state import StateDir
+from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
 from silvershard.shard.errors import StateError
 from silvershard.shard.generations import generation_dir
 
@@ -78,6 +79,32 @@ class FakeShard:
         self.ended = True
 
 
+class FakeRouters:
+    """Routers that are replaced as soon as the test says so."""
+
+    phase: RouterPhase = "serving"
+    address = http = ""
+    record = RouterRecord(state="serving")
+    records: tuple[RouterRecord, ...] = ()
+    has_failed = False
+
+    def __init__(self) -> None:
+        self.replaced = 0
+        self.is_replacing = False
+        self.refused = ""
+
+    def replace(self) -> None:
+        self.replaced += 1
+
+    def last_words(self) -> str:
+        return ""
+
+    def start(self) -> None:
+        raise AssertionError
+
+    poll = stop = start
+
+
 class Setup:
     """A driver whose shard processes are all in this one."""
 
@@ -105,8 +132,14 @@ class Setup:
             start_check=self.never,
             clock=lambda: self.now_s,
         )
+        self.routers = FakeRouters()
         self.rolling = Rolling(
-            state, self.config, self.generations, self.scaling, clock=lambda: self.now_s
+            state,
+            self.config,
+            self.generations,
+            self.scaling,
+            self.routers,
+            clock=lambda: self.now_s,
         )
         self.generations.started()
         self.scaling.start()
@@ -190,6 +223,37 @@ def make(state: StateDir) -> Iterator[Any]:
         assert one.living == []
 
 
+def test_without_room_for_a_further_copy_nothing_is_restarted(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make()
+
+    def refused(sharding: Any) -> None:
+        raise Refused("shard 0 replica 1 needs 9 GiB")
+
+    monkeypatch.setattr(setup.scaling, "resize", refused)
+    ended = setup.until_ended(setup.ask())
+    assert ended.state == "failed"
+    assert ended.reason == "a further copy has no room: shard 0 replica 1 needs 9 GiB"
+    assert setup.living == setup.named == [(0, 0), (1, 0)]
+
+
+def test_a_restart_that_cannot_be_written_down_is_tried_again(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make(**{"sharding.replicas": 2})
+    start, failures = setup.start, iter((True, False))
+
+    def away(*place: int) -> Any:
+        if next(failures, False):
+            raise StateError("the store is away")
+        return start(*place)
+
+    monkeypatch.setattr(setup.scaling.current, "_start", away)
+    assert setup.until_ended(setup.ask()).state == "done"
+    assert len(setup.shards) == 8
+
+
 COPIES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -203,6 +267,39 @@ def test_every_process_is_restarted_while_another_copy_serves(make: Any) -> None
     assert setup.fewest == {0: 1, 1: 1}
     setup.poll(2)
     assert setup.named == setup.living == COPIES
+    assert setup.routers.replaced == 1
+
+
+def test_routers_are_replaced_when_every_process_is_back(make: Any) -> None:
+    setup = make(**{"sharding.replicas": 2})
+    setup.routers.is_replacing = True
+    asked = setup.ask()
+    assert setup.until_ended(asked).state == "running"
+    assert setup.routers.replaced == 1
+    assert setup.operation(asked).progress == "4 processes are restarted, now the routers"
+    assert [one.place for one in setup.shards[4:]] == COPIES
+    setup.routers.is_replacing = False
+    setup.poll(2)
+    assert setup.operation(asked).state == "done"
+    assert setup.routers.replaced == 1
+
+
+def test_a_router_that_is_not_replaced_ends_it(make: Any) -> None:
+    setup = make(**{"sharding.replicas": 2})
+    setup.routers.refused = "the one in its place ended: port in use"
+    ended = setup.until_ended(setup.ask())
+    assert (ended.state, ended.reason) == (
+        "failed",
+        "a router was not replaced: the one in its place ended: port in use",
+    )
+    setup.routers.refused, setup.routers.is_replacing = "", True
+    asked = setup.ask()
+    setup.until_ended(asked)
+    setup.poll(2, forward_s=901.0)
+    assert setup.operation(asked).reason == (
+        "the next router was not ready after 900 s, swap.timeout_s"
+    )
+    assert setup.named == COPIES
 
 
 def test_a_process_ends_once_nobody_can_be_waiting_for_it(make: Any) -> None:

@@ -9,6 +9,7 @@ from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.cluster_size import ClusterSize, Scaled, size_of
 from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Operation, wanted
+from silvershard.deploy.errors import Refused
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.shard_host import Held
@@ -252,6 +253,23 @@ def test_a_new_set_takes_over_by_one_change_once_it_answers_as_the_old_one(setup
     assert scaled.size == ClusterSize(shards=3, replicas=1)
     assert check.ended
     assert not setup.state.coming_map_file.exists()
+
+
+def test_a_set_that_has_no_room_is_refused_and_nothing_starts(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(sharding: Any) -> None:
+        raise Refused("3 shards x 1 replicas need 9 GiB")
+
+    monkeypatch.setattr(setup.scaling._places, "lay_out", refused)
+    asked = setup.ask(3, 1)
+    setup.poll(2)
+    ended = setup.operation(asked)
+    assert (ended.state, ended.reason) == ("failed", "3 shards x 1 replicas need 9 GiB")
+    assert setup.living == cut(2)
+    with pytest.raises(Refused):
+        setup.scaling.resize(setup.scaling.current.sharding.model_copy(update={"replicas": 2}))
+    assert setup.living == cut(2)
 
 
 def test_the_old_set_ends_once_nobody_can_be_waiting_for_it(setup: Setup) -> None:

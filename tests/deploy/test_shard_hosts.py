@@ -118,6 +118,29 @@ def test_a_process_is_wished_to_hold_what_it_shall() -> None:
     assert wishes({1: "failed", 2: "failed"}, {1, 2}, 2) == [("prepare", 2)]
 
 
+def test_processes_take_the_places_of_others() -> None:
+    made: list[Any] = []
+
+    def connect(address: str) -> Any:
+        made.append(FakeHost(address))
+        return made[-1]
+
+    hosts, others = ShardHosts(connect), ShardHosts(connect)
+    first: Any = [FakeWatch(0), FakeWatch(1)]
+    second: Any = [FakeWatch(1)]
+    for one in first:
+        one.serve()
+    second[0].serve(epoch=2)
+    hosts.follow(first)
+    others.follow(second)
+    hosts.relieve(others)
+    assert [one.closed for one in made] == [False, True, False]
+    hosts.follow([first[0], second[0]])
+    assert [one.closed for one in made] == [False, True, False]
+    assert hosts.entries[1, 0].epoch == 2
+    assert hosts.by_key[1, 0] is made[2]
+
+
 def test_entries_of_some_processes_say_what_they_serve() -> None:
     watches = [FakeWatch(1), FakeWatch(0)]
     for watch in watches:

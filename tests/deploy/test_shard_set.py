@@ -48,6 +48,16 @@ def test_copies_come_and_go() -> None:
     processes.end(range(1, 2))
     assert [one.ended for one in handles] == [False, True, True, False]
     assert [(one.shard, one.replica) for one in processes.watches] == [(0, 0), (1, 0)]
+    processes.add(1, 1)
+    assert handles[4].place == (2, 1, 1)
+    other = ShardSet(config.sharding, start, config.runtime)
+    other.add(1, 0)
+    before = processes.relieve(other.watches)
+    assert [(one.shard, one.replica) for one in before] == [(1, 0)]
+    assert processes.watches[1] is other.watches[0]
+    assert not any(one.ended for one in handles[3:])
+    for one in before:
+        one.end()
     processes.end()
     assert all(one.ended for one in handles)
     assert processes.watches == []

@@ -70,7 +70,7 @@ class Setup:
             self.cluster.generation, self.cluster.site = generation, site
             return self.cluster
 
-        actors = Actors(lambda name: None, lambda: ["10.0.0.1", "10.0.0.2"])
+        actors = Actors(lambda name: None, lambda: ["10.0.0.1", "10.0.0.2"], lambda actor: None)
         return Supervisor(self.store, actors, "10.0.0.1", reach=no_way, make=made)
 
     def run(self, supervisor: Supervisor) -> threading.Thread:

@@ -52,10 +52,12 @@ class HostedCluster:
     def cli(self, *words: str, host: int = 0) -> Any:
         return self.network.cli(self.hosts[host], *words, environment=self.settings)
 
-    def up(self, *words: str, hosts: Sequence[dict[str, Any]] = HOSTS) -> Any:
+    def up(
+        self, *words: str, hosts: Sequence[dict[str, Any]] = HOSTS, insecure: bool = True
+    ) -> Any:
         return self.cli(
-            *("up", "--hosts", json.dumps(hosts), "--insecure", "--output", "json"),
-            *("--generation", "1"),
+            *("up", "--hosts", json.dumps(hosts), "--output", "json", "--generation", "1"),
+            *(("--insecure",) if insecure else ()),
             *("--shards", str(SHARDS), "--replicas", str(REPLICAS), *words),
         )
 
@@ -77,7 +79,8 @@ class HostedCluster:
             return False
         states = [one["state"] for one in (*record["shards"], *record["routers"])]
         states.append(record["sequencer"]["state"])
-        return set(states) == {"serving"} and len(self.map(host)["entries"]) == SHARDS * REPLICAS
+        named = record["size"]["shards"] * record["size"]["replicas"]
+        return set(states) == {"serving"} and len(self.map(host)["entries"]) == named
 
     def map(self, host: int = 0) -> dict[str, Any]:
         """Return the shard map that the router of a host follows."""

@@ -11,8 +11,6 @@ from multihost.hosts import HEAD, NETWORK, until
 # The first of them also starts the cluster.
 pytestmark = pytest.mark.timeout(600)
 
-ACTORS = ("ray::HostActor", "ray::ShardActor", "ray::SequencerActor", "ray::SupervisorActor")
-
 
 def shard_copies(cluster: HostedCluster, host: int = 0) -> dict[tuple[int, int], dict[str, Any]]:
     return {(one["shard"], one["replica"]): one for one in cluster.record(host)["shards"]}
@@ -169,17 +167,3 @@ def test_no_request_fails_while_the_head_of_ray_is_away(whole: HostedCluster) ->
     os.kill(pid, signal.SIGKILL)
     until(lambda: whole.hosts[1].named("ray::ShardActor") not in ([], [pid]), "not restarted")
     whole.wait_whole()
-
-
-def test_down_ends_everything_of_ours_and_nothing_else(whole: HostedCluster) -> None:
-    done = whole.cli("down", host=1)
-    assert done.returncode == 0, done.stderr
-    for box in whole.hosts:
-        # Ray keeps idle workers.
-        until(lambda box=box: not any(map(box.named, ACTORS)), "actors are left")
-        assert box.named("router_process") == []
-        assert not (box.folder / "state" / "shard_map.json").exists()
-        # Ray itself goes on.
-        assert len(box.named("raylet/raylet")) == 1
-    assert whole.status()["state"] == "down"
-    assert whole.cli("down").stdout.startswith("nothing is running")
