@@ -269,8 +269,8 @@ MUTANTS: tuple[Mutant, ...] = (
     bug(
         "an incarnation that was replaced may still answer",
         "cluster/links.py",
-        "            if epochs.get(place, 0) > connection.entry.epoch:\n",
-        "            if epochs.get(place, 0) < connection.entry.epoch:\n",
+        "            if entry is not None and entry.epoch > epoch != entry.relieves:\n",
+        "            if entry is not None and entry.epoch < epoch != entry.relieves:\n",
         "tests/cluster/test_links.py::test_answers_of_an_epoch_that_a_newer_map_fences_are_refused",
     ),
     bug(

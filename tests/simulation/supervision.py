@@ -314,7 +314,7 @@ class Supervisor:
         handle: Handle = self._world.engine.open(place)
         return handle
 
-    def _watched(self, shard: int, copy: int, handle: Any) -> ShardWatch:
+    def _watched(self, _: int, shard: int, copy: int, handle: Any) -> ShardWatch:
         return ShardWatch(
             shard,
             handle,
