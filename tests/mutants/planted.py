@@ -125,8 +125,8 @@ MUTANTS: tuple[Mutant, ...] = (
     bug(
         "a result has the payload of another shard",
         "model/merge.py",
-        "            flat = _stack(lists, fill).transpose(0, 1)",
-        "            flat = _stack(lists[::-1], fill).transpose(0, 1)",
+        "            flat = _stack(lists, fill).permute(1, 2, 0, 3)",
+        "            flat = _stack(lists[::-1], fill).permute(1, 2, 0, 3)",
         "tests/model/test_merge.py::test_results_keep_their_own_payload_and_padding_stays_padding",
     ),
     # Shard.
