@@ -14,7 +14,7 @@ from silvershard.deploy.state import StateDir
 def restart(
     state: StateDir, *, dry_run: bool = False, timeout_s: float, report: Report
 ) -> dict[str, Any]:
-    """Restart shard processes, routers and sequencer of a cluster that serves on; say what was done.
+    """Restart shard processes, routers and sequencer of a cluster that serves on.
 
     Args:
         state: of the cluster.
