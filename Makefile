@@ -43,7 +43,7 @@ test-chaos: $(VENV)/.installed ## ask a cluster in virtual time a million reques
 	SILVERSHARD_SIMULATED_REQUESTS=$(or $(REQUESTS),1000000) $(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/simulation
 
 test-mutants: $(VENV)/.installed ## plant bugs in a copy of the tree: each must be noticed by the history checker or by a test
-	$(BIN)/pytest -n0 tests/mutants
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/mutants
 
 test-multihost: $(VENV)/.installed ## cut off and kill hosts that are namespaces of this machine (root; ten minutes)
 	timeout --kill-after 30 $(or $(BUDGET_S),1500) $(BIN)/pytest -n0 tests/multihost

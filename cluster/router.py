@@ -331,7 +331,9 @@ class Router:
         if known and self._clock() < self._retry_at_s:
             return
         try:
-            if not await self._take(self._maps.read()):
+            shard_map = self._maps.read()
+            self._check_order(shard_map)
+            if not await self._take(shard_map):
                 return
         except (StateError, SnapshotError, ValueError) as error:
             if self._refused != (stamp, str(error)):
@@ -340,6 +342,23 @@ class Router:
             self._retry_at_s = self._clock() + _RETRY_S
             return
         self._map_stamp, self._refused = stamp, None
+
+    def _check_order(self, shard_map: ShardMap) -> None:
+        """Refuse a map that is older than the one that is served.
+
+        A file that was put back, or a copy of it that came late, names processes that have left.
+
+        Raises:
+            StateError: if it is.
+        """
+        known = self._map
+        if known is None or known.origin != shard_map.origin:
+            return
+        if shard_map.version < known.version:
+            raise StateError(
+                f"shard map version must be at least {known.version}, which is served, "
+                f"got {shard_map.version}"
+            )
 
     async def _take(self, shard_map: ShardMap) -> bool:
         """Serve by another map, from one request to the next; return False while it is too early.

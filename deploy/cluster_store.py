@@ -157,6 +157,17 @@ class ClusterStore:
         found: Any = self._call(lambda: self._server.client.hincrby(self._key, "term", 1))
         return int(found)
 
+    def check(self, term: int) -> None:
+        """Return if nobody has taken over since a term began.
+
+        Raises:
+            Superseded: if another supervisor has.
+        """
+        # What the client returns is as the server sent it, which its type does not say.
+        found: Any = self._call(lambda: self._server.client.hget(self._key, "term"))
+        if int(found or 0) != term:
+            raise Superseded("another supervisor has taken over")
+
     def write(self, term: int, name: Document, text: str) -> None:
         """Replace a document.
 

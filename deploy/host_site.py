@@ -292,10 +292,16 @@ class HostSite:
         return here not in up and any(one.address in up for one in self._launched.hosts)
 
     def poll(self, kept: Collection[int]) -> None:
-        """Take what the hosts say, and tell them which generations they shall have."""
+        """Take what the hosts say, and tell them which generations they shall have.
+
+        Raises:
+            Superseded: if another supervisor has taken over. Whoever stood still meanwhile must not
+                go on with what it had begun: the processes are the other one's.
+        """
         now_s = self._clock()
         if now_s < self._looked_s + _LOOK_S:
             return
+        self._store.check(self._term)
         self._looked_s = now_s
         wanted = json.dumps(sorted(kept))
         if wanted != self._wanted:

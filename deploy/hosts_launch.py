@@ -355,6 +355,7 @@ def _end(store: ClusterStore, launched: Launched, *, timeout_s: float) -> tuple[
 
     from silvershard.deploy.host_actor import actor_name
     from silvershard.deploy.ray_nodes import living_addresses
+    from silvershard.deploy.sequencer_seat import NAMES
     from silvershard.deploy.supervisor_actor import NAME
 
     store.stopping(launched)
@@ -364,7 +365,7 @@ def _end(store: ClusterStore, launched: Launched, *, timeout_s: float) -> tuple[
         ray.kill(supervisor, no_restart=True)
     # What the supervisor could not end any more.
     layout = store.read(Layout, "layout") or Layout()
-    for name in ("sequencer", *(one.actor for one in layout.copies)):
+    for name in (*NAMES, *(one.actor for one in layout.copies)):
         actor = find(name)
         if actor is not None:
             ray.kill(actor, no_restart=True)

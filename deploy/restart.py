@@ -1,4 +1,4 @@
-"""Restarting shard processes and routers of a running cluster one by one: ``restart``."""
+"""Restarting the processes of a running cluster one by one: ``restart``."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from silvershard.deploy.state import StateDir
 def restart(
     state: StateDir, *, dry_run: bool = False, timeout_s: float, report: Report
 ) -> dict[str, Any]:
-    """Restart every shard process and router of a cluster that serves on; return what was done.
+    """Restart shard processes, routers and sequencer of a cluster that serves on.
 
     Args:
         state: of the cluster.

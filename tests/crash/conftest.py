@@ -104,7 +104,7 @@ class Writer(threading.Thread):
     ) -> None:
         super().__init__(name=f"writer {number}", daemon=True)
         self.ledger = Ledger(FIRST_ITEM + number * OWN_ITEMS)
-        self.failures = 0
+        self.failures: list[str] = []
         self.rejected: list[str] = []
         self._address = address
         self._recorder = recorder
@@ -118,8 +118,8 @@ class Writer(threading.Thread):
                 with self._client() as client:
                     while not self._ended.wait(self._pause_s):
                         self._write(client)
-            except LOST:
-                self.failures += 1
+            except LOST as error:
+                self.failures.append(str(error))
                 self._ended.wait(LOST_PAUSE_S)
 
     def _client(self) -> RecordingClient:

@@ -142,6 +142,20 @@ def test_map_and_record_go_to_the_hosts_and_only_from_the_newest_supervisor(setu
     assert next_one.read_map() == made
 
 
+def test_who_was_superseded_does_not_look_again(setup: Setup) -> None:
+    setup.site.poll({3})
+    other = setup.make(setup.store.take_over())
+    # Between two looks it does not know.
+    setup.site.poll({3})
+    setup.clock.now_s += 1.0
+    with pytest.raises(Superseded):
+        setup.site.poll({3})
+    # Nor does it forget that it has to look.
+    with pytest.raises(Superseded):
+        setup.site.poll({3})
+    other.poll({3})
+
+
 def test_a_generation_is_lacking_until_every_host_with_copies_has_it(setup: Setup) -> None:
     site = setup.site
     assert site.lacking(4) == ("generation 4 is not where the supervisor runs: ")

@@ -152,7 +152,7 @@ class Setup:
             snapshot=snapshot,
             start_shard=self.start,
             start_check=self.check,
-            start_sequencer=lambda: self.sequencer,
+            start_sequencer=lambda name: self.sequencer,
             connect=FakeHost,
             canary=self.asked.append,
             report=self.phases.append,

@@ -14,7 +14,7 @@ from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.shard_host import Held
 from silvershard.deploy.shard_watch import ShardDead
-from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
+from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import StateError
 from silvershard.shard.generations import generation_dir
 
@@ -79,14 +79,8 @@ class FakeShard:
         self.ended = True
 
 
-class FakeRouters:
-    """Routers that are replaced as soon as the test says so."""
-
-    phase: RouterPhase = "serving"
-    address = http = ""
-    record = RouterRecord(state="serving")
-    records: tuple[RouterRecord, ...] = ()
-    has_failed = False
+class FakeFront:
+    """Something that is replaced as soon as the test says so."""
 
     def __init__(self) -> None:
         self.replaced = 0
@@ -95,14 +89,6 @@ class FakeRouters:
 
     def replace(self) -> None:
         self.replaced += 1
-
-    def last_words(self) -> str:
-        return ""
-
-    def start(self) -> None:
-        raise AssertionError
-
-    poll = stop = start
 
 
 class Setup:
@@ -132,13 +118,13 @@ class Setup:
             start_check=self.never,
             clock=lambda: self.now_s,
         )
-        self.routers = FakeRouters()
+        self.routers, self.sequencer = FakeFront(), FakeFront()
         self.rolling = Rolling(
             state,
             self.config,
             self.generations,
             self.scaling,
-            self.routers,
+            {"routers": self.routers, "sequencer": self.sequencer},
             clock=lambda: self.now_s,
         )
         self.generations.started()
@@ -267,21 +253,25 @@ def test_every_process_is_restarted_while_another_copy_serves(make: Any) -> None
     assert setup.fewest == {0: 1, 1: 1}
     setup.poll(2)
     assert setup.named == setup.living == COPIES
-    assert setup.routers.replaced == 1
+    assert (setup.routers.replaced, setup.sequencer.replaced) == (1, 1)
 
 
-def test_routers_are_replaced_when_every_process_is_back(make: Any) -> None:
+def test_routers_and_sequencer_are_replaced_when_every_process_is_back(make: Any) -> None:
     setup = make(**{"sharding.replicas": 2})
     setup.routers.is_replacing = True
     asked = setup.ask()
     assert setup.until_ended(asked).state == "running"
     assert setup.routers.replaced == 1
-    assert setup.operation(asked).progress == "4 processes are restarted, now the routers"
+    assert setup.operation(asked).progress == "4 processes are restarted, now routers"
     assert [one.place for one in setup.shards[4:]] == COPIES
-    setup.routers.is_replacing = False
+    assert setup.sequencer.replaced == 0
+    setup.routers.is_replacing, setup.sequencer.is_replacing = False, True
+    setup.poll(5)
+    assert setup.operation(asked).progress == "4 processes are restarted, now sequencer"
+    setup.sequencer.is_replacing = False
     setup.poll(2)
     assert setup.operation(asked).state == "done"
-    assert setup.routers.replaced == 1
+    assert (setup.routers.replaced, setup.sequencer.replaced) == (1, 1)
 
 
 def test_a_router_that_is_not_replaced_ends_it(make: Any) -> None:
@@ -290,15 +280,13 @@ def test_a_router_that_is_not_replaced_ends_it(make: Any) -> None:
     ended = setup.until_ended(setup.ask())
     assert (ended.state, ended.reason) == (
         "failed",
-        "a router was not replaced: the one in its place ended: port in use",
+        "routers: the one in its place ended: port in use",
     )
     setup.routers.refused, setup.routers.is_replacing = "", True
     asked = setup.ask()
     setup.until_ended(asked)
     setup.poll(2, forward_s=901.0)
-    assert setup.operation(asked).reason == (
-        "the next router was not ready after 900 s, swap.timeout_s"
-    )
+    assert setup.operation(asked).reason == ("routers not ready after 900 s, swap.timeout_s")
     assert setup.named == COPIES
 
 
@@ -375,7 +363,7 @@ def test_a_process_that_takes_too_long_ends_it(make: Any) -> None:
     setup.poll(4, forward_s=1.5)
     setup.poll(2, forward_s=901.0)
     assert setup.operation(asked).reason == (
-        "shard 0 replica 0 was not ready after 900 s, swap.timeout_s"
+        "shard 0 replica 0 not ready after 900 s, swap.timeout_s"
     )
     setup.shards[4].serves = True
     setup.poll(3)
