@@ -22,6 +22,8 @@ from benchmarks.ordering_tasks import PROBE_SHARES, Task, planted_task, train_ra
 from benchmarks.planted import planted_world
 from silvershard.model.two_tower import TwoTower
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def task() -> Task:
@@ -122,7 +124,6 @@ def test_a_claim_holds_only_if_it_does_in_every_seed() -> None:
     assert not any(any(each.values()) for each in verdicts(summary(weak, paired=False)).values())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_reranking_gains_more_than_precision_where_no_inner_product_tells_the_truth() -> None:
     torch.manual_seed(0)

@@ -326,6 +326,7 @@ def looks(client: Client, number: int, **more: Any) -> set[tuple[Any, ...]]:
     }
 
 
+@pytest.mark.slow
 def test_an_update_is_seen_whole_by_readers_in_a_tight_loop(two_shards: Following) -> None:
     number = 24
     with asking(two_shards) as client:
@@ -430,6 +431,7 @@ def prepare(cluster: Following, generation: int) -> None:
     until(lambda: all(len(one.hosting.served) == 2 for one in cluster.servers))
 
 
+@pytest.mark.slow
 def test_two_generations_serve_side_by_side_and_never_mix(two_shards: Following) -> None:
     cluster = two_shards
     with asking(cluster) as client:
@@ -516,6 +518,7 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_answers_at_the_same_cut_are_the_same_bytes_on_any_number_of_shards(
     two_shards: Following, num_shards: int, request_maker: Any, generation: Any

@@ -67,6 +67,7 @@ def executors(path: Path, num_shards: int, **options: Any) -> list[ShardExecutor
     return [load_executor(path, shard, num_shards, **options) for shard in range(num_shards)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 2, 7])
 def test_remote_tables_answer_like_local_ones_on_any_shards(
     publish_model: Any,

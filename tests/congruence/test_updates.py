@@ -427,6 +427,7 @@ def finished(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_a_query_that_is_open_reads_the_cut_at_which_it_was_opened(
     generation, history: list[Mutation], work: Work, num_shards: int

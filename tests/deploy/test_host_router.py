@@ -42,6 +42,7 @@ def test_hosts_that_share_a_directory_have_places_of_their_own(tmp_path: Path) -
     assert first.shard_map_file == second.shard_map_file == state.shard_map_file
 
 
+@pytest.mark.slow
 def test_a_router_is_adopted_by_the_next_agent_and_ended_by_it(place: RouterDir) -> None:
     first = HostRouter(place, config())
     first.start()

@@ -76,6 +76,7 @@ def eligible(path: Path, text: str) -> list[int]:
     return sorted(answer.item_ids.tolist())
 
 
+@pytest.mark.slow
 def test_the_next_generation_holds_what_the_log_made_of_the_live_one(
     state: StateDir, config: Config, log: UpdateLog, generation: Any
 ) -> None:

@@ -437,6 +437,7 @@ def test_a_generation_serves_the_tower_that_was_published(published: Published) 
     assert torch.equal(model.embed_items(dict(some.features)), bulk[[7, 300, 399]])
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_gives_the_same_bits(published: Published) -> None:
     whole, _ = load_retriever(published.path)
     asked = requests()

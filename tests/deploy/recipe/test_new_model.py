@@ -23,6 +23,8 @@ from silvershard.deploy.state_log import log_url
 from silvershard.model.two_tower import TwoTower
 from silvershard.shard.snapshot import PartitionData, open_snapshot
 
+pytestmark = pytest.mark.slow
+
 NEW = 9_000_001
 WAIT_S = 60.0
 
@@ -218,7 +220,6 @@ def test_data_that_hold_updates_are_published_at_their_place_in_the_log(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_cluster_swaps_to_the_new_model_and_keeps_what_was_acked(
     world: World, state: StateDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

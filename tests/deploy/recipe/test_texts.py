@@ -19,6 +19,8 @@ from silvershard.shard.golden import check_generation, read_golden
 from silvershard.shard.load import load_retriever
 from silvershard.shard.snapshot import open_snapshot
 
+pytestmark = pytest.mark.slow
+
 
 class World(NamedTuple):
     config: Config
