@@ -50,7 +50,7 @@ _CENSUS_S = 1.0
 
 _SEQUENCER = "sequencer"
 
-_SETTLE_S = 10.0
+_SETTLE_S = 30.0
 """How long a cluster that is adopted waits for everybody to say where they are."""
 
 
