@@ -4,6 +4,8 @@ SHELL := /bin/bash
 export PYTHONSAFEPATH = 1
 # Threads of torch that wait for each other must not spin on cores that others use.
 export OMP_WAIT_POLICY = PASSIVE
+# Tests start hundreds of processes; each would compile all modules again, and pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +16,13 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 # fbgemm-gpu carries the CUDA build; on a CPU the shim pulls fbgemm-gpu-cpu under the same name.
 TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gpu,cpu),test,dev]'
 COMPILER := $(shell command -v $${CXX:-g++})
+# The tests of these folders have a target each; `test` and `test-slow` share all others.
+APART := $(addprefix --ignore tests/,crash multihost mutants simulation)
+RUN_TESTS = $(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope $(APART)
 PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-crash test-chaos test-mutants test-multihost test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
+.PHONY: help demo test test-slow test-crash test-chaos test-mutants test-multihost test-sanitized test-emulated bench bench-kernels bench-gpu bench-model bench-tables bench-text bench-semantic bench-joint bench-peer bench-freshness bench-churn bench-cluster check fmt setup proto proto-check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,9 +30,11 @@ help: ## show this list
 demo: $(VENV)/.installed ## train on MovieLens, publish, serve on two shards, ask, measure
 	$(BIN)/silvershard demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed ## run every test that this machine can run
-	$(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --ignore tests/crash --ignore tests/mutants --ignore tests/multihost
-	$(BIN)/pytest -n0 tests/crash
+test: $(VENV)/.installed ## run the fast tests: under ten minutes on two cores
+	$(RUN_TESTS) -m 'not slow'
+
+test-slow: $(VENV)/.installed ## run the tests that take long: real clusters, trainings, kernels in Triton's interpreter
+	$(RUN_TESTS) -m slow
 
 test-crash: $(VENV)/.installed ## swap generations 50 times, kill 200 processes and drop what they did not sync, under load
 	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 tests/crash
@@ -36,7 +43,7 @@ test-chaos: $(VENV)/.installed ## ask a cluster in virtual time a million reques
 	SILVERSHARD_SIMULATED_REQUESTS=$(or $(REQUESTS),1000000) $(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/simulation
 
 test-mutants: $(VENV)/.installed ## plant bugs in a copy of the tree: each must be noticed by the history checker or by a test
-	$(BIN)/pytest -n0 tests/mutants
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/mutants
 
 test-multihost: $(VENV)/.installed ## cut off and kill hosts that are namespaces of this machine (root; ten minutes)
 	timeout --kill-after 30 $(or $(BUDGET_S),1500) $(BIN)/pytest -n0 tests/multihost
@@ -94,7 +101,7 @@ check: $(VENV)/.installed proto-check ## lint, format, types, layering, packagin
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pip check
-	$(BIN)/pytest -q -m 'not slow' tests/test_layering.py tests/test_packaging.py tests/test_exports.py
+	$(BIN)/pytest -q -m 'not slow' tests/test_layering.py tests/test_packaging.py tests/test_exports.py tests/test_targets.py
 
 fmt: $(VENV)/.installed ## format and sort imports
 	$(BIN)/ruff check --fix .

@@ -334,6 +334,11 @@ class RouterConfig(BaseModel):
     )
     num_threads: int = Field(default=1, ge=1, description="threads of each tensor operation")
     listen: ListenSection = Field(default=ListenSection(), description="where requests come in")
+    shared: bool = Field(
+        default=False,
+        description="other routers of this machine share its ports; it alone answers health checks "
+        "at a further one",
+    )
     security: SecuritySection = Field(
         default=SecuritySection(), description="who may ask, and how the shards are reached"
     )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from silvershard.cluster.sequencer import Outcome, Write
-from silvershard.shard.errors import DeadlineExceeded, Fenced
+from silvershard.shard.errors import DeadlineExceeded, Fenced, LogUnavailable
 
 MAX_GROUP = 1024
 """Most writes of one append, so that what is urgent waits for some 20 ms of work at most."""
@@ -42,17 +42,24 @@ def groups_of(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
         yield writes[begin:]
 
 
-def decided(outcomes: Sequence[Outcome | BaseException]) -> list[Outcome]:
-    """Return what became of the pieces of a call.
+def decided(outcomes: Sequence[Outcome | BaseException], url: str) -> list[Outcome]:
+    """Return what became of the pieces of a call, which are for the log at ``url``.
 
     Raises:
+        Fenced: if another sequencer has taken over, and nothing of the call is logged.
+        LogUnavailable: if it has, and something of the call is logged or may be.
         DeadlineExceeded: if some of them, or all, did not get to the log in time.
-        BaseException: what else became of one; that another sequencer has taken over goes first.
+        BaseException: what else became of one.
     """
     failures = [one for one in outcomes if isinstance(one, BaseException)]
     others = [one for one in failures if not isinstance(one, DeadlineExceeded)]
+    fenced = [one for one in others if isinstance(one, Fenced)]
+    if fenced and len(fenced) == len(others) and len(failures) == len(outcomes):
+        raise fenced[0]
+    if fenced:
+        raise LogUnavailable(url, f"{fenced[0]}; some of the call may be logged")
     if others:
-        raise next((one for one in others if isinstance(one, Fenced)), others[0])
+        raise others[0]
     if failures and len(failures) < len(outcomes):
         raise DeadlineExceeded("the time of the call ran out; a part of it is logged")
     if failures:

@@ -55,18 +55,19 @@ class HttpServer:
         self._thread: threading.Thread | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def start(self, address: str, *, insecure: bool = False) -> None:
+    def start(self, address: str, *, insecure: bool = False, shared: bool = False) -> None:
         """Bind the address and serve; ``address`` is set when this returns.
 
         Args:
             address: ``host:port``; port 0 lets the system choose a free one.
             insecure: allow an address that other machines can reach.
+            shared: another server may share the port, and whoever asks finds one of them.
 
         Raises:
             ConfigError: if other machines can reach it and ``insecure`` is False.
             StateError: if the port is in use or the address is not of this machine.
         """
-        listener = bind_http(address, insecure=insecure)
+        listener = bind_http(address, insecure=insecure, shared=shared)
         host = split_address(address)[0]
         name = f"[{host}]" if ":" in host else host
         self.address = f"{name}:{listener.getsockname()[1]}"
@@ -146,7 +147,7 @@ class HttpServer:
         return _reply(page, method)
 
 
-def bind_http(address: str, *, insecure: bool = False) -> socket.socket:
+def bind_http(address: str, *, insecure: bool = False, shared: bool = False) -> socket.socket:
     """Return a socket bound to an address; arguments and errors as for ``HttpServer.start``."""
     try:
         host, port = split_address(address)
@@ -162,6 +163,7 @@ def bind_http(address: str, *, insecure: bool = False) -> socket.socket:
         family, kind, protocol, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
         listener.bind(name)
         # Another program that binds the same port is told only by a socket that listens.
         listener.listen(_BACKLOG)

@@ -13,9 +13,7 @@ INTERNAL_MESSAGE_BYTES = 256 << 20
 
 Options = list[tuple[str, int]]
 
-# Without SO_REUSEPORT a second server on a port fails instead of sharing its requests.
 _SERVER: Options = [
-    ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
     ("grpc.http2.max_ping_strikes", 0),
@@ -37,10 +35,14 @@ LINK_OPTIONS: Options = [
 ]
 
 
-def server_options(max_receive_bytes: int) -> Options:
-    """Return the options of a server that accepts messages up to ``max_receive_bytes``."""
+def server_options(max_receive_bytes: int, *, shared: bool = False) -> Options:
+    """Return the options of a server that accepts messages up to ``max_receive_bytes``.
+
+    A second server on a port fails, unless both share it: then the system deals out connections.
+    """
     return [
         *_SERVER,
+        ("grpc.so_reuseport", int(shared)),
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
     ]

@@ -49,6 +49,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _MEET_S = 2.0
 """Longest wait for the first connection to every shard of a new cut of the catalogue, for which the
 old one goes on serving."""
+_HEALTH_BYTES = 4096
 _RETRY_S = 1.0
 """Time between two tries of a map that was refused: reading its snapshot may take long."""
 
@@ -97,6 +98,8 @@ class Router:
                 are missing that its settings need.
         """
         self.address = ""
+        self.own_address = ""
+        """Where health checks reach this router and no other; set where it shares its port."""
         self._config = config
         self._clock = clock
         self._map: ShardMap | None = None
@@ -161,6 +164,7 @@ class Router:
         self._updates = UpdateService(lambda: self._map.sequencer if self._map else None, dialer)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._own: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
 
     @property
@@ -168,10 +172,15 @@ class Router:
         """Return ``host:port`` of probes and metrics; empty before the start, or without them."""
         return self._http.address
 
-    async def start(self) -> None:
+    async def start(self, *, ready_within_s: float = 0.0) -> None:
         """Bind the ports and serve; ``address`` is set from then on.
 
+        Args:
+            ready_within_s: do so only once every shard is reached, for which there is so much time;
+                0: at once, and keep requests waiting until then.
+
         Raises:
+            TimeoutError: if a shard is not reached in time.
             ConfigError: if a host is refused.
             StateError: if a port is in use.
         """
@@ -179,14 +188,32 @@ class Router:
         observability = self._config.observability
         if observability.http:
             # First of all: whoever probes is told that this router starts.
-            self._http.start(observability.http, insecure=observability.insecure)
+            self._http.start(
+                observability.http, insecure=observability.insecure, shared=self._config.shared
+            )
+        await self._set_health("", ready=False)
+        await self._set_health(SERVICE, ready=False)
+        if self._config.shared:
+            self._own = grpc.aio.server(
+                interceptors=self._protection.interceptors, options=server_options(_HEALTH_BYTES)
+            )
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._own)
+            self.own_address = bind(self._own, "127.0.0.1", 0, self._protection.door)
+            await self._own.start()
+        if ready_within_s:
+            async with asyncio.timeout(ready_within_s):
+                while not self._ready:
+                    await self.follow()
+                    await asyncio.sleep(self._config.poll_ms / 1e3)
         server = grpc.aio.server(
             interceptors=(
                 *self._protection.interceptors,
                 *((self._tracer,) if self._tracer is not None else ()),
                 self._meter,
             ),
-            options=server_options(self._config.query.max_request_bytes),
+            options=server_options(
+                self._config.query.max_request_bytes, shared=self._config.shared
+            ),
         )
         self.service.add_to(server)
         self._updates.add_to(server)
@@ -199,15 +226,19 @@ class Router:
         )
         reflection.enable_server_reflection(names, server)
         self.address = bind(server, listen.host, listen.port, self._protection.door)
-        await self._set_health("", ready=False)
-        await self._set_health(SERVICE, ready=False)
         await server.start()
         self._server = server
         await self.follow()
         self._follower = asyncio.create_task(self._follow_forever())
 
-    async def stop(self) -> None:
-        """Refuse new requests, answer those in flight for at most ``drain_s``, and disconnect."""
+    async def stop(self, *, replaced: bool = False) -> None:
+        """Refuse new requests, answer those in flight for at most ``drain_s``, and disconnect.
+
+        Args:
+            replaced: another router answers at the same ports, also whoever probes.
+        """
+        if replaced:
+            self._http.stop()
         self._facts = self._facts._replace(draining=True)
         if self._follower is not None:
             self._follower.cancel()
@@ -215,6 +246,8 @@ class Router:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(self._config.drain_s)
+        if self._own is not None:
+            await self._own.stop(0.0)
         for task in self._retired:
             task.cancel()
         await asyncio.gather(*self._retired, return_exceptions=True)
@@ -298,7 +331,9 @@ class Router:
         if known and self._clock() < self._retry_at_s:
             return
         try:
-            if not await self._take(self._maps.read()):
+            shard_map = self._maps.read()
+            self._check_order(shard_map)
+            if not await self._take(shard_map):
                 return
         except (StateError, SnapshotError, ValueError) as error:
             if self._refused != (stamp, str(error)):
@@ -307,6 +342,23 @@ class Router:
             self._retry_at_s = self._clock() + _RETRY_S
             return
         self._map_stamp, self._refused = stamp, None
+
+    def _check_order(self, shard_map: ShardMap) -> None:
+        """Refuse a map that is older than the one that is served.
+
+        A file that was put back, or a copy of it that came late, names processes that have left.
+
+        Raises:
+            StateError: if it is.
+        """
+        known = self._map
+        if known is None or known.origin != shard_map.origin:
+            return
+        if shard_map.version < known.version:
+            raise StateError(
+                f"shard map version must be at least {known.version}, which is served, "
+                f"got {shard_map.version}"
+            )
 
     async def _take(self, shard_map: ShardMap) -> bool:
         """Serve by another map, from one request to the next; return False while it is too early.

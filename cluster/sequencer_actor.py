@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from silvershard.shard.errors import LogUnavailable, StateError
 _RETRY_S = 0.5
 # Where processors are short, queries go before acks, which get a quarter of what a query gets.
 _NICENESS = 5
+_LEAVES_S = 3.0
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class SequencerActor:
             host=host,
             peers=own,
             expiry_every_s=expiry_every_s,
-            on_fenced=Incarnation.current().end_for_good,
+            on_fenced=partial(_leave, Incarnation.current()),
         )
         # The collector need not look through what stays, which took a third of a check's time.
         gc.collect()
@@ -118,6 +120,13 @@ class SequencerActor:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _leave(incarnation: Incarnation) -> None:
+    """End for good, once who still asks here has had time to learn of the next sequencer."""
+    timer = threading.Timer(_LEAVES_S, incarnation.end_for_good)
+    timer.daemon = True
+    timer.start()
 
 
 def _reached(make: Callable[[], T]) -> T:

@@ -372,15 +372,15 @@ class SequencerServer:
         """Return what became of a request once that is final.
 
         Raises:
-            LogUnavailable: if what became of it is unknown.
-            Fenced: if another sequencer has taken over.
+            RetrievalError: as ``decided``.
             DeadlineExceeded: if some of it did not get to the log in time.
             LoggedNotApplied: if all that is not rejected did, but is not applied in time.
         """
         try:
-            outcomes = decided(await accepted.outcomes)
-        except Fenced as error:
-            await self._step_down(error)
+            outcomes = decided(await accepted.outcomes, self.sequencer.log.url)
+        except RetrievalError:
+            if self.sequencer.fenced is not None:
+                await self._step_down(self.sequencer.fenced)
             raise
         rejected = list(accepted.checked.rejected)
         last: dict[int, int] = {}

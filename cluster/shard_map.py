@@ -1,7 +1,7 @@
 """The shard map: which process serves which shard of which generation, as one small file.
 
 The launcher writes it, routers poll it. A router keeps its last good map, so it goes on serving
-without the launcher.
+without the launcher, and takes no older one of the same start of the cluster.
 """
 
 from pathlib import Path
@@ -43,6 +43,9 @@ class ShardMap(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(ge=1, description="grows with every change")
+    origin: str = Field(
+        default="", description="start of the cluster within which versions grow; empty: the only"
+    )
     generation: int = Field(ge=1, description="the live one, which all entries serve")
     snapshot: str = Field(min_length=1, description="directory of that generation")
     num_shards: int = Field(ge=1, description="shards S that the catalogue is cut into")

@@ -13,7 +13,7 @@ from silvershard.cluster import retrieval_pb2, update_pb2
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.listen import LINK_OPTIONS
-from silvershard.cluster.service import DETAILS, PUSHBACK, abort
+from silvershard.cluster.service import DETAILS, PUSHBACK, abort, refused_by
 from silvershard.shard.errors import RetrievalError
 
 SERVICE = retrieval_pb2.DESCRIPTOR.services_by_name["Updates"].full_name
@@ -22,6 +22,8 @@ _SEQUENCER = update_pb2.DESCRIPTOR.services_by_name["Sequencer"].full_name
 _APPLY, _STREAM = f"/{_SEQUENCER}/Apply", f"/{_SEQUENCER}/StreamUpdates"
 # While calls wait for a sequencer, a move is noticed so soon.
 _LOOK_EVERY_S = 0.05
+# So long a call may wait for the sequencer that takes the place of another one.
+_MOVES_S = 5.0
 # A sequencer that moved away has this long for what it still answers.
 _GRACE_S = 0.5
 
@@ -52,9 +54,10 @@ class UpdateService:
     """``silvershard.v1.Updates`` in front of the sequencer, on one channel at a time.
 
     Messages pass as they are: the sequencer alone reads them, and its answers and refusals are
-    those of this service. A call that broke off may or may not be logged; sent again with the same
-    version it is harmless. Calls that wait for a sequencer that has moved, as one that hangs while
-    another took its place, break off.
+    those of this service. One that has lost the log to another one says so and has written nothing:
+    the call goes to the other one, for which it may wait. A call that broke off may or may not be
+    logged; sent again with the same version it is harmless. Calls that wait for a sequencer that
+    has moved, as one that hangs while another took its place, break off.
     """
 
     def __init__(self, sequencer: Callable[[], str | None], dialer: Dials = PLAIN) -> None:
@@ -143,16 +146,33 @@ class UpdateService:
                 self._leave(self._link)
 
     async def _apply(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        give_up_s = time.monotonic() + min(context.time_remaining() or _MOVES_S, _MOVES_S)
         try:
-            link = self._connected()
-            call = link.apply(request, timeout=context.time_remaining())
-            with self._waiting(link, call):
-                answer: bytes = await call
+            while True:
+                link = self._connected()
+                call = link.apply(request, timeout=context.time_remaining())
+                try:
+                    with self._waiting(link, call):
+                        answer: bytes = await call
+                    break
+                except grpc.aio.AioRpcError as error:
+                    # Nothing is written by who has lost the log, so the next one may be asked.
+                    fenced = refused_by(error).reason == "FENCED"
+                    if not fenced or not await self._has_moved(link.address, give_up_s):
+                        raise
         except grpc.aio.AioRpcError as error:
             await _pass_on(context, error)
         except RetrievalError as error:
             await abort(context, error)
         return answer
+
+    async def _has_moved(self, address: str, give_up_s: float) -> bool:
+        """Wait until another sequencer is known; return whether there is one in time."""
+        while self._sequencer() in (address, "", None):
+            if time.monotonic() >= give_up_s:
+                return False
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return True
 
     async def _stream(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         try:

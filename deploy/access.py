@@ -31,8 +31,14 @@ def access_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def secured(config: Config, state: StateDir) -> Config:
-    """Return settings whose files of security are absolute paths, with those that were left out."""
+def secured(config: Config, state: StateDir, *, own_secret: bool = True) -> Config:
+    """Return settings whose files of security are absolute paths, with those that were left out.
+
+    Args:
+        config: settings.
+        state: the directory that they are for.
+        own_secret: a secret that was left out is one of the directory, which other hosts lack.
+    """
     security = config.security
     tls = security.tls.model_copy(
         update={
@@ -41,10 +47,11 @@ def secured(config: Config, state: StateDir) -> Config:
             if (value := getattr(security.tls, key))
         }
     )
+    secret = security.secret or (state.secret_file if own_secret else "")
     update = {
         "tls": tls,
         "tokens": str(Path(security.tokens).absolute()) if security.tokens else "",
-        "secret": str(Path(security.secret or state.secret_file).absolute()),
+        "secret": str(Path(secret).absolute()) if secret else "",
         "audit": str(Path(security.audit or state.audit_file).absolute()),
     }
     return config.model_copy(update={"security": security.model_copy(update=update)})

@@ -80,7 +80,8 @@ def several_hosts_options(parser: argparse.ArgumentParser) -> None:
         "--routers",
         type=int,
         metavar="N",
-        help="run a router on each of the first N of the hosts (default: on all of them)",
+        help="run a router on each of the first N of the hosts (default: on all of them), or so "
+        "many of them on this machine (default 1)",
     )
     ray_option(parser)
 

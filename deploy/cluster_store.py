@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _TIMEOUT_S = 1.0
 
-Document = Literal["launch", "layout", "map", "record", "progress", "wanted"]
+Document = Literal["launch", "layout", "map", "record", "progress", "wanted", "order"]
 
 _WRITE = """
 if (redis.call('HGET', KEYS[1], 'term') or '0') ~= ARGV[1] then return 0 end
@@ -92,6 +92,15 @@ class Launched(BaseModel):
         return self.config.model_copy(update={"listen": listen})
 
 
+class RouterOrder(BaseModel):
+    """That a host shall replace its router."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(description="its name")
+    number: int = Field(ge=1, description="tells one order from every other one")
+
+
 class HostReport(BaseModel):
     """What a host says of itself."""
 
@@ -103,6 +112,8 @@ class HostReport(BaseModel):
     staging: str = Field(default="", description="what it is fetching, or why it cannot")
     router: RouterRecord | None = Field(default=None, description="its router, if it has one")
     http: str = Field(default="", description="host:port of probes and metrics of that router")
+    ordered: int = Field(default=0, ge=0, description="number of the order that is done")
+    refused: str = Field(default="", description="why it was not carried out; empty: it was")
 
 
 class ClusterStore:
@@ -145,6 +156,17 @@ class ClusterStore:
         """Return a new term: from now on nobody of an earlier one can write."""
         found: Any = self._call(lambda: self._server.client.hincrby(self._key, "term", 1))
         return int(found)
+
+    def check(self, term: int) -> None:
+        """Return if nobody has taken over since a term began.
+
+        Raises:
+            Superseded: if another supervisor has.
+        """
+        # What the client returns is as the server sent it, which its type does not say.
+        found: Any = self._call(lambda: self._server.client.hget(self._key, "term"))
+        if int(found or 0) != term:
+            raise Superseded("another supervisor has taken over")
 
     def write(self, term: int, name: Document, text: str) -> None:
         """Replace a document.

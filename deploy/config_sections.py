@@ -212,6 +212,13 @@ class RuntimeSection(BaseModel):
     object_store_bytes: int = Field(
         default=80 << 20, ge=75 << 20, description="shared memory of the embedded Ray"
     )
+    routers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="router processes of a single machine; they share `listen.port`, and each "
+        "further one has probes and metrics at the port above",
+    )
     start_timeout_s: float = Field(
         default=120.0, gt=0, description="longest start of a cluster before `up` gives up"
     )

@@ -21,6 +21,7 @@ from silvershard.deploy.cluster_store import (
     HostReport,
     Launched,
     PlacedHost,
+    RouterOrder,
 )
 from silvershard.deploy.config import Config
 from silvershard.deploy.host_router import HostRouter, RouterDir
@@ -44,6 +45,16 @@ class Router(Protocol):
 
     http: str
     address: str
+    refused: str
+
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether a process is taking the place of another one."""
+        ...
+
+    def replace(self) -> None:
+        """Let a process take the place of the one that serves."""
+        ...
 
     @property
     def record(self) -> RouterRecord:
@@ -137,6 +148,8 @@ class HostAgent:
         self._next_report_s = 0.0
         self._stager = Stager(self.state.generations, name, reach)
         self._said = ""
+        self._ordered = 0
+        """The order that is being carried out, or was last."""
         self._mirrored: dict[Path, str] = {}
         self.state.create()
         if not self.state.control_url_file.is_file():
@@ -167,6 +180,7 @@ class HostAgent:
         """Read what the store says, and write what this host has."""
         self._mirror()
         self._stage()
+        self._obey()
         self._report()
 
     def run(self, stop: threading.Event) -> None:
@@ -211,6 +225,15 @@ class HostAgent:
         if self._stager.said:
             self._say(self._stager.said)
 
+    def _obey(self) -> None:
+        """Replace the router where that is ordered."""
+        order = self._store.read(RouterOrder, "order")
+        if self.router is None or order is None or order.host != self.host.name:
+            return
+        if order.number != self._ordered:
+            self._ordered = order.number
+            self.router.replace()
+
     def _report(self) -> None:
         now_s = self._clock()
         if now_s < self._next_report_s:
@@ -230,6 +253,8 @@ class HostAgent:
                 if router is not None
                 else None,
                 http=router.http if router is not None else "",
+                ordered=self._ordered if router is not None and not router.is_replacing else 0,
+                refused=router.refused if router is not None else "",
             )
         )
 

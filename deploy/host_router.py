@@ -9,14 +9,16 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pydantic
 
 from silvershard.cluster.dialer import peer_dialer
 from silvershard.deploy.config import Config
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
-from silvershard.deploy.router_watch import RouterProcess, RouterWatch
+from silvershard.deploy.router_watch import RouterProcess, RouterWatch, Told
 from silvershard.deploy.state import StateDir
 
 _START_S = 30.0
@@ -70,11 +72,48 @@ class Detached:
         """Tell it to end."""
         send_signal(self._process, signal.SIGTERM)
 
+    def leave(self) -> None:
+        """Tell it to end because another one has taken its place."""
+        send_signal(self._process, signal.SIGUSR1)
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait until it has ended."""
         if wait_gone([self._process], _FOREVER_S if timeout is None else timeout):
             raise subprocess.TimeoutExpired("router", timeout or 0.0)
         return 1
+
+
+class _Files(NamedTuple):
+    """What a router that is no child of its watch leaves behind."""
+
+    pid: Path
+    said: Path
+
+    def running(self) -> Process | None:
+        """Return the process, None if it does not run."""
+        with contextlib.suppress(OSError, pydantic.ValidationError):
+            found = Process.model_validate_json(self.pid.read_bytes())
+            if is_alive(found):
+                return found
+        return None
+
+    def read(self, hear: Callable[[str], None]) -> None:
+        """Take what it has said so far."""
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            for line in self.said.read_text().splitlines():
+                hear(line)
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        running = self.running()
+        if running is not None:
+            send_signal(running, signal.SIGKILL)
+        self.remove()
+
+    def remove(self) -> None:
+        """Forget it."""
+        self.pid.unlink(missing_ok=True)
+        self.said.unlink(missing_ok=True)
 
 
 class HostRouter(RouterWatch):
@@ -84,13 +123,13 @@ class HostRouter(RouterWatch):
         """Prepare; nothing runs yet, or an earlier agent has started it."""
         super().__init__(place, config, peer_dialer(config.security.peers))
         self._place = place
-        self._pid_file = place.place / "router.pid"
-        self._said_file = place.place / "router.said"
+        self._files = _Files(place.place / "router.pid", place.place / "router.said")
+        self._coming_files = _Files(place.place / "coming.pid", place.place / "coming.said")
         self._adopted = False
 
     def start(self) -> None:
         """Start the process, or adopt the one that runs with the same settings."""
-        running = self._running()
+        running = self._files.running()
         if running is not None and self._is_same():
             self._adopted = True
             self._process = Detached(running)
@@ -107,26 +146,34 @@ class HostRouter(RouterWatch):
 
     def poll(self) -> None:
         """Look once; start the router again when it has ended and its pause is over."""
-        self._read_said()
+        if self._process is not None and not self._own:
+            self._files.read(self._hear)
+        if self._next is None:
+            # One that an agent had started which has ended since.
+            self._coming_files.end()
+        elif self._next_told is None:
+            self._coming_files.read(self._hear_next)
         super().poll()
 
     def stop(self) -> None:
         """End the process in order, also one that was not adopted yet."""
-        running = self._running()
+        running = self._files.running()
         if self._process is None and running is not None:
             self._process = Detached(running)
         super().stop()
-        for path in (self._pid_file, self._said_file, self._place.router_file):
-            path.unlink(missing_ok=True)
+        self._coming_files.end()
+        self._files.remove()
+        self._place.router_file.unlink(missing_ok=True)
 
-    def _spawn(self) -> RouterProcess:
-        self._pid_file.unlink(missing_ok=True)
-        with self._place.router_log.open("ab") as log, self._said_file.open("wb") as said:
+    def _spawn(self, hear: Callable[[str], None], *more: str) -> RouterProcess:
+        files = self._coming_files if hear == self._hear_next else self._files
+        files.pid.unlink(missing_ok=True)
+        with self._place.router_log.open("ab") as log, files.said.open("wb") as said:
             subprocess.run(
                 [
                     *(sys.executable, "-P", "-m", "silvershard.deploy.router_process"),
-                    *("--config", str(self._place.router_file)),
-                    *("--detach", str(self._pid_file)),
+                    *("--config", str(self._place.router_file), *more),
+                    *("--detach", str(files.pid)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
@@ -134,25 +181,16 @@ class HostRouter(RouterWatch):
                 check=False,
                 timeout=_START_S,
             )
-        running = self._running()
+        running = files.running()
         if running is None:
             # It ended at once, with its reason in the log.
             return Detached(Process(pid=1 << 22, started=0, boot=""))
         return Detached(running)
 
-    def _running(self) -> Process | None:
-        with contextlib.suppress(OSError, pydantic.ValidationError):
-            found = Process.model_validate_json(self._pid_file.read_bytes())
-            if is_alive(found):
-                return found
-        return None
-
-    def _read_said(self) -> None:
-        if self._process is None or self.address:
-            return
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            for line in self._said_file.read_text().splitlines():
-                self._hear(line)
+    def _take_over(self, told: Told) -> None:
+        self._coming_files.pid.replace(self._files.pid)
+        self._coming_files.said.replace(self._files.said)
+        super()._take_over(told)
 
     @property
     def _may_lack_shards(self) -> bool:

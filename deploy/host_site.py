@@ -8,7 +8,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from silvershard.cluster.shard_map import ShardMap
 from silvershard.deploy.cluster_size import in_force
-from silvershard.deploy.cluster_store import ClusterStore, Freshness, HostReport, Launched
+from silvershard.deploy.cluster_store import (
+    ClusterStore,
+    Freshness,
+    HostReport,
+    Launched,
+    RouterOrder,
+)
 from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import Control
 from silvershard.deploy.errors import Refused
@@ -55,11 +61,22 @@ class Actors(NamedTuple):
 class HostRouters:
     """The routers of all hosts, as their agents tell of them."""
 
-    def __init__(self, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        """Know of the routers of these hosts."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+        order: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """Know of the routers of these hosts; ``order`` writes a ``RouterOrder`` or nothing."""
         self.phase: RouterPhase = "starting"
         self.address = ""
         self.http = ""
+        self.refused = ""
+        """Why not all of them were replaced when that was last asked for; empty: they were."""
+        self._order = order
+        self._to_replace: list[str] = []
+        """Hosts whose routers are still to be replaced, the present one first."""
+        self._ordered = 0
         self.records = tuple(RouterRecord(state="starting", host=name) for name in names)
         self._https: dict[str, str] = {}
         self._freshness = Freshness(clock)
@@ -81,9 +98,40 @@ class HostRouters:
         states = {one.state for one in self.records}
         order: tuple[RouterPhase, ...] = ("restarting", "starting", "serving")
         self.phase = next(one for one in order if one in states)
+        self._follow_order(reports)
         self.address = self.record.address
         found = reports.get(self.record.host)
         self.http = found.http if found is not None else ""
+
+    def replace(self) -> None:
+        """Let a new process take the place of each, one host after the other."""
+        self.refused = ""
+        self._to_replace = [one.host for one in self.records]
+        self._order_next()
+
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether one is being replaced, or is still to be."""
+        return bool(self._to_replace)
+
+    def _order_next(self) -> None:
+        self._ordered = time.time_ns()
+        order = RouterOrder(host=self._to_replace[0], number=self._ordered)
+        self._order(order.model_dump_json())
+
+    def _follow_order(self, reports: dict[str, HostReport]) -> None:
+        """Go on to the next host once one is done."""
+        report = reports.get(self._to_replace[0]) if self._to_replace else None
+        if report is None or report.ordered != self._ordered:
+            return
+        if report.refused:
+            self.refused = f"{report.host}: {report.refused}"
+        self._to_replace = [] if report.refused else self._to_replace[1:]
+        if self._to_replace:
+            self._order_next()
+        else:
+            # Who starts anew shall not carry it out again.
+            self._order("")
 
     def _record(self, host: str, report: HostReport | None) -> RouterRecord:
         if report is None or report.router is None:
@@ -192,17 +240,16 @@ class HostSite:
         self.name = next((one.name for one in launched.hosts if one.address == address), address)
         self.reports: dict[str, HostReport] = {}
         """What every host said last."""
-        self.site_routers = HostRouters([one.name for one in launched.hosts if one.router], clock)
+        self.site_routers = HostRouters(
+            [one.name for one in launched.hosts if one.router],
+            clock,
+            lambda text: store.write(term, "order", text),
+        )
         self.plan: Callable[[Outline | None, Outline], MemoryPlan] | None = self._planned
         self._looked_s = -_LOOK_S
         self._wanted = ""
         self._movable: dict[str, str] = {}
         """The host of each actor that may change it."""
-
-    @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """Return every router."""
-        return self.site_routers.records
 
     def host_of(self, actor: str) -> str:
         """Return the host that an actor is on, or was placed on."""
@@ -248,10 +295,16 @@ class HostSite:
         return here not in up and any(one.address in up for one in self._launched.hosts)
 
     def poll(self, kept: Collection[int]) -> None:
-        """Take what the hosts say, and tell them which generations they shall have."""
+        """Take what the hosts say, and tell them which generations they shall have.
+
+        Raises:
+            Superseded: if another supervisor has taken over. Whoever stood still meanwhile must not
+                go on with what it had begun: the processes are the other one's.
+        """
         now_s = self._clock()
         if now_s < self._looked_s + _LOOK_S:
             return
+        self._store.check(self._term)
         self._looked_s = now_s
         wanted = json.dumps(sorted(kept))
         if wanted != self._wanted:

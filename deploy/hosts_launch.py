@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from silvershard.cluster.secret_file import read_secret
+from silvershard.deploy.access import secured
 from silvershard.deploy.cluster_size import in_force
 from silvershard.deploy.cluster_store import ClusterStore, Launched, PlacedHost
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_place import move_control
 from silvershard.deploy.errors import CommandError, ExitCode, Refused, TimedOut
-from silvershard.deploy.launch import choose_generation
+from silvershard.deploy.launch import check_security, choose_generation
 from silvershard.deploy.layout import Layout
 from silvershard.deploy.placement import Host, Placement
 from silvershard.deploy.progress import Progress
@@ -36,6 +38,7 @@ def check_settings(config: Config) -> None:
 
     Raises:
         Refused: naming the setting and what it must be.
+        ConfigError: if a file of security cannot be used on this host.
     """
     if not config.control.store:
         raise Refused(
@@ -48,12 +51,21 @@ def check_settings(config: Config) -> None:
             f"{config.updates.log or 'nothing'}: a file is only there for one of them"
         )
     security = config.security
-    if not security.insecure and not (security.tls.enabled and security.secret):
+    given = {
+        "security.tls": security.tls.enabled,
+        "security.tokens": security.tokens,
+        "security.secret": security.secret,
+    }
+    missing = [key for key, value in given.items() if not value]
+    if missing and not security.insecure:
         raise Refused(
-            "the processes of several hosts listen on their addresses: set security.tls and "
-            "security.secret, files that are at the same paths on every host, or --insecure if "
-            "every machine that can reach them may ask"
+            f"the processes of several hosts listen on their addresses: set {', '.join(missing)} "
+            "to files that are at the same paths on every host, or --insecure if every machine "
+            "that can reach them may ask"
         )
+    check_security(config)
+    if security.secret:
+        read_secret(Path(security.secret))
 
 
 def placed_hosts(
@@ -145,6 +157,7 @@ def up(
         CommandError: if it cannot start; nothing is left running.
         TimedOut: if it does not start in time; nothing is left running.
     """
+    config = secured(config, state, own_secret=False)
     check_settings(config)
     address = ray or os.environ.get(ADDRESS_VARIABLE, "")
     if not address:
@@ -342,6 +355,7 @@ def _end(store: ClusterStore, launched: Launched, *, timeout_s: float) -> tuple[
 
     from silvershard.deploy.host_actor import actor_name
     from silvershard.deploy.ray_nodes import living_addresses
+    from silvershard.deploy.sequencer_seat import NAMES
     from silvershard.deploy.supervisor_actor import NAME
 
     store.stopping(launched)
@@ -351,7 +365,7 @@ def _end(store: ClusterStore, launched: Launched, *, timeout_s: float) -> tuple[
         ray.kill(supervisor, no_restart=True)
     # What the supervisor could not end any more.
     layout = store.read(Layout, "layout") or Layout()
-    for name in ("sequencer", *(one.actor for one in layout.copies)):
+    for name in (*NAMES, *(one.actor for one in layout.copies)):
         actor = find(name)
         if actor is not None:
             ray.kill(actor, no_restart=True)

@@ -100,11 +100,10 @@ def check_http(config: Config) -> None:
         Refused: if other machines could reach it and ``observability.insecure`` is not set.
         CommandError: if the port is in use or the address is not of this machine.
     """
-    http = http_wanted(config)
-    if not http:
-        return
+    wanted = [http_wanted(config, number) for number in range(config.runtime.routers)]
     try:
-        bind_http(http, insecure=config.observability.insecure).close()
+        for http in filter(None, wanted):
+            bind_http(http, insecure=config.observability.insecure).close()
     except ConfigError as error:
         raise Refused(str(error)) from None
     except StateError as error:

@@ -26,15 +26,16 @@ from silvershard.deploy.errors import CommandError, TimedOut
 from silvershard.deploy.fault_plan import faults_dir
 from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.layout import Place
+from silvershard.deploy.local_routers import LocalRouters
 from silvershard.deploy.log_pins import check_log, pin_generations
 from silvershard.deploy.moving import Moving
 from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.pulse import Pulse
-from silvershard.deploy.rolling import Rolling
-from silvershard.deploy.router_watch import RouterWatch
+from silvershard.deploy.rolling import Replaceable, Rolling
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.scaling import Scaling
+from silvershard.deploy.sequencer_seat import SequencerSeat
 from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, SequencerWatch
 from silvershard.deploy.shard_host import Connect, ShardHost
 from silvershard.deploy.shard_set import StartShard
@@ -47,8 +48,6 @@ from silvershard.shard.outline import read_outline
 
 TICK_S = 0.1
 _CENSUS_S = 1.0
-
-_SEQUENCER = "sequencer"
 
 _SETTLE_S = 30.0
 """How long a cluster that is adopted waits for everybody to say where they are."""
@@ -75,7 +74,7 @@ class LocalCluster:
         routers: Routers | None = None,
         start_shard: StartShard | None = None,
         start_tables: StartTables | None = None,
-        start_sequencer: Callable[[], SequencerHandle] | None = None,
+        start_sequencer: Callable[[str], SequencerHandle] | None = None,
         connect: Connect | None = None,
         start_check: StartCheck | None = None,
         canary: Callable[[str], None] | None = None,
@@ -92,10 +91,10 @@ class LocalCluster:
             guard: the process that cleans up after this one; this process if there is none.
             ray_dir: temporary directory of Ray, for the record.
             site: the machines that it runs on; by default this one.
-            routers: the routers; by default one process of this machine.
+            routers: the routers; by default ``runtime.routers`` processes of this machine.
             start_shard: starts a shard; by default as a Ray actor that serves ``snapshot``.
             start_tables: starts a process of tables; by default as a Ray actor.
-            start_sequencer: starts the sequencer; by default as a Ray actor.
+            start_sequencer: starts the sequencer of a name; by default as a Ray actor.
             connect: opens the way to a shard process, to prepare generations there; by default
                 as ``security`` says.
             start_check: compares a new set of shards with the one that serves; by default a
@@ -116,7 +115,7 @@ class LocalCluster:
         dialer = peer_dialer(self._peers)
         self._canary = canary or partial(ask_canary, dialer=dialer)
         self._report = report
-        self._router: Routers = routers or RouterWatch(state, config, dialer)
+        self._router: Routers = routers or LocalRouters(state, config, dialer)
         self._site: Site = site or ThisMachine(state, dialer)
         self._tables = TableTiers(state, config, start_tables, feel=partial(Pulse, dialer=dialer))
         connect = connect or partial(ShardHost, dialer=dialer)
@@ -140,7 +139,6 @@ class LocalCluster:
             places=self._site.places,
             maps=self._site.maps,
         )
-        self._rolling = Rolling(state, config, self._generations, self._scaling)
         self._moving = Moving(
             state,
             config,
@@ -153,7 +151,11 @@ class LocalCluster:
         )
         self._log_url = log_url(state, config)
         self._start_sequencer = start_sequencer or self._start_sequencer_actor
-        self._sequencer: SequencerWatch | None = None
+        self._sequencer = SequencerSeat(
+            self._watched_sequencer, lambda name: self._site.find(name) is not None
+        )
+        fronts: dict[str, Replaceable] = {"routers": self._router, "sequencer": self._sequencer}
+        self._rolling = Rolling(state, config, self._generations, self._scaling, fronts)
         self._map: ShardMap | None = self._site.read_map()
         self._settled_s = time.monotonic() + _SETTLE_S if self._map is not None else 0.0
         """Until when the map that was found stays as it is, unless everybody serves before."""
@@ -210,15 +212,14 @@ class LocalCluster:
         self._tables.hold(self._generations.wanted)
         if self._log_url:
             self._make_log()
-            handle = self._start_sequencer()
-            self._sequencer = SequencerWatch(
-                0,
-                handle,
-                self._config.runtime,
-                feel=self._site.feel,
-                restarts=self._restarts_before(handle),
-            )
+            self._sequencer.start()
         self._scaling.start()
+
+    def _watched_sequencer(self, name: str) -> SequencerWatch:
+        handle = self._start_sequencer(name)
+        restarts = self._restarts_before(handle)
+        runtime = self._config.runtime
+        return SequencerWatch(0, handle, runtime, feel=self._site.feel, restarts=restarts)
 
     def _watched(
         self, num_shards: int, shard: int, replica: int, handle: ShardHandle
@@ -256,15 +257,15 @@ class LocalCluster:
         finally:
             log.close()
 
-    def _start_sequencer_actor(self) -> SequencerHandle:
+    def _start_sequencer_actor(self, name: str) -> SequencerHandle:
         from silvershard.cluster import sequencer_actor
 
         updates = self._config.updates
         return self._site.movable(
-            _SEQUENCER,
+            name,
             lambda: self._actor(
                 sequencer_actor.SequencerActor,
-                _SEQUENCER,
+                name,
                 SequencerEntry,
                 str(self._snapshot),
                 self._log_url,
@@ -332,14 +333,14 @@ class LocalCluster:
                 raise CommandError(f"the router could not start: {self._router.last_words()}")
             self.poll()
             watches: list[ActorWatch[Any]] = [*self._tables.watches, *self._shards]
-            if self._sequencer is not None:
-                watches.append(self._sequencer)
+            if self._sequencer.watch is not None:
+                watches.append(self._sequencer.watch)
             for one in watches:
                 if one.state == "failed":
                     raise CommandError(f"{one.name} could not start: {one.reason}")
             serving = sum(one.state == "serving" for one in self._shards)
             served = [one.state == "serving" for one in self._tables.watches]
-            is_sequenced = self._sequencer is None or self._sequencer.state == "serving"
+            is_sequenced = self._sequencer.serves
             in_map = len(self._map.entries) if self._map else 0
             all_serve = serving == len(self._shards) and all(served) and is_sequenced
             is_whole = all_serve and in_map == self._num_named
@@ -365,8 +366,7 @@ class LocalCluster:
         self._tables.hold(self._generations.wanted)
         self._tables.poll()
         self._scaling.current.poll()
-        if self._sequencer is not None:
-            self._sequencer.poll()
+        self._sequencer.poll()
         self._generations.poll(self._shards)
         self._scaling.poll()
         self._rolling.poll()
@@ -402,9 +402,8 @@ class LocalCluster:
     @property
     def _map_facts(self) -> dict[str, Any]:
         """Return what a map says beside its processes."""
-        sequencer = self._sequencer.entry if self._sequencer else None
         return {
-            "sequencer": sequencer.address if sequencer else "",
+            "sequencer": self._sequencer.address,
             "log_url": self._log_url,
             "log_partitions": self._config.updates.partitions,
         }
@@ -412,8 +411,7 @@ class LocalCluster:
     @property
     def _all_serve(self) -> bool:
         """Return whether all that the map could name is there to be named."""
-        is_sequenced = self._sequencer is None or self._sequencer.state == "serving"
-        return is_sequenced and len(self._generations.in_service) == self._num_named
+        return self._sequencer.serves and len(self._generations.in_service) == self._num_named
 
     def _write_record(self) -> None:
         now_s = time.monotonic()
@@ -432,12 +430,12 @@ class LocalCluster:
             router=self._router.record,
             shards=tuple(shards),
             tables=self._tables.records,
-            sequencer=self._sequencer.record.model_copy(
-                update={"host": self._site.host_of(_SEQUENCER)}
+            sequencer=self._sequencer.watch.record.model_copy(
+                update={"host": self._site.host_of(self._sequencer.actor)}
             )
-            if self._sequencer
+            if self._sequencer.watch
             else None,
-            routers=self._site.routers,
+            routers=self._router.records,
             ray=self._site.ray,
             host=self._site.name,
             generations=self._generations.records,
@@ -471,10 +469,8 @@ class LocalCluster:
             rest.callback(self._scaling.close)
             rest.callback(self._moving.close)
             rest.callback(self._tables.end)
-            if self._sequencer is not None:
-                rest.callback(self._sequencer.end)
+            rest.callback(self._sequencer.end)
             rest.callback(self._generations.close)
-        self._sequencer = None
 
     def kill_leftovers(self) -> list[Process]:
         """Kill what this cluster started and still runs; return what cannot be killed."""

@@ -3,6 +3,8 @@
 Free of I/O: whoever asks writes it.
 """
 
+import secrets
+
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.generation_watch import GenerationWatch
 
@@ -56,9 +58,14 @@ def drawn_map(
     log_url: str = "",
     log_partitions: int = 1,
 ) -> ShardMap:
-    """Return a map of some processes, of the version of the one before; see ``next_map``."""
+    """Return a map of some processes, of the version of the one before; see ``next_map``.
+
+    One that follows on none has an origin of its own, so that a router which outlived the cluster
+    before takes it, whatever version it knows.
+    """
     return ShardMap(
         version=before.version if before else 1,
+        origin=before.origin if before else secrets.token_hex(8),
         generation=generations.live,
         snapshot=str(generations.path(generations.live)),
         num_shards=num_shards,

@@ -1,4 +1,4 @@
-"""Restarting the shard processes of a running cluster one after the other: ``restart``."""
+"""Restarting the processes of a running cluster one by one: ``restart``."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from silvershard.deploy.state import StateDir
 def restart(
     state: StateDir, *, dry_run: bool = False, timeout_s: float, report: Report
 ) -> dict[str, Any]:
-    """Restart every shard process of a cluster that goes on serving; return what was done.
+    """Restart shard processes, routers and sequencer of a cluster that serves on.
 
     Args:
         state: of the cluster.
@@ -30,7 +30,8 @@ def restart(
     began_s = time.monotonic()
     record = running(state)
     extra = len({one.replica for one in record.shards}) == 1
-    document = {"processes": len(record.shards), "extra": extra}
+    routers = len(record.routers) or 1
+    document = {"processes": len(record.shards), "routers": routers, "extra": extra}
     if dry_run:
         return {**document, "done": False, "seconds": 0.0}
     store = state.control
@@ -56,8 +57,9 @@ def restart(
 
 def render(document: Mapping[str, Any]) -> str:
     """Return what was done for people."""
-    number, seconds = document["processes"], document["seconds"]
+    routers, seconds = document["routers"], document["seconds"]
+    number = f"{document['processes']} shard processes and {routers} router{'s' * (routers > 1)}"
     if document["done"]:
-        return f"restarted {number} shard processes one after the other in {seconds} s"
+        return f"restarted {number} one after the other in {seconds} s"
     extra = ", with a further copy of every shard meanwhile" if document["extra"] else ""
-    return f"would restart {number} shard processes one after the other{extra}"
+    return f"would restart {number} one after the other{extra}"

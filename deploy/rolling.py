@@ -1,8 +1,9 @@
-"""What the driver does when all shard processes are restarted, one after the other.
+"""What the driver does when the processes of a cluster are restarted, one after the other.
 
 A process leaves the map while another copy of its shard serves, ends when nobody can be waiting for
 it any more, and starts again; the next one follows when it is prepared and level with the others.
-Where a shard has one copy only, a further one is started first, and ends when all is done.
+Where a shard has one copy only, a further one is started first, and ends when all is done. Routers
+and sequencer are replaced at the end: each by a process that takes its place while it serves.
 
 Nothing here waits, and time is read from one clock.
 """
@@ -10,8 +11,9 @@ Nothing here waits, and time is read from one clock.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, Operation
@@ -25,6 +27,24 @@ from silvershard.shard.errors import RetrievalError
 
 _LEFT_S = 1.0
 """Time in which routers take a map that names a process no more."""
+
+
+class Replaceable(Protocol):
+    """What is replaced while it serves."""
+
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether a process is taking the place of another one."""
+        ...
+
+    @property
+    def refused(self) -> str:
+        """Return why it was not replaced the last time; empty: it was."""
+        ...
+
+    def replace(self) -> None:
+        """Let a new process take its place."""
+        ...
 
 
 @dataclass
@@ -44,6 +64,10 @@ class _Going:
     """The process that the map does not name, or that starts."""
     end_s: float | None = None
     """When it may be ended; None: it has been."""
+    replacing: str = ""
+    """What is being replaced; empty: the processes of shards are not done."""
+    fronts: list[str] = field(default_factory=list)
+    """What is still to be replaced."""
 
 
 class Rolling:
@@ -55,6 +79,7 @@ class Rolling:
         config: Config,
         generations: GenerationWatch,
         scaling: Scaling,
+        fronts: Mapping[str, Replaceable],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,11 +90,13 @@ class Rolling:
             config: its settings.
             generations: what its processes hold.
             scaling: holds the processes.
+            fronts: what else is replaced, by its name, in this order.
             clock: for limits and drains.
         """
         self._config = config
         self._generations = generations
         self._scaling = scaling
+        self._fronts = fronts
         self._clock = clock
         self._store = state.control
         self._going: _Going | None = None
@@ -109,15 +136,17 @@ class Rolling:
                 self._store.change(lambda now: now.replaced(refused))
                 return
         give_up_s = self._clock() + self._config.swap.timeout_s
-        self._going = _Going(running, left, len(left), extra, give_up_s)
+        fronts = list(self._fronts)
+        self._going = _Going(running, left, len(left), extra, give_up_s, fronts=fronts)
 
     def _advance(self, going: _Going) -> None:
         """Look at the process whose turn it is, and let it come to the next step."""
         now_s, resting = self._clock(), going.resting
         if now_s > going.give_up_s:
             where = f"shard {resting[0]} replica {resting[1]}" if resting else "the next process"
+            where = going.replacing or where
             limit_s = self._config.swap.timeout_s
-            self._end(going, f"{where} was not ready after {limit_s:g} s, swap.timeout_s")
+            self._end(going, f"{where} not ready after {limit_s:g} s, swap.timeout_s")
         elif resting is None:
             self._rest_next(going)
         elif going.end_s is not None:
@@ -136,7 +165,7 @@ class Rolling:
     def _rest_next(self, going: _Going) -> None:
         """Take the next process out of the map, if another copy of its shard serves."""
         if not going.left:
-            self._commit(going)
+            self._replace_fronts(going)
             return
         key = going.left[0]
         others = [one for one in self._ready if one[0] == key[0] and one != key]
@@ -148,6 +177,21 @@ class Rolling:
         going.end_s = self._clock() + longest_s + _LEFT_S
         going.readiness = Readiness()
         self._generations.roster.resting = frozenset({key})
+
+    def _replace_fronts(self, going: _Going) -> None:
+        """Let new processes take the places of routers and sequencer; then all is done."""
+        front = self._fronts.get(going.replacing)
+        if front is not None and front.is_replacing:
+            return
+        if front is not None and front.refused:
+            self._end(going, f"{going.replacing}: {front.refused}")
+        elif not going.fronts:
+            self._commit(going)
+        else:
+            self._fronts[going.fronts[0]].replace()
+            going.replacing = going.fronts.pop(0)
+            going.give_up_s = self._clock() + self._config.swap.timeout_s
+            self._report(going, f"{going.total} processes are restarted, now {going.replacing}")
 
     @property
     def _ready(self) -> list[Key]:

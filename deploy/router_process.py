@@ -2,12 +2,13 @@
 
 Run it with ``python -P -m silvershard.deploy.router_process --config FILE``; FILE holds a
 ``RouterConfig`` as JSON. Once it listens it prints one line of JSON with its address. It ends on
-SIGTERM, after the requests in flight.
+SIGTERM, after the requests in flight, and on SIGUSR1 as one whose place another has taken.
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -42,8 +43,8 @@ def read_config(path: Path) -> RouterConfig:
         raise ConfigError(f"config {path}: {where}: {first['msg']}") from None
 
 
-async def serve(config: RouterConfig) -> None:
-    """Run a router until SIGTERM or SIGINT."""
+async def serve(config: RouterConfig, *, ready_within_s: float = 0.0) -> None:
+    """Run a router until SIGTERM, SIGINT or SIGUSR1; ``ready_within_s`` as for ``Router.start``."""
     # Its imports take longer than a parent may live, which is therefore watched before.
     import torch
 
@@ -54,24 +55,31 @@ async def serve(config: RouterConfig) -> None:
     from silvershard.cluster.router import Router
 
     torch.set_num_threads(config.num_threads)
-    stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopped.set)
+    stopped: asyncio.Future[bool] = loop.create_future()
+
+    def stop(*, replaced: bool) -> None:
+        if not stopped.done():
+            stopped.set_result(replaced)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        replaced = signum == signal.SIGUSR1
+        loop.add_signal_handler(signum, functools.partial(stop, replaced=replaced))
     router = Router(config)
     try:
-        await router.start()
+        await router.start(ready_within_s=ready_within_s)
         line = {
             "event": "listening",
             "address": router.address,
+            "own": router.own_address,
             "http": router.http_address,
             "pid": os.getpid(),
         }
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
-        await stopped.wait()
+        await stopped
     finally:
-        await router.stop()
+        await router.stop(replaced=stopped.done() and stopped.result())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, default=0, help="end with this process")
     parser.add_argument(
         "--detach", type=Path, help="run on without a parent, and write the process to this file"
+    )
+    parser.add_argument(
+        "--ready-within-s",
+        type=float,
+        default=0.0,
+        help="listen only once every shard is reached, and give up after so many seconds",
     )
     options = parser.parse_args(argv)
     if options.detach:
@@ -96,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(options.config)
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(serve(config))
+            asyncio.run(serve(config, ready_within_s=options.ready_within_s))
+    except TimeoutError:
+        _log.error("not every shard was reached in %g s", options.ready_within_s)
+        return 1
     except ConfigError as error:
         _log.error("%s", error)
         return 2

@@ -30,7 +30,7 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
     scale.add_argument(
         "--standby", type=int, metavar="N", dest="to_standby", help="further ones, kept warm"
     )
-    text = "restart every shard process, one after the other, while the cluster serves"
+    text = "restart shard processes, routers and sequencer, one by one, while the cluster serves"
     restart = verb("restart", text, _restart, state, config, timeout)
     for parser in (scale, restart):
         parser.add_argument("--dry-run", action="store_true", help="say what would be done only")

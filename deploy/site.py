@@ -19,16 +19,29 @@ E = TypeVar("E", bound=Entry)
 class Routers(Protocol):
     """The routers of a cluster, or its only one."""
 
-    phase: RouterPhase
-    """That of the one which is furthest behind."""
-    address: str
-    """``host:port`` of one that serves, empty before one listens."""
-    http: str
-    """``host:port`` of its probes and metrics; empty: there are none."""
+    @property
+    def phase(self) -> RouterPhase:
+        """Return that of the one which is furthest behind."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Return ``host:port`` of one that serves, empty before one listens."""
+        ...
+
+    @property
+    def http(self) -> str:
+        """Return ``host:port`` of its probes and metrics; empty: there are none."""
+        ...
 
     @property
     def record(self) -> RouterRecord:
         """Return one of them as status shows it."""
+        ...
+
+    @property
+    def records(self) -> tuple[RouterRecord, ...]:
+        """Return every router, if there may be several."""
         ...
 
     @property
@@ -46,6 +59,20 @@ class Routers(Protocol):
 
     def last_words(self) -> str:
         """Return why one has failed."""
+        ...
+
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether one is being replaced, or is still to be."""
+        ...
+
+    @property
+    def refused(self) -> str:
+        """Return why not all of them were replaced the last time; empty: they were."""
+        ...
+
+    def replace(self) -> None:
+        """Let a new process take the place of each, one after the other; no request is refused."""
         ...
 
     def stop(self) -> None:
@@ -67,11 +94,6 @@ class Site(Protocol):
     """The host on which this is decided; empty: there is only this machine."""
     maps: StateDir
     """Where the map that routers follow is on this machine, with the settings of a router."""
-
-    @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """Return every router, if there may be several."""
-        ...
 
     @property
     def places(self) -> Places:
@@ -125,7 +147,6 @@ class ThisMachine:
     plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None
     ray = ""
     name = ""
-    routers: tuple[RouterRecord, ...] = ()
 
     def __init__(self, state: StateDir, dialer: Dials = PLAIN) -> None:
         self.feel: Feel | None = partial(Pulse, dialer=dialer)

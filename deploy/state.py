@@ -106,6 +106,7 @@ class RouterRecord(BaseModel):
     state: RouterPhase = Field(description="where it is in its life")
     host: str = Field(default="", description="where it is; empty: on this machine")
     address: str = Field(default="", description="host:port that it listens on, if there are more")
+    http: str = Field(default="", description="host:port of its probes and metrics, if likewise")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
     reason: str = Field(default="", description="why it is not serving")

@@ -292,7 +292,8 @@ def _up(options: argparse.Namespace) -> int:
     from silvershard.deploy import foreground, operate
 
     state = state_of(options)
-    config = load_settings(options, state, **{"runtime.start_timeout_s": options.timeout}).config
+    given = {"runtime.start_timeout_s": options.timeout, "runtime.routers": options.routers}
+    config = load_settings(options, state, **given).config
     if options.new_log:
         _leave_log(options, state, config)
     hosts = hosts_of(config.hosts, options.hosts)

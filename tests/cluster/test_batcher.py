@@ -692,6 +692,7 @@ def overload(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit_s", "seed", "seconds"), [(0.1, 1, 6.0), (0.2, 2, 12.0), (2.0, 3, 6.0)]
 )

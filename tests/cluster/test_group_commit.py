@@ -221,11 +221,11 @@ def test_closing_fails_what_waits(run: Any) -> None:
 
 def test_a_call_of_several_pieces_says_whether_any_of_it_is_logged() -> None:
     logged, late = Outcome(3, ()), DeadlineExceeded("nothing of it is logged")
-    assert decided([logged, logged]) == [logged, logged]
+    assert decided([logged, logged], "u") == [logged, logged]
     with pytest.raises(DeadlineExceeded, match=r"^nothing of it is logged$"):
-        decided([late, late])
+        decided([late, late], "u")
     with pytest.raises(DeadlineExceeded, match=r"a part of it is logged$"):
-        decided([late, logged])
+        decided([late, logged], "u")
 
 
 def test_what_is_worse_than_to_be_late_is_said_instead() -> None:
@@ -233,6 +233,11 @@ def test_what_is_worse_than_to_be_late_is_said_instead() -> None:
     fenced = Fenced(0, 1, 2)
     for outcomes in ([late, unknown], [unknown, Outcome(3, ())]):
         with pytest.raises(LogUnavailable):
-            decided(outcomes)
-    with pytest.raises(Fenced):
-        decided([late, unknown, fenced])
+            decided(outcomes, "u")
+    # Who is told that the log was lost may send the call to the next sequencer.
+    for outcomes in ([fenced], [late, fenced], [fenced, fenced]):
+        with pytest.raises(Fenced):
+            decided(outcomes, "u")
+    for outcomes in ([unknown, fenced], [fenced, Outcome(3, ())]):
+        with pytest.raises(LogUnavailable, match=r"log u: .* some of the call may be logged"):
+            decided(outcomes, "u")

@@ -275,6 +275,29 @@ def test_a_damaged_map_is_logged_once_and_the_last_good_one_is_kept(
     until(lambda: client.retrieve(k=3).shard_map_version == 5)
 
 
+def test_an_older_map_is_refused_but_that_of_another_start_of_the_cluster_is_taken(
+    make_router: Any,
+    make_server: Any,
+    make_executors: Any,
+    write_map: Any,
+    client_of: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    servers = [make_server(executor) for executor in make_executors(2)]
+    write_map(*servers, version=7, origin="one")
+    client = client_of(make_router().address)
+    client.wait_until_ready(10)
+    # It names a process that has left, as an older map may.
+    write_map(servers[0], version=6, origin="one")
+    until(lambda: "shard map version must be at least 7, which is served, got 6" in caplog.text)
+    result = client.retrieve(k=3)
+    assert (result.shard_map_version, result.coverage.documents) == (7, 1.0)
+    write_map(*servers, version=8, origin="one")
+    until(lambda: client.retrieve(k=3).shard_map_version == 8)
+    write_map(*servers, version=1, origin="other")
+    until(lambda: client.retrieve(k=3).shard_map_version == 1)
+
+
 def test_a_snapshot_that_is_unreadable_for_a_moment_is_tried_again(
     make_router: Any,
     make_server: Any,
@@ -754,6 +777,7 @@ def test_a_shard_killed_in_mid_query_gives_exact_coverage_or_unavailable_and_its
     assert result.item_ids.tolist() == ask_whole(wanted).item_ids.tolist()
 
 
+@pytest.mark.slow
 def test_a_stopped_shard_costs_its_time_once_and_is_used_again_when_it_goes_on(
     make_router: Any,
     make_server: Any,

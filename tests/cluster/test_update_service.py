@@ -140,6 +140,45 @@ def test_a_sequencer_that_moves_is_followed_on_one_channel(run: Any, front: Any)
     run(scene())
 
 
+def test_a_call_waits_for_the_sequencer_that_took_the_log_over(run: Any, front: Any) -> None:
+    async def scene() -> None:
+        async with front() as one:
+            await one.stub.Apply(request(ItemUpsert(1)))
+            first = one.sequencers[0].sequencer
+            second = SequencerServer(Sequencer(first.log, first.live))
+            await second.start()
+            one.sequencers.append(second)
+            calls = [asyncio.create_task(ask_for(one, item)) for item in (2, 3)]
+            await until(lambda: one.sequencers[0]._stepped_down)
+            assert not any(call.done() for call in calls)
+            one.address = None
+            await asyncio.sleep(0)
+            one.address = second.address
+            positions = [result.tokens[0].position for result in await asyncio.gather(*calls)]
+            assert sorted(positions) == [2, 3]
+
+    run(scene())
+
+
+async def ask_for(one: Front, item: int) -> Any:
+    return result_from(await one.stub.Apply(request(ItemUpsert(item)), timeout=30))
+
+
+def test_a_call_that_nobody_takes_over_says_who_lost_the_log(run: Any, front: Any) -> None:
+    async def scene() -> None:
+        async with front() as one:
+            first = one.sequencers[0].sequencer
+            Sequencer(first.log, first.live)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await one.stub.Apply(request(ItemUpsert(2)), timeout=0.5)
+            assert raised.value.code() in (
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            )
+
+    run(scene())
+
+
 class Stopped:
     """A sequencer whose process does not run; ``go_on`` lets it answer what it was asked."""
 

@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_answers_alike_alone_in_batches_and_on_shards(
     name: str,

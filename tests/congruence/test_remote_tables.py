@@ -188,6 +188,7 @@ def commit(executor: ShardExecutor, log: UpdateLog) -> None:
     assert executor.apply(prepared, (record.position,)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_answers_at_a_cut_are_those_of_local_tables_however_far_table_processes_are(
     local: Any,

@@ -90,6 +90,7 @@ def test_a_request_does_not_depend_on_its_batch(
     assert_same([got[row] for row in range(90)], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shards", "devices"), [(1, 3), (2, 1), (3, 2), (7, 1)])
 def test_shards_and_devices_give_the_answers_of_one_process(
     films: Any,

@@ -286,6 +286,7 @@ def test_local_devices_do_not_change_an_answer(
     assert_same(ask_shards([executor], requests, "q"), expected)
 
 
+@pytest.mark.slow
 def test_semantic_candidates_follow_the_updates(
     ask_shards: Ask,
     semantic_generation,

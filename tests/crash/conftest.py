@@ -1,8 +1,7 @@
 """A cluster of several processes under load, what was acked there, and who is to be killed.
 
-How much is done comes from the environment, so that the same tests are a bounded selection in
-``make test`` and long in ``make test-crash``: ``SILVERSHARD_CRASH_SWAPS`` and
-``SILVERSHARD_CRASH_FAULTS``.
+How much is done comes from the environment, so that the same tests are bounded in CI and long in
+``make test-crash``: ``SILVERSHARD_CRASH_SWAPS`` and ``SILVERSHARD_CRASH_FAULTS``.
 """
 
 import os
@@ -105,7 +104,7 @@ class Writer(threading.Thread):
     ) -> None:
         super().__init__(name=f"writer {number}", daemon=True)
         self.ledger = Ledger(FIRST_ITEM + number * OWN_ITEMS)
-        self.failures = 0
+        self.failures: list[str] = []
         self.rejected: list[str] = []
         self._address = address
         self._recorder = recorder
@@ -119,8 +118,8 @@ class Writer(threading.Thread):
                 with self._client() as client:
                     while not self._ended.wait(self._pause_s):
                         self._write(client)
-            except LOST:
-                self.failures += 1
+            except LOST as error:
+                self.failures.append(str(error))
                 self._ended.wait(LOST_PAUSE_S)
 
     def _client(self) -> RecordingClient:

@@ -99,6 +99,8 @@ def test_files_are_found_from_any_directory(
     assert found == SecuritySection(
         secret=str(state.root / "cluster.secret"), audit=str(state.root / "log" / "audit.jsonl")
     )
+    # Other hosts would lack a secret of the directory.
+    assert secured(load(None, environ={}), state, own_secret=False).security.secret == ""
     tls = {"certificate": "c.pem", "key": "/k.pem", "ca": "ca.pem", "name": "feed.test"}
     given = {f"security.tls.{key}": value for key, value in tls.items()}
     given |= {f"security.{key}": f"{key}.x" for key in ("tokens", "secret", "audit")}

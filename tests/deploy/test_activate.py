@@ -197,6 +197,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, generation: Any) -> Iterat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_was_acked_is_there_in_every_generation_and_after_a_rollback(
     cluster: Cluster,
 ) -> None:
@@ -239,6 +240,7 @@ def test_what_was_acked_is_there_in_every_generation_and_after_a_rollback(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_canary_answers_those_who_name_it(cluster: Cluster) -> None:
     before = latest(cluster.state).generation
     other = 2 if before != 2 else 1
@@ -264,6 +266,7 @@ def test_a_canary_answers_those_who_name_it(cluster: Cluster) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) -> None:
     start = cluster.state.control.read()
     answers: list[tuple[int, str]] = []
@@ -300,6 +303,7 @@ def test_no_answer_fails_or_mixes_generations_while_they_swap(cluster: Cluster) 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_dry_run_changes_nothing(cluster: Cluster) -> None:
     before = cluster.state.control.read()
     cluster.said.clear()
@@ -311,6 +315,7 @@ def test_a_dry_run_changes_nothing(cluster: Cluster) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_shard_serves_the_live_generation_with_every_update_again(
     cluster: Cluster,
 ) -> None:
@@ -329,6 +334,7 @@ def test_a_killed_shard_serves_the_live_generation_with_every_update_again(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_sequencer_has_lost_nothing_that_it_acked(cluster: Cluster) -> None:
     expected = cluster.titles()
     tokens = cluster.apply(own(8, "before the kill"))
@@ -355,6 +361,7 @@ def test_a_killed_sequencer_has_lost_nothing_that_it_acked(cluster: Cluster) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_freshness_says_how_far_everything_is(cluster: Cluster) -> None:
     cluster.until_whole()
     until(
@@ -373,6 +380,7 @@ def test_freshness_says_how_far_everything_is(cluster: Cluster) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_everything_is_as_before_when_the_cluster_was_down(cluster: Cluster) -> None:
     expected, live = cluster.titles(), latest(cluster.state).generation
     other = max(list_generations(cluster.state.generations))
@@ -386,6 +394,7 @@ def test_everything_is_as_before_when_the_cluster_was_down(cluster: Cluster) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_replicas_change_one_after_the_other_where_both_generations_do_not_fit(
     tmp_path: Path, generation: Any
 ) -> None:

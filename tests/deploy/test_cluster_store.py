@@ -44,6 +44,9 @@ def test_who_was_superseded_can_write_nothing(store: ClusterStore) -> None:
     with pytest.raises(Superseded, match="another supervisor"):
         store.write(first, "map", "late")
     assert store.text("map") == ""
+    store.check(second)
+    with pytest.raises(Superseded, match="another supervisor"):
+        store.check(first)
     store.write(second, "map", "new")
     # Also after the cluster was ended.
     store.clear()

@@ -145,6 +145,7 @@ def ray_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_real_head_says_its_versions_to_who_has_its_token(
     tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
-from silvershard.deploy.cluster_store import ClusterStore, HostReport, Launched
+from silvershard.deploy.cluster_store import ClusterStore, HostReport, Launched, RouterOrder
 from silvershard.deploy.host_agent import HangWatch, HostAgent, NotLaunched, clear_mirror, end_left
 from silvershard.deploy.processes import Process, identify, is_alive, myself
 from silvershard.deploy.state import ClusterRecord, RouterRecord, ShardRecord, StateDir
@@ -24,6 +24,12 @@ class FakeRouter:
         self.http = "127.0.0.1:8002"
         self.address = "10.0.0.1:8001"
         self.did: list[str] = []
+        self.is_replacing = False
+        self.refused = ""
+
+    def replace(self) -> None:
+        self.did.append("replace")
+        self.is_replacing = True
 
     @property
     def record(self) -> RouterRecord:
@@ -158,6 +164,31 @@ def test_a_host_says_what_it_has(agent: HostAgent, store: ClusterStore) -> None:
     store.report(HostReport(host="b", beat=1, generations=(4,)))
     while "b is not reached" not in store.reports()["a"].staging:
         agent.tick()
+
+
+def test_a_router_is_replaced_once_where_that_is_ordered(
+    agent: HostAgent, store: ClusterStore
+) -> None:
+    term = store.take_over()
+    router = agent.router
+    assert isinstance(router, FakeRouter)
+
+    def told() -> tuple[int, str]:
+        agent._next_report_s = 0.0
+        agent.tick()
+        report = store.reports()["a"]
+        return report.ordered, report.refused
+
+    store.write(term, "order", RouterOrder(host="b", number=6).model_dump_json())
+    assert told() == (0, "")
+    store.write(term, "order", RouterOrder(host="a", number=7).model_dump_json())
+    assert (told(), told()) == ((0, ""), (0, ""))
+    assert router.did.count("replace") == 1
+    router.is_replacing, router.refused = False, "no room"
+    assert told() == (7, "no room")
+    store.write(term, "order", "")
+    assert told() == (7, "no room")
+    assert router.did.count("replace") == 1
 
 
 def test_a_damaged_record_keeps_nobody_from_work(agent: HostAgent, store: ClusterStore) -> None:

@@ -98,7 +98,9 @@ def test_a_drain_is_waited_for(fleet: HostFleet, idle_state: StateDir) -> None:
 def test_a_drain_that_cannot_be_done_or_takes_long_says_what_is_left(
     fleet: HostFleet, idle_state: StateDir
 ) -> None:
-    with pytest.raises(TimedOut, match=r"are still on a after 0\.01 s: it goes on"):
+    with pytest.raises(
+        TimedOut, match=r"2 shard processes are still on a after 0\.01 s: it goes on"
+    ):
         fleet.await_empty("a", timeout_s=0.01, report=lambda line: None)
     going = wanted("move", 0, "live").model_copy(update={"progress": "prepared 0 of 2"})
     idle_state.control.change(lambda now: now.with_operation(going))

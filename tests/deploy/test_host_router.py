@@ -70,6 +70,7 @@ def parents(pid: int) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_router_with_other_settings_is_replaced(place: RouterDir) -> None:
     first = HostRouter(place, config())
     first.start()
@@ -84,6 +85,7 @@ def test_a_router_with_other_settings_is_replaced(place: RouterDir) -> None:
     second.stop()
 
 
+@pytest.mark.slow
 def test_a_router_that_ends_is_started_again(place: RouterDir) -> None:
     router = HostRouter(place, config())
     router.start()

@@ -7,7 +7,13 @@ import pytest
 from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.cluster_size import ClusterSize, Scaled, size_of
-from silvershard.deploy.cluster_store import ClusterStore, HostReport, Launched, Superseded
+from silvershard.deploy.cluster_store import (
+    ClusterStore,
+    HostReport,
+    Launched,
+    RouterOrder,
+    Superseded,
+)
 from silvershard.deploy.control_store import Control
 from silvershard.deploy.host_site import NAMESPACE, Actors, HostRouters, HostSite, MovingHandle
 from silvershard.deploy.layout import Layout
@@ -163,6 +169,20 @@ def test_map_and_record_go_to_the_hosts_and_only_from_the_newest_supervisor(setu
     assert next_one.read_map() == made
 
 
+def test_who_was_superseded_does_not_look_again(setup: Setup) -> None:
+    setup.site.poll({3})
+    other = setup.make(setup.store.take_over())
+    # Between two looks it does not know.
+    setup.site.poll({3})
+    setup.clock.now_s += 1.0
+    with pytest.raises(Superseded):
+        setup.site.poll({3})
+    # Nor does it forget that it has to look.
+    with pytest.raises(Superseded):
+        setup.site.poll({3})
+    other.poll({3})
+
+
 def test_a_generation_is_lacking_until_every_host_with_copies_has_it(setup: Setup) -> None:
     site = setup.site
     assert site.lacking(4) == ("generation 4 is not where the supervisor runs: ")
@@ -200,6 +220,34 @@ def test_routers_are_as_their_hosts_say() -> None:
     assert routers.last_words() == "its host has said nothing for 6 s"
     routers.take({"a": report("a", 3), "b": report("b", 4)})
     assert routers.phase == "serving"
+
+
+def test_routers_are_replaced_one_host_after_the_other() -> None:
+    orders: list[str] = []
+    routers = HostRouters(["a", "b"], Clock(), orders.append)
+    routers.replace()
+
+    def ordered() -> RouterOrder:
+        return RouterOrder.model_validate_json(orders[-1])
+
+    def done(host: str, number: int, refused: str = "") -> dict[str, HostReport]:
+        made = report(host, number).model_copy(update={"ordered": number, "refused": refused})
+        return {"a": report("a", 1), "b": report("b", 1), host: made}
+
+    first = ordered()
+    assert (first.host, routers.is_replacing) == ("a", True)
+    routers.take(done("a", first.number - 1))
+    assert orders == [first.model_dump_json()]
+    routers.take(done("a", first.number))
+    second = ordered()
+    assert (second.host, second.number > first.number) == ("b", True)
+    routers.take(done("b", second.number))
+    # Who starts anew shall not carry it out again.
+    assert (routers.is_replacing, routers.refused, orders[-1]) == (False, "", "")
+    routers.replace()
+    routers.take(done("a", ordered().number, "no room"))
+    assert (routers.is_replacing, routers.refused) == (False, "a: no room")
+    assert (len(orders), orders[-1]) == (5, "")
 
 
 class FakeSequencer:

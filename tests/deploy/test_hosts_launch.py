@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster.tokens import TokenFile, make_token
 from silvershard.deploy import hosts_launch
 from silvershard.deploy.cluster_store import ClusterStore, Launched
 from silvershard.deploy.config import load
@@ -17,6 +18,7 @@ from silvershard.deploy.hosts_launch import (
 )
 from silvershard.deploy.placement import Copy, Host, Placement
 from silvershard.deploy.state import ClusterRecord, StateDir
+from silvershard.shard.errors import ConfigError
 
 SERVER = "redis://10.0.0.9:6379/0"
 SETTINGS = {"control.store": SERVER, "updates.log": SERVER, "security.insecure": True}
@@ -35,6 +37,34 @@ def test_what_several_hosts_need_is_refused_by_name() -> None:
     ):
         with pytest.raises(Refused, match=message):
             check_settings(load(None, environ={}, options={**SETTINGS, key: value}))
+
+
+def test_several_hosts_are_open_or_have_certificates_tokens_and_a_secret(
+    tmp_path: Path, authority: Any
+) -> None:
+    for name in ("tokens", "secret"):
+        (tmp_path / name).touch(mode=0o600)
+    TokenFile(tokens=(make_token("me", ["query"], now_unix_s=1).row,)).write(tmp_path / "tokens")
+    (tmp_path / "secret").write_text("s" * 40)
+    files = {
+        **{f"security.tls.{key}": value for key, value in authority.section().items()},
+        **{f"security.{key}": str(tmp_path / key) for key in ("tokens", "secret")},
+    }
+    protected = {**SETTINGS, "security.insecure": False, **files}
+    check_settings(load(None, environ={}, options=protected))
+    with pytest.raises(Refused, match=r"set security.tls, security.tokens, security.secret to"):
+        check_settings(load(None, environ={}, options={**SETTINGS, "security.insecure": False}))
+    for key in ("tokens", "secret"):
+        with pytest.raises(Refused, match=rf"set security.{key} to files .* or --insecure"):
+            check_settings(load(None, environ={}, options={**protected, f"security.{key}": ""}))
+        lost = {f"security.{key}": str(tmp_path / "nowhere")}
+        with pytest.raises(ConfigError, match="nowhere"):
+            check_settings(load(None, environ={}, options={**protected, **lost}))
+    expired = {
+        f"security.tls.{key}": value for key, value in authority.section("old", days=-2).items()
+    }
+    with pytest.raises(ConfigError, match="would not believe each other"):
+        check_settings(load(None, environ={}, options={**protected, **expired}))
 
 
 def placement(at: dict[Copy, str]) -> Placement:

@@ -281,6 +281,7 @@ def test_a_killed_router_comes_back_at_its_address(state: StateDir) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_is_left_of_a_crashed_cluster_is_ended_by_down(
     tmp_path: Path, generation: Any
 ) -> None:
@@ -302,6 +303,7 @@ def test_what_is_left_of_a_crashed_cluster_is_ended_by_down(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_ends_when_its_guard_is_killed(tmp_path: Path, generation: Any) -> None:
     state = published(tmp_path / "s", generation)
     with started(state) as record:
@@ -335,6 +337,7 @@ def ray_dirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
 def test_a_broken_snapshot_is_named_and_nothing_is_left(
     tmp_path: Path, generation: Any, damage: Callable[[Path], None], ray_dirs: list[str]
@@ -356,6 +359,7 @@ def test_a_broken_snapshot_is_named_and_nothing_is_left(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_snapshot_that_only_a_shard_finds_broken_is_named_too(
     tmp_path: Path, generation: Any
 ) -> None:
@@ -383,6 +387,7 @@ time.sleep(60)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_that_is_not_detached_ends_with_its_parent(
     tmp_path: Path, generation: Any
 ) -> None:

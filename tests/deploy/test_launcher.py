@@ -48,6 +48,10 @@ class FakeRouter:
     def record(self) -> RouterRecord:
         return RouterRecord(state=self.phase)
 
+    @property
+    def records(self) -> tuple[RouterRecord, ...]:
+        return ()
+
     def start(self) -> None:
         pass
 
@@ -148,7 +152,7 @@ class Setup:
             snapshot=snapshot,
             start_shard=self.start,
             start_check=self.check,
-            start_sequencer=lambda: self.sequencer,
+            start_sequencer=lambda name: self.sequencer,
             connect=FakeHost,
             canary=self.asked.append,
             report=self.phases.append,
@@ -186,7 +190,7 @@ def served(shard_map: ShardMap) -> list[int]:
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     made = Setup(tmp_path)
     yield made
     made.cluster.stop()
@@ -261,7 +265,7 @@ def test_a_shard_that_cannot_start_ends_the_wait_with_its_reason(setup: Setup) -
 def test_ready_means_all_processes_of_tables_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     hosts: list[FakeShard] = []
 
     def start(shard: int, holding: Path) -> Any:
@@ -363,7 +367,7 @@ def test_watching_ends_when_told(setup: Setup) -> None:
 def test_every_replica_of_every_shard_is_in_the_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     setup = Setup(tmp_path, {"updates.enabled": False, "sharding.replicas": 2})
     setup.cluster.start_shards()
     for shard in (*setup.shards, setup.copies[0]):
@@ -392,7 +396,7 @@ def test_every_replica_of_every_shard_is_in_the_map(
 def test_the_log_is_made_and_the_map_names_it_and_the_sequencer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     setup = Setup(tmp_path, {"updates.partitions": 4})
     setup.cluster.start_shards()
     for shard in setup.shards:
@@ -500,7 +504,7 @@ def test_the_driver_of_a_cluster_needs_no_torch() -> None:
 def test_the_first_map_names_no_standby_and_is_whole_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     setup = Setup(tmp_path, {"updates.enabled": False, "sharding.standby": 1})
     setup.cluster.start_shards()
     for one in (*setup.shards, *setup.copies):
@@ -556,7 +560,7 @@ def found_map() -> ShardMap:
 def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     now_s = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
     site = FakeSite(StateDir(tmp_path), found_map())
@@ -588,7 +592,7 @@ def test_a_cluster_that_is_adopted_keeps_its_map_until_everybody_has_spoken(
 def test_who_has_not_spoken_in_time_leaves_the_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "RouterWatch", FakeRouter)
+    monkeypatch.setattr(launcher, "LocalRouters", FakeRouter)
     now_s = 1000.0
     monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
     site = FakeSite(StateDir(tmp_path), found_map())

@@ -42,6 +42,18 @@ def test_a_later_map_may_lack_shards_and_has_the_next_version() -> None:
     assert (second.version, [one.shard for one in second.entries]) == (2, [1])
 
 
+def test_maps_that_follow_on_each_other_have_one_origin_and_others_another() -> None:
+    first = made(None, Generations((0, 0), (1, 0)))
+    assert first is not None
+    second = made(first, Generations((1, 0)))
+    assert second is not None
+    assert first.origin
+    assert second.origin == first.origin
+    other = made(None, Generations((0, 0), (1, 0)))
+    assert other is not None
+    assert other.origin != first.origin
+
+
 def test_every_change_of_what_is_served_makes_another_map() -> None:
     generations = Generations((0, 0), (1, 0))
     first = made(None, generations)

@@ -61,6 +61,7 @@ def test_a_generation_without_golden_requests_is_measured_with_an_empty_user(
     assert {one.k for one in requests} == {100}
 
 
+@pytest.mark.slow
 def test_processes_measure_at_once_and_end(task: SpeedTask) -> None:
     found = measure(task, processes=2, threads=1)
     assert (found.processes, found.threads) == (2, 1)

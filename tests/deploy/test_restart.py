@@ -33,7 +33,9 @@ def test_it_is_wanted_and_waited_for(idle_state: StateDir) -> None:
     found = restart(idle_state, timeout_s=60.0, report=lambda _: None)
     thread.join(60.0)
     assert (found["processes"], found["done"]) == (1, True)
-    assert render(found).startswith("restarted 1 shard processes one after the other in ")
+    assert render(found).startswith(
+        "restarted 1 shard processes and 1 router one after the other in "
+    )
 
 
 def test_what_could_not_be_done_says_why(idle_state: StateDir) -> None:
@@ -47,8 +49,8 @@ def test_a_dry_run_changes_nothing(idle_state: StateDir) -> None:
     before = idle_state.control.read()
     found = restart(idle_state, dry_run=True, timeout_s=1.0, report=lambda _: None)
     assert render(found) == (
-        "would restart 1 shard processes one after the other, with a further copy of every shard "
-        "meanwhile"
+        "would restart 1 shard processes and 1 router one after the other, with a further copy of "
+        "every shard meanwhile"
     )
     assert idle_state.control.read() == before
 

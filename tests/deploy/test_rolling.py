@@ -79,6 +79,18 @@ class FakeShard:
         self.ended = True
 
 
+class FakeFront:
+    """Something that is replaced as soon as the test says so."""
+
+    def __init__(self) -> None:
+        self.replaced = 0
+        self.is_replacing = False
+        self.refused = ""
+
+    def replace(self) -> None:
+        self.replaced += 1
+
+
 class Setup:
     """A driver whose shard processes are all in this one."""
 
@@ -106,8 +118,14 @@ class Setup:
             start_check=self.never,
             clock=lambda: self.now_s,
         )
+        self.routers, self.sequencer = FakeFront(), FakeFront()
         self.rolling = Rolling(
-            state, self.config, self.generations, self.scaling, clock=lambda: self.now_s
+            state,
+            self.config,
+            self.generations,
+            self.scaling,
+            {"routers": self.routers, "sequencer": self.sequencer},
+            clock=lambda: self.now_s,
         )
         self.generations.started()
         self.scaling.start()
@@ -235,6 +253,41 @@ def test_every_process_is_restarted_while_another_copy_serves(make: Any) -> None
     assert setup.fewest == {0: 1, 1: 1}
     setup.poll(2)
     assert setup.named == setup.living == COPIES
+    assert (setup.routers.replaced, setup.sequencer.replaced) == (1, 1)
+
+
+def test_routers_and_sequencer_are_replaced_when_every_process_is_back(make: Any) -> None:
+    setup = make(**{"sharding.replicas": 2})
+    setup.routers.is_replacing = True
+    asked = setup.ask()
+    assert setup.until_ended(asked).state == "running"
+    assert setup.routers.replaced == 1
+    assert setup.operation(asked).progress == "4 processes are restarted, now routers"
+    assert [one.place for one in setup.shards[4:]] == COPIES
+    assert setup.sequencer.replaced == 0
+    setup.routers.is_replacing, setup.sequencer.is_replacing = False, True
+    setup.poll(5)
+    assert setup.operation(asked).progress == "4 processes are restarted, now sequencer"
+    setup.sequencer.is_replacing = False
+    setup.poll(2)
+    assert setup.operation(asked).state == "done"
+    assert (setup.routers.replaced, setup.sequencer.replaced) == (1, 1)
+
+
+def test_a_router_that_is_not_replaced_ends_it(make: Any) -> None:
+    setup = make(**{"sharding.replicas": 2})
+    setup.routers.refused = "the one in its place ended: port in use"
+    ended = setup.until_ended(setup.ask())
+    assert (ended.state, ended.reason) == (
+        "failed",
+        "routers: the one in its place ended: port in use",
+    )
+    setup.routers.refused, setup.routers.is_replacing = "", True
+    asked = setup.ask()
+    setup.until_ended(asked)
+    setup.poll(2, forward_s=901.0)
+    assert setup.operation(asked).reason == ("routers not ready after 900 s, swap.timeout_s")
+    assert setup.named == COPIES
 
 
 def test_a_process_ends_once_nobody_can_be_waiting_for_it(make: Any) -> None:
@@ -310,7 +363,7 @@ def test_a_process_that_takes_too_long_ends_it(make: Any) -> None:
     setup.poll(4, forward_s=1.5)
     setup.poll(2, forward_s=901.0)
     assert setup.operation(asked).reason == (
-        "shard 0 replica 0 was not ready after 900 s, swap.timeout_s"
+        "shard 0 replica 0 not ready after 900 s, swap.timeout_s"
     )
     setup.shards[4].serves = True
     setup.poll(3)

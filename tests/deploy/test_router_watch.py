@@ -54,6 +54,7 @@ def test_a_router_that_was_never_started_is_left_alone(watch: RouterWatch) -> No
     watch.stop()
 
 
+@pytest.mark.slow
 def test_a_router_comes_back_on_its_port_and_ends_when_told(
     watch: RouterWatch, state: StateDir
 ) -> None:
@@ -99,6 +100,7 @@ def test_where_no_port_is_fixed_http_has_none_either(
     assert http_wanted(load(None, environ={}, options=options)) == expected
 
 
+@pytest.mark.slow
 def test_a_router_that_hangs_is_killed_and_comes_back(state: StateDir) -> None:
     watch = RouterWatch(state, load(None, environ={}, options={"runtime.hang_s": 1}))
     try:

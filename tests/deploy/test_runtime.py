@@ -106,6 +106,7 @@ ray.shutdown()
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_that_came_too_late_leaves_no_process() -> None:
     with tempfile.TemporaryDirectory(prefix="ray") as home:
         command = [sys.executable, "-P", "-W", "always::ResourceWarning", "-c", SLOW_ONCE, home]

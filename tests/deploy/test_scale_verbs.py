@@ -57,11 +57,11 @@ def test_a_restart(
 
     def fake(state: Any, **given: Any) -> dict[str, Any]:
         calls.append({"root": state.root, **given})
-        return {"processes": 2, "extra": True, "done": True, "seconds": 3.5}
+        return {"processes": 2, "routers": 2, "extra": True, "done": True, "seconds": 3.5}
 
     monkeypatch.setattr(restart, "restart", fake)
     assert verbs.run(["restart", "--state", str(tmp_path), "--timeout", "7"]) == ExitCode.OK
     assert (calls[0]["root"], calls[0]["timeout_s"], calls[0]["dry_run"]) == (tmp_path, 7.0, False)
     assert capsys.readouterr().out.strip() == (
-        "restarted 2 shard processes one after the other in 3.5 s"
+        "restarted 2 shard processes and 2 routers one after the other in 3.5 s"
     )

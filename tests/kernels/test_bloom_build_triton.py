@@ -6,6 +6,7 @@ from silvershard.kernels.bloom_build import bloom_build_reference
 from silvershard.kernels.bloom_build_triton import bloom_build_triton
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_words", [1, 2])
 @pytest.mark.parametrize(("num_slots", "num_terms"), [(0, 3), (1, 0), (5, 2), (200, 3), (640, 1)])
 @pytest.mark.parametrize("seed", [-3, (1 << 63) - 1])

@@ -74,6 +74,7 @@ def test_survivors_are_the_eligible_slots_that_reach_the_cut(
         assert torch.equal(got, eligible & reaches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distinct_scores", [False, True])
 def test_a_large_batch_equals_the_reference(
     distinct_scores: bool, pool_of: PoolOf, monkeypatch: pytest.MonkeyPatch, device: torch.device

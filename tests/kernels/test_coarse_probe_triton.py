@@ -26,6 +26,7 @@ def assert_equals_reference(
     assert torch.equal(got.cpu(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_queries", "num_clusters", "dim", "probes"),
     [(1, 1, 16, 1), (3, 40, 33, 4), (2, 200, 16, 80), (2, 100, 1024, 3), (17, 50, 1, 1)],

@@ -27,6 +27,7 @@ def assert_equals_reference(
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("depth", [0, 2, 5])
@@ -101,6 +102,7 @@ def test_a_pool_without_columns_and_terms_is_filtered(
     assert_equals_reference(pool, programs, pages, torch.tensor([[70]]), device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [-5, 3, 4, 5, 6, 7, 8, 99])
 def test_a_malformed_program_changes_no_other_query(
     op: int, pool_of: PoolOf, programs_of: ProgramsOf, device: torch.device

@@ -66,6 +66,7 @@ def every_cluster(arguments: list[Tensor]) -> None:
     arguments[2] = torch.arange(num_clusters, dtype=torch.int32).repeat(len(arguments[2]), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "page_size", "distinct_scores"),
     [(1, 64, False), (16, 128, True), (33, 64, True), (64, 64, False), (128, 128, True)],
@@ -78,6 +79,7 @@ def test_every_slot_in_the_list_is_ranked(
     assert_equals_reference(arguments, 50, device)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sampled")
 @pytest.mark.parametrize(
     ("dim", "page_size", "num_queries", "distinct_scores"),
@@ -97,6 +99,7 @@ def test_slots_cut_by_a_sample_equal_the_reference(
     assert_equals_reference(arguments, 10, device)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sampled")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_filtered_and_verified_scans_equal_the_reference(
@@ -113,6 +116,7 @@ def test_filtered_and_verified_scans_equal_the_reference(
         assert_equals_reference(arguments, num_results, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("rank", [1, 63])
 @pytest.mark.parametrize("distinct_scores", [False, True])

@@ -34,6 +34,7 @@ def assert_equals_reference(scores: Tensor, item_ids: Tensor, k: int, device: to
     assert not got[0][got[0] == 0].signbit().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_candidates", [0, 1, 17, 256])
 @pytest.mark.parametrize("k", [1, 40, 300])
 @pytest.mark.parametrize("levels", [1, 4, 100_000])

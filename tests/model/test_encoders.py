@@ -303,6 +303,7 @@ def test_an_encoder_learns_to_find_what_it_saw_before(name: str) -> None:
             assert not layer.weight[:, layer.out_features :].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_exported_encoder_serves_batches_of_any_size(name: str) -> None:
     encoder = made(CONFIGS[name], 32)

@@ -52,10 +52,12 @@ class HostedCluster:
     def cli(self, *words: str, host: int = 0) -> Any:
         return self.network.cli(self.hosts[host], *words, environment=self.settings)
 
-    def up(self, *words: str, hosts: Sequence[dict[str, Any]] = HOSTS) -> Any:
+    def up(
+        self, *words: str, hosts: Sequence[dict[str, Any]] = HOSTS, insecure: bool = True
+    ) -> Any:
         return self.cli(
-            *("up", "--hosts", json.dumps(hosts), "--insecure", "--output", "json"),
-            *("--generation", "1"),
+            *("up", "--hosts", json.dumps(hosts), "--output", "json", "--generation", "1"),
+            *(("--insecure",) if insecure else ()),
             *("--shards", str(SHARDS), "--replicas", str(REPLICAS), *words),
         )
 

@@ -10,17 +10,17 @@ if "mutants" not in sys.modules:
     _package.__path__ = [str(Path(__file__).parent)]
     sys.modules["mutants"] = _package
 
-VERDICTS = pytest.StashKey[list[str]]()
 
-
-@pytest.fixture(scope="session")
-def verdicts(pytestconfig: pytest.Config) -> list[str]:
-    """What is told at the end: of each mutant who noticed it."""
-    return pytestconfig.stash.setdefault(VERDICTS, [])
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    told = config.stash.get(VERDICTS, [])
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell at the end who noticed each mutant."""
+    told = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+        for name, value in report.user_properties
+        if name == "verdict"
+    ]
     if told:
         terminalreporter.section("mutants")
         for line in told:

@@ -39,7 +39,7 @@ class CallLedger:
             active = self._active.setdefault(key, {})
             active[call, message.call_id] = now_s + message.remaining_us / 1e6
             self._keys.setdefault(call, {})[message.call_id] = key
-            self._check_hedges(key, call.process.place[0])
+            self._check_hedges(key, call.process.place.shard)
 
     def _received(self, call: Any, message: Any) -> None:
         if not call.method.endswith("Execute"):
@@ -74,7 +74,7 @@ class CallLedger:
         ]
 
     def _check_hedges(self, key: tuple[str, str], shard: int) -> None:
-        living = [call for call, _ in self._living(key) if call.process.place[0] == shard]
+        living = [call for call, _ in self._living(key) if call.process.place.shard == shard]
         asked = {call.path.address for call in living}
         if len(asked) > 2:
             self._world.checks.violated(ONE_HEDGE, f"{sorted(asked)} are asked for {key}")

@@ -61,6 +61,24 @@ class Scores(NamedTuple):
     """``(U, M)``; many are equal."""
     order: NDArray[np.int64]
     """``(U, M)`` places of the items by scan score, the best and among equals the least first."""
+    worth: NDArray[np.int64]
+    """``(U, M)`` place of each item by value, 0 for the best, and among equals for the least."""
+
+
+class Cutting:
+    """The catalogue as it is cut into S shards."""
+
+    def __init__(self, ids: NDArray[np.int64], num_shards: int) -> None:
+        self.num_shards = num_shards
+        owner = np.zeros(NUM_PARTITIONS, dtype=np.int64)
+        for shard in range(num_shards):
+            served = shard_partitions(shard, num_shards, NUM_PARTITIONS)
+            owner[served.start : served.stop] = shard
+        shard_of = owner[partition_of(torch.from_numpy(ids), NUM_PARTITIONS).numpy()]
+        self.shard_of = dict(zip(ids.tolist(), shard_of.tolist(), strict=True))
+        """Of every item."""
+        self.masks = [shard_of == shard for shard in range(num_shards)]
+        """``(M,)`` of each shard: which items are its."""
 
 
 class Log:
@@ -98,17 +116,10 @@ class Log:
 class Catalogue:
     """All items there may be, the generations that score them, and the log that changes them."""
 
-    def __init__(self, seed: int, *, items: int, num_shards: int, log_partitions: int) -> None:
+    def __init__(self, seed: int, *, items: int, log_partitions: int) -> None:
         draw = np.random.default_rng(seed)
         self.ids = np.sort(draw.choice(1 << 40, items, replace=False)).astype(np.int64)
-        self.num_shards = num_shards
         partitions = partition_of(torch.from_numpy(self.ids), NUM_PARTITIONS).numpy()
-        owner = np.zeros(NUM_PARTITIONS, dtype=np.int64)
-        for shard in range(num_shards):
-            served = shard_partitions(shard, num_shards, NUM_PARTITIONS)
-            owner[served.start : served.stop] = shard
-        self.shard_of = owner[partitions]
-        self.of_shard = [self.shard_of == shard for shard in range(num_shards)]
         self.place_of = {int(one): at for at, one in enumerate(self.ids)}
         present = draw.random(items) < 0.8
         self.log = Log(items, log_partitions, present) if log_partitions else None
@@ -125,6 +136,12 @@ class Catalogue:
         self._counts = tuple(int(one) for one in counts)
         self._seed = seed
         self._scores: dict[int, Scores] = {}
+        self._cuttings: dict[int, Cutting] = {}
+
+    def cut_into(self, num_shards: int) -> Cutting:
+        if num_shards not in self._cuttings:
+            self._cuttings[num_shards] = Cutting(self.ids, num_shards)
+        return self._cuttings[num_shards]
 
     def spec(self, generation: int) -> ServingSpec:
         """Return a generation as it was published."""
@@ -149,15 +166,16 @@ class Catalogue:
             scan = (draw.integers(0, 60, shape) / 8).astype(np.float32)
             value = (draw.integers(0, 90, shape) / 16).astype(np.float32)
             order = np.stack([np.lexsort((self.ids, -row)) for row in scan])
-            self._scores[generation] = Scores(scan, value, order)
+            best = np.stack([np.lexsort((self.ids, -row)) for row in value])
+            self._scores[generation] = Scores(scan, value, order, np.argsort(best, axis=1))
         return self._scores[generation]
 
     def alive(self, cut: Cut) -> NDArray[np.bool_]:
         """Return which items are there at a cut, ``(M,)``; an empty cut is that of no log."""
         return self.log.alive_at(cut) if self.log is not None and cut else self._present
 
-    def documents(self, shard: int, cut: Cut) -> int:
-        return int((self.alive(cut) & self.of_shard[shard]).sum())
+    def documents(self, num_shards: int, shard: int, cut: Cut) -> int:
+        return int((self.alive(cut) & self.cut_into(num_shards).masks[shard]).sum())
 
     def answer(
         self,
@@ -167,13 +185,14 @@ class Catalogue:
         k: int,
         ann_k: int,
         excluded: tuple[int, ...],
+        num_shards: int,
         cuts: Mapping[int, Cut],
     ) -> Ranked:
-        """Return the one right answer over some shards, each at its cut."""
+        """Return the one right answer over some of so many shards, each at its cut."""
         scores = self.scores(generation)
         there = np.zeros(len(self.ids), dtype=np.bool_)
         for shard, cut in cuts.items():
-            there |= self.of_shard[shard] & self.alive(cut)
+            there |= self.cut_into(num_shards).masks[shard] & self.alive(cut)
         there &= self.passes[text]
         for one in excluded:
             there[self.place_of[one]] = False

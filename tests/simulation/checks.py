@@ -27,6 +27,7 @@ from silvershard.cluster.shard_map import ShardMap
 
 EXACT_ANSWER = "exact_answer"
 NO_MIXED_REPLICA = "no_mixed_replica"
+NO_OLDER_MAP = "no_older_map"
 NO_FENCED_EPOCH = "no_fenced_epoch"
 IN_TIME = "in_time"
 NO_UNKNOWN_FAILURE = "no_unknown_failure"
@@ -37,6 +38,8 @@ LOSERS_END = "losers_end"
 
 GRACE_S = 3.0
 """For so long a replica must have been named by the map that a request can count on it."""
+LEARN_S = 2.0
+"""A router that has not taken another cut of the catalogue by then may ask who has left."""
 SETTLE_S = 1.0
 """After that a trouble between a router and a process, or of a process, has no consequences."""
 LATE_S = 0.025
@@ -84,8 +87,8 @@ class Asked:
     after: Cut
     limit_s: float
     sent_s: float
-    map: ShardMap | None
-    """Of its router."""
+    map: ShardMap | None = None
+    """By which its router serves."""
 
     def message(self) -> retrieval_pb2.RetrieveRequest:
         message = retrieval_pb2.RetrieveRequest(
@@ -176,13 +179,15 @@ class Checks:
         if world.jumped_s >= asked.sent_s:
             # Whoever says that the time is over is believed, and no other one is asked.
             return False
+        if world.board.left_s(asked.map) < asked.sent_s - LEARN_S:
+            return False
         return all(
             any(
                 self._is_well(asked, process)
                 for process in world.engine.all
-                if process.place[0] == shard
+                if process.place.shard == shard and process.place.num_shards == asked.map.num_shards
             )
-            for shard in range(world.catalogue.num_shards)
+            for shard in range(asked.map.num_shards)
         )
 
     def _is_well(self, asked: Asked, process: Any) -> bool:
@@ -223,17 +228,19 @@ class Checks:
         self, asked: Asked, response: retrieval_pb2.RetrieveResponse, lost: dict[int, Any]
     ) -> dict[int, Origin]:
         """Return where the items of each shard come from."""
-        catalogue = self.world.catalogue
+        assert asked.map is not None
+        num_shards = asked.map.num_shards
+        shard_of = self.world.catalogue.cut_into(num_shards).shard_of
         found: dict[int, int] = {}
         numbers = response.task_scores["origin"].values
         for item, number in zip(response.item_ids, numbers, strict=True):
-            shard = int(catalogue.shard_of[catalogue.place_of[item]])
+            shard = shard_of[item]
             if found.setdefault(shard, int(number)) != int(number):
                 self.violated(NO_MIXED_REPLICA, f"item {item} of shard {shard}", asked)
         origins = {shard: self.world.origins[number] for shard, number in found.items()}
         for shard, origin in origins.items():
             process = origin.process
-            if process.place[0] != shard:
+            if (process.place.shard, process.place.num_shards) != (shard, num_shards):
                 self.violated(EXACT_ANSWER, f"{process.name} answers for shard {shard}", asked)
             if shard in lost:
                 self.violated(COVERAGE_HONESTY, f"items of shard {shard}, which is lost", asked)
@@ -249,13 +256,14 @@ class Checks:
         response: retrieval_pb2.RetrieveResponse,
         origins: dict[int, Origin],
     ) -> None:
-        coverage, catalogue = response.coverage, self.world.catalogue
+        assert asked.map is not None
+        coverage, num_shards = response.coverage, asked.map.num_shards
         lost = sum(one.documents for one in coverage.shards)
         addressed = response.counts.addressed
         told = (addressed - lost) / addressed if coverage.shards else 1.0
         if abs(told - coverage.documents) > 1e-9:
             self.violated(COVERAGE_HONESTY, f"{coverage.documents} for {told}", asked)
-        if coverage.shards_full + coverage.shards_failed != catalogue.num_shards:
+        if coverage.shards_full + coverage.shards_failed != num_shards:
             self.violated(COVERAGE_HONESTY, f"shards are missing: {coverage}", asked)
         if coverage.shards_failed != len(coverage.shards):
             self.violated(COVERAGE_HONESTY, f"outcomes are missing: {coverage}", asked)
@@ -264,9 +272,10 @@ class Checks:
             self.violated(COVERAGE_HONESTY, f"a reason is missing: {coverage}", asked)
         if coverage.shards and response.exhausted:
             self.violated(COVERAGE_HONESTY, "it lacks a shard and is exhausted", asked)
-        covered = {*range(catalogue.num_shards)} - {one.shard for one in coverage.shards}
+        covered = {*range(num_shards)} - {one.shard for one in coverage.shards}
         if covered == origins.keys():
-            held = sum(catalogue.documents(shard, one.cut) for shard, one in origins.items())
+            documents = self.world.catalogue.documents
+            held = sum(documents(num_shards, shard, one.cut) for shard, one in origins.items())
             if held != addressed - lost:
                 self.violated(COVERAGE_HONESTY, f"{held} of {addressed} answered", asked)
 
@@ -278,17 +287,15 @@ class Checks:
         lost: dict[int, Any],
     ) -> None:
         """Compare with the one right answer over the shards that are covered."""
+        assert asked.map is not None
         catalogue, generation = self.world.catalogue, response.version.generation
+        num_shards = asked.map.num_shards
         found = list(zip(response.item_ids, response.scores, strict=True))
         match = _ANN_K.search(response.plan)
         assert match is not None
         ann_k = int(match[1])
         known = {shard: origin.cut for shard, origin in origins.items()}
-        unknown = [
-            shard
-            for shard in range(catalogue.num_shards)
-            if shard not in known and shard not in lost
-        ]
+        unknown = [shard for shard in range(num_shards) if shard not in known and shard not in lost]
         least = tuple(token.position for token in response.version.cut)
         choices = self._cuts_from(least)
         if len(choices) ** len(unknown) > _MOST_TRIED:
@@ -297,7 +304,14 @@ class Checks:
         for cuts in itertools.product(choices, repeat=len(unknown)):
             tried = {**known, **dict(zip(unknown, cuts, strict=True))}
             expected = catalogue.answer(
-                generation, asked.user, asked.text, asked.k, ann_k, asked.excluded, tried
+                generation,
+                asked.user,
+                asked.text,
+                asked.k,
+                ann_k,
+                asked.excluded,
+                num_shards,
+                tried,
             )
             if expected == found:
                 break

@@ -11,6 +11,7 @@ from simulation.network import Fault, Path, Receiver
 from simulation.process import Condition, ShardProcess
 
 from silvershard.deploy.activate import want
+from silvershard.deploy.cluster_size import Scaled, in_force, size_of
 from silvershard.deploy.control_store import LIVE, wanted
 from silvershard.deploy.errors import Refused
 from silvershard.shard.errors import StateError
@@ -36,17 +37,21 @@ class Faults:
             self._jump: 2,
             self._stall_log: 4,
             self._late_map: 4,
+            self._old_map: 1,
             self._stop: 0.8,
             self._kill: 0.5,
             self._kill_all: 0.03,
             self._replace: 0.2,
             self._cut_host: 0.06,
             self._kill_supervisor: 0.25,
+            self._take_over: 0.15,
             self._store_down: 0.4,
             self._kill_router: 0.08,
             self._burst: 0.12,
             self._activate: 0.4,
             self._roll_back: 0.15,
+            self._scale: 0.4,
+            self._call_off: 0.05,
         }
         self._kinds = list(kinds)
         self._weights = list(kinds.values())
@@ -207,6 +212,20 @@ class Faults:
         self._for(self._draw.random(), mend)
         return True
 
+    def _old_map(self) -> bool:
+        """Let a router find an older map than before for a while."""
+        node = self._draw.choice(self._world.nodes)
+        if node.view.is_old:
+            return False
+        node.view.is_old = True
+        self._world.say("old map", node.name)
+
+        def mend() -> None:
+            node.view.is_old = False
+
+        self._for(0.3 * self._draw.random(), mend)
+        return True
+
     def _stop(self) -> bool:
         process = self._process()
         if process is None or process.is_stopped:
@@ -230,8 +249,8 @@ class Faults:
 
     def _kill_all(self) -> bool:
         """End every process of a shard."""
-        shard = self._draw.randrange(self._world.catalogue.num_shards)
-        for process in [one for one in self._world.engine.all if one.place[0] == shard]:
+        shard = self._draw.randrange(self._world.board.newest.num_shards)
+        for process in [one for one in self._world.engine.all if one.place.shard == shard]:
             self._world.kill(process, "all")
         return True
 
@@ -239,7 +258,7 @@ class Faults:
         """Start another incarnation although the one before lives, and goes on for a while."""
         process = self._process()
         engine = self._world.engine
-        if process is None or engine.processes[process.place] is not process:
+        if process is None or not engine.is_newest(process):
             return False
         self._world.say("replace", process.name)
         engine.replace(process.place)
@@ -263,7 +282,7 @@ class Faults:
         if seconds > 2.0:
             # By then the engine has noticed, too, and starts the processes elsewhere in its mind.
             for process in touched:
-                if world.engine.processes[process.place] is process:
+                if world.engine.is_newest(process):
                     self._for(2.0, lambda one=process: self._give_up(one))
 
         def mend() -> None:
@@ -278,7 +297,7 @@ class Faults:
     def _give_up(self, process: ShardProcess) -> None:
         """Replace a process that cannot be reached; it ends once it can be."""
         engine = self._world.engine
-        if process.is_dead or engine.processes[process.place] is not process:
+        if process.is_dead or not engine.is_newest(process):
             return
         self._world.say("give up", process.name)
         engine.replace(process.place)
@@ -296,6 +315,18 @@ class Faults:
         world.say("supervisor ends")
         world.supervisor.die()
         self._for(3 * self._draw.random(), world.restart_supervisor)
+        return True
+
+    def _take_over(self) -> bool:
+        """Start another supervisor although the one before lives, and may stand still first."""
+        world, before = self._world, self._world.supervisor
+        if before.is_dead or before.is_stopped or world.store.is_down:
+            return False
+        if self._draw.random() < 0.7:
+            world.say(before.name, "stands still")
+            before.stop()
+            self._for(4 * self._draw.random(), before.resume)
+        world.restart_supervisor()
         return True
 
     def _store_down(self) -> bool:
@@ -348,6 +379,36 @@ class Faults:
         except (Refused, StateError):
             return False
         world.say(kind, generation)
+        return True
+
+    def _scale(self) -> bool:
+        """Want another number of shards or copies."""
+        world = self._world
+        if world.store.is_down:
+            return False
+        now = size_of(in_force(world.config, world.store.read().scaled))
+        changes: dict[str, int] = {"replicas": 5 - now.replicas}
+        if self._draw.random() < 0.7:
+            changes = {"shards": self._draw.choice([n for n in (2, 3, 4) if n != now.shards])}
+        size = now.model_copy(update=changes)
+        scaled = Scaled(size=size, instead_of=size_of(world.config))
+        name = f"{self._draw.getrandbits(40):010x}"
+        operation = wanted("scale", 0, LIVE, operation_id=name)
+        try:
+            want(world.store, operation.model_copy(update={"scaled": scaled}))
+        except (Refused, StateError):
+            return False
+        world.say("scale", size)
+        return True
+
+    def _call_off(self) -> bool:
+        """Call off what is being done."""
+        store = self._world.store
+        going = None if store.is_down else store.read().current
+        if going is None:
+            return False
+        self._world.say("call off", going.what)
+        store.call_off(going.operation_id, "nobody wants it any more")
         return True
 
     def _activate(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from simulation.catalogue import FILTERS, LOG_ID, Catalogue, Cut
 from simulation.network import Deliver, Server, host_of
 from simulation.virtual_time import Inline, SimulatedLoop
@@ -33,6 +34,19 @@ from silvershard.model.two_tower import Encoded
 from silvershard.model.types import Cutoffs, RoundOne, RoundTwo, Work
 from silvershard.shard.errors import CandidatesExpired
 from silvershard.shard.page_pool import PoolUsage
+
+
+class Place(NamedTuple):
+    """What a process is there for, whichever incarnation it is."""
+
+    shard: int
+    copy: int
+    num_shards: int
+
+    @property
+    def named(self) -> tuple[int, int]:
+        """Return what the map calls it."""
+        return self.shard, self.copy
 
 
 class Condition:
@@ -166,12 +180,18 @@ class ModelThread(Inline):
 
 
 class _Open(NamedTuple):
-    picked: list[Any]
-    """Places of the candidates of each request, best first."""
-    users: list[int]
+    """Candidates of B requests, R of each, best first."""
+
+    places: NDArray[np.int64]
+    """``(B, R)``"""
+    is_one: NDArray[np.bool_]
+    """``(B, R)``; False is padding, which comes last."""
+    users: NDArray[np.int64]
+    """``(B, 1)``"""
     cut: Cut
     expires_at_s: float
-    ks: list[int]
+    ks: NDArray[np.int64]
+    """``(B, 1)``"""
 
 
 class Costs(NamedTuple):
@@ -189,12 +209,11 @@ class Pipeline:
 
     def __init__(self, process: "ShardProcess", generation: int) -> None:
         self.spec: ServingSpec = process.world.spec(generation)
-        self.shard = process.place[0]
-        self.num_shards = process.world.catalogue.num_shards
+        self.shard, _, self.num_shards = process.place
         self._process = process
         self._catalogue: Catalogue = process.world.catalogue
         self._scores = self._catalogue.scores(generation)
-        self._mine = self._catalogue.of_shard[self.shard]
+        self._mine = self._catalogue.cut_into(self.num_shards).masks[self.shard]
         self._open: dict[str, _Open] = {}
         log = self._catalogue.log
         self.cut: Cut = (0,) * len(log.end) if log is not None else ()
@@ -211,7 +230,7 @@ class Pipeline:
     def move(self, cut: Cut) -> None:
         """Apply the log up to a cut."""
         self.cut = cut
-        self.documents = self._catalogue.documents(self.shard, cut)
+        self.documents = self._catalogue.documents(self.num_shards, self.shard, cut)
 
     def usage(self) -> PoolUsage:
         return PoolUsage(8, 4, self.documents, 0, 64, 1, 1.0, 0)
@@ -236,34 +255,32 @@ class Pipeline:
         self._spend(self._process.world.costs.open * 0.7)
         proceed("scan")
         self._spend(self._process.world.costs.open * 0.3)
-        users = work.embedding[:, 0, 0].int().tolist()
-        sizes, excluded = work.ann_k.tolist(), work.exclude.tolist()
+        users = work.embedding[:, 0, :].numpy().astype(np.int64)
         alive = self._catalogue.alive(self.cut) & self._mine
-        picked = []
-        for user, size, out, text in zip(
-            users, sizes, excluded, self._texts(work.scan), strict=True
-        ):
-            there = alive & self._catalogue.passes[text]
+        there = np.stack([alive & self._catalogue.passes[text] for text in self._texts(work.scan)])
+        for row, out in enumerate(work.exclude.tolist()):
             for one in out:
                 if one in self._catalogue.place_of:
-                    there[self._catalogue.place_of[one]] = False
-            order = self._scores.order[user]
-            picked.append(order[there[order]][:size])
-        self._open[key] = _Open(picked, users, self.cut, expires_at_s, work.k.tolist())
-        width = max(len(one) for one in picked)
-        scores = np.full((len(picked), 1, width), -np.inf, dtype=np.float32)
-        item_ids = np.full((len(picked), 1, width), -1, dtype=np.int64)
-        for at, (user, places) in enumerate(zip(users, picked, strict=True)):
-            scores[at, 0, : len(places)] = self._scores.scan[user, places]
-            item_ids[at, 0, : len(places)] = self._catalogue.ids[places]
-        none = torch.zeros(len(picked), dtype=torch.int64)
+                    there[row, self._catalogue.place_of[one]] = False
+        order = self._scores.order[users[:, 0]]
+        found = np.take_along_axis(there, order, axis=1)
+        found &= np.cumsum(found, axis=1) <= work.ann_k.numpy()[:, None]
+        counts = found.sum(axis=1, keepdims=True)
+        is_one = np.arange(counts.max()) < counts
+        places = np.zeros(is_one.shape, dtype=np.int64)
+        places[is_one] = order[found]
+        self._open[key] = _Open(
+            places, is_one, users, self.cut, expires_at_s, work.k.numpy()[:, None]
+        )
+        scores = np.where(is_one, self._scores.scan[users, places], np.float32(-np.inf))
+        none = torch.zeros(len(places), dtype=torch.int64)
         return RoundOne(
-            torch.from_numpy(scores),
-            torch.from_numpy(item_ids),
+            torch.from_numpy(scores[:, None, :]),
+            torch.from_numpy(np.where(is_one, self._catalogue.ids[places], -1)[:, None, :]),
             none + self.documents,
-            none + width,
-            torch.zeros(len(picked), 0),
-            torch.zeros(len(picked), 0, dtype=torch.int64),
+            none + places.shape[1],
+            torch.zeros(len(places), 0),
+            torch.zeros(len(places), 0, dtype=torch.int64),
             {"scan": 1000},
         )
 
@@ -278,30 +295,26 @@ class Pipeline:
         origin = self._process.world.origins.add(
             Origin(self._process, self.spec.generation, query.cut)
         )
-        least, last = cutoffs.scores[:, 0].numpy(), cutoffs.item_ids[:, 0].numpy()
-        best, kept = [], []
-        for at, (user, places) in enumerate(zip(query.users, query.picked, strict=True)):
-            scan = self._scores.scan[user, places]
-            ids = self._catalogue.ids[places]
-            passed = places[(scan > least[at]) | ((scan == least[at]) & (ids <= last[at]))]
-            values = self._scores.value[user, passed]
-            best.append(passed[np.lexsort((self._catalogue.ids[passed], -values))[: query.ks[at]]])
-            kept.append(len(passed))
-        shape = len(best), max(len(one) for one in best)
-        item_ids = np.full(shape, -1, dtype=np.int64)
-        values = np.full(shape, -np.inf, dtype=np.float32)
-        for at, (user, places) in enumerate(zip(query.users, best, strict=True)):
-            item_ids[at, : len(places)] = self._catalogue.ids[places]
-            values[at, : len(places)] = self._scores.value[user, places]
-        found = torch.from_numpy(values)
+        least, last = cutoffs.scores[:, :1].numpy(), cutoffs.item_ids[:, :1].numpy()
+        scan, ids = self._scores.scan[query.users, query.places], self._catalogue.ids[query.places]
+        passed = query.is_one & ((scan > least) | ((scan == least) & (ids <= last)))
+        worth = np.where(passed, self._scores.worth[query.users, query.places], len(self._mine))
+        best = np.argsort(worth, axis=1)[:, : max(int(query.ks.max()), 1)]
+        kept = passed.sum(axis=1, keepdims=True)
+        is_one = np.arange(best.shape[1]) < np.minimum(kept, query.ks)
+        width = int(is_one.sum(axis=1).max())
+        best, is_one = best[:, :width], is_one[:, :width]
+        places = np.take_along_axis(query.places, best, axis=1)
+        values = np.where(is_one, self._scores.value[query.users, places], np.float32(-np.inf))
+        found, counts = torch.from_numpy(values), torch.from_numpy(kept[:, 0])
         return RoundTwo(
-            torch.from_numpy(item_ids),
+            torch.from_numpy(np.where(is_one, self._catalogue.ids[places], -1)),
             found,
             found,
-            torch.full((*shape, 1), float(origin)),
-            torch.tensor(kept),
+            torch.full((*values.shape, 1), float(origin)),
+            counts,
             torch.zeros(len(kept), dtype=torch.int64),
-            torch.tensor(kept),
+            counts,
             {"rerank": 1000},
         )
 
@@ -424,8 +437,7 @@ class ShardProcess:
     """One incarnation of a copy of a shard."""
 
     world: Any
-    place: tuple[int, int]
-    """Shard and number of the copy."""
+    place: Place
     address: str
     epoch: int
     pid: int
@@ -446,8 +458,8 @@ class ShardProcess:
 
     def __post_init__(self) -> None:
         loop: SimulatedLoop = self.world.loop
-        shard, copy = self.place
-        self.name = f"shard {shard}.{copy} epoch {self.epoch}"
+        shard, copy, num_shards = self.place
+        self.name = f"shard {shard}.{copy} of {num_shards} epoch {self.epoch}"
         self.draw = random.Random(f"{self.world.seed}/{self.name}")
         self.condition = Condition(loop)
         self.log_condition = Condition(loop)
@@ -479,7 +491,7 @@ class ShardProcess:
             loaded,  # type: ignore[arg-type]
             snapshot=str(path),
             load=self._load,
-            replica=self.place[1],
+            replica=self.place.copy,
             epoch=self.epoch,
             clock=self.clock,
             model_thread=self.thread,
@@ -487,11 +499,11 @@ class ShardProcess:
         )
         await self.shard_server.serve(self.server)  # type: ignore[arg-type]
         self.entry = ShardEntry(
-            shard=self.place[0],
-            replica=self.place[1],
+            shard=self.place.shard,
+            replica=self.place.copy,
             address=self.address,
             epoch=self.epoch,
-            documents=self.world.catalogue.documents(self.place[0], ()),
+            documents=self.world.catalogue.documents(self.place.num_shards, self.place.shard, ()),
             pid=self.pid,
         )
 

@@ -8,16 +8,17 @@ import logging
 import random
 import traceback
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from history.checker import BOUNDED_RECOVERY
 from simulation.calls import CallLedger
 from simulation.catalogue import FILTERS, NUM_USERS, Catalogue
-from simulation.checks import NO_UNKNOWN_FAILURE, Asked, Checks, Violation
+from simulation.checks import NO_OLDER_MAP, NO_UNKNOWN_FAILURE, Asked, Checks, Violation
 from simulation.faults import Faults
 from simulation.network import Aborted, Context, Deliver, Network, Server
 from simulation.process import Condition, Costs, Origins, ShardProcess, programs_of
-from simulation.supervision import Board, Engine, State, Store, Supervisor, View
+from simulation.supervision import TICK_S, Board, Engine, State, Store, Supervisor, View
 from simulation.virtual_time import SimulatedLoop
 
 from silvershard.cluster import retrieval_pb2
@@ -43,6 +44,10 @@ DEFAULT_S = 2.0
 RECOVERY_S = 15.0
 """After the last fault everything is well again within that: the longest time that a replica is
 set aside, and the time to load."""
+
+OPERATION_S = 40.0
+"""Nothing that is wanted of the cluster takes longer to be done or given up: twice the time that
+the settings give it, and that of whoever leaves."""
 
 _GROUPS_PER_S = 15.0
 _GROUP = 24
@@ -80,6 +85,12 @@ class Outcome:
     """Answers with too many possible cuts to compare them."""
     virtual_s: float
     shape: str
+    maps: int
+    """Shard maps that were written."""
+    cuts: int
+    """Times that another number of shards took over."""
+    terms: int
+    """Supervisors that took over."""
     violations: list[Violation] = field(default_factory=list)
     last: list[str] = field(default_factory=list)
     """The last events before the first violation."""
@@ -97,6 +108,7 @@ class Outcome:
         lines = [
             f"seed {self.plan.seed}: {self.shape}; {self.requests} requests "
             f"({self.judged} had to succeed), {sum(self.faults.values())} faults, "
+            f"{self.maps} maps, {self.cuts} other cuts, {self.terms} other supervisors, "
             f"{self.virtual_s:.0f} virtual s, trace {self.trace}",
             f"  answers {dict(sorted(self.codes.items()))}",
             f"  faults {dict(sorted(self.faults.items()))}",
@@ -129,7 +141,8 @@ class RouterNode:
         self.server = Server()
         self.asking: dict[asyncio.Task[None], None] = {}
         self._world = world
-        self._read_at = 0
+        self.map: ShardMap | None = None
+        """By which it serves."""
         self.router = Router(
             world.router_config,
             clock=world.loop.time,
@@ -141,31 +154,36 @@ class RouterNode:
         self.router.service.add_to(self.server)  # type: ignore[arg-type]
         self._following = world.loop.create_task(self._follow())
 
-    @property
-    def map(self) -> ShardMap | None:
-        return self._world.board.maps[self._read_at - 1] if self._read_at else None
-
     async def _follow(self) -> None:
         while True:
             await self.router.follow()
+            self.take_note()
             self._world.checks.budgets(self)
-            if self.view.read_at != self._read_at:
-                self._read_at = self.view.read_at
-                self._take_note()
             await asyncio.sleep(POLL_S)
 
-    def _take_note(self) -> None:
-        now_s, shard_map = self._world.loop.now_s, self.map
+    def take_note(self) -> None:
+        """Notice another map of the router."""
+        shard_map = self.router._map
+        if shard_map is self.map:
+            return
         assert shard_map is not None
-        self._world.say(self.name, "reads map", shard_map.version)
-        named = {one.epoch: one for one in shard_map.entries}
+        now_s, before, self.map = self._world.loop.now_s, self.map, shard_map
+        self._world.say(self.name, "serves by map", shard_map.version)
+        if before is not None and before.version > shard_map.version:
+            self._world.checks.violated(
+                NO_OLDER_MAP, f"{self.name} takes {shard_map.version} after {before.version}"
+            )
+        named = {one.epoch for one in shard_map.entries}
         newest = {(one.shard, one.replica): one.epoch for one in shard_map.entries}
         for epoch in [one for one in self.named_s if one not in named]:
             del self.named_s[epoch]
-        for epoch in named:
+        for epoch in sorted(named):
             self.named_s.setdefault(epoch, now_s)
         for process in self._world.engine.all:
-            if newest.get(process.place, 0) > process.epoch:
+            if (
+                process.place.num_shards == shard_map.num_shards
+                and newest.get(process.place.named, 0) > process.epoch
+            ):
                 self.fenced_s.setdefault(process.epoch, now_s)
 
     async def die(self) -> None:
@@ -196,9 +214,7 @@ class World:
             f"{num_routers} routers, {log_partitions} log partitions"
         )
         self.costs = Costs()
-        self.catalogue = Catalogue(
-            plan.seed, items=160, num_shards=shards, log_partitions=log_partitions
-        )
+        self.catalogue = Catalogue(plan.seed, items=160, log_partitions=log_partitions)
         self.config = Config(
             sharding=ShardingSection(shards=shards, replicas=replicas, standby=standby),
             runtime=RuntimeSection(crash_window_s=0.001, hang_s=2.0),
@@ -223,7 +239,6 @@ class World:
         self.store = Store()
         self.origins = Origins()
         self.epochs = 0
-        self.places = [(s, c) for c in range(replicas + standby) for s in range(shards)]
         self._specs = {one: self._published(one) for one in GENERATIONS}
         self.programs = programs_of(self._specs[1])
         self.state = State(root, self.store)
@@ -272,7 +287,7 @@ class World:
         self._events.append(text)
 
     def publish(self, made: ShardMap) -> None:
-        self.board.maps.append(made)
+        self.board.add(made, self.loop.now_s)
         entries = " ".join(f"{one.shard}.{one.replica}@{one.epoch}" for one in made.entries)
         self.say("map", made.version, "generation", made.generation, "names", entries)
 
@@ -282,10 +297,15 @@ class World:
         self.engine.died(process)
 
     def restart_supervisor(self) -> None:
+        """Let another supervisor take over, whatever became of the one before."""
+        if self.store.is_down:
+            self.loop.call_later(TICK_S, self.restart_supervisor)
+            return
         self.lives += 1
         self.say("supervisor", self.lives, "starts")
         live = self.store.read().live or GENERATIONS[0]
         self.supervisor = Supervisor(self, self.lives, live)
+        self.supervisors.append(self.supervisor)
 
     def new_router(self, at: int) -> RouterNode:
         self._routers += 1
@@ -317,6 +337,9 @@ class World:
             self.checks.unverified,
             self.loop.now_s - 1000.0,
             self.shape,
+            len(self.board.maps),
+            self.board.num_cuts - 1,
+            self.board.term - 1,
             self.checks.violations,
             self._last(),
         )
@@ -331,8 +354,9 @@ class World:
         return within[-120:]
 
     async def _run(self) -> None:
-        self.engine = Engine(self, self.places, GENERATIONS[0])
+        self.engine = Engine(self, GENERATIONS[0])
         self.lives = 0
+        self.supervisors: list[Supervisor] = []
         self.restart_supervisor()
         self.nodes = [self.new_router(at) for at in range(self._num_routers)]
         self.faults = Faults(self)
@@ -345,6 +369,7 @@ class World:
         await clients
         self.is_over = True
         await breaking
+        await self._until_idle()
         await asyncio.sleep(RECOVERY_S)
         await self._ask_again()
         writing.cancel()
@@ -360,8 +385,18 @@ class World:
             await asyncio.sleep(0.05)
         await asyncio.sleep(2.0)
 
+    async def _until_idle(self) -> None:
+        """Wait until what was wanted of the cluster is done, or was given up."""
+        until_s = self.loop.now_s + OPERATION_S
+        while self.store.read().current is not None:
+            if self.loop.now_s > until_s:
+                self.checks.violated(BOUNDED_RECOVERY, f"{self.store.read().current}")
+                return
+            await asyncio.sleep(TICK_S)
+
     async def _end(self) -> None:
-        self.supervisor.die()
+        for one in self.supervisors:
+            one.die()
         for node in self.nodes:
             await node.die()
         for process in list(self.engine.all):
@@ -428,7 +463,6 @@ class World:
             after=after,
             limit_s=limit_s,
             sent_s=self.loop.now_s,
-            map=node.map,
         )
 
     def _ask(
@@ -446,6 +480,8 @@ class World:
         return task
 
     async def _ask_now(self, node: RouterNode, asked: list[Asked]) -> None:
+        node.take_note()
+        asked = [replace(one, map=node.map) for one in asked]
         limit_s = asked[0].limit_s
         # Who states no limit has that of the router, which nobody else enforces.
         context = Context(limit_s if limit_s != DEFAULT_S else None)

@@ -126,12 +126,12 @@ def test_a_shard_that_hangs_costs_the_deadline_until_it_is_noticed_and_comes_bac
     make_tables: Any,
 ) -> None:
     tables = make_tables()
-    ping = PingSection(every_ms=20, suspect_after=2, eject_after=15)
-    client, ids = tables.client(ping=ping, deadline_ms=50, cache_mib=0), np.arange(100)
+    ping = PingSection(every_ms=20, suspect_after=2, eject_after=40)
+    client, ids = tables.client(ping=ping, deadline_ms=200, cache_mib=0), np.arange(100)
     let_go = tables.hold(0)
     began = time.monotonic()
     lookup = client.lookup(ids)
-    assert time.monotonic() - began >= 0.05
+    assert time.monotonic() - began >= 0.2
     np.testing.assert_array_equal(lookup.defaulted, np.isin(ids, tables.rows_of(0)))
     assert lookup.reasons == (EMBEDDING_FALLBACK,)
     assert client.counts().failures == {"DEADLINE_EXCEEDED": 1}

@@ -218,6 +218,7 @@ def test_data_that_hold_updates_are_published_at_their_place_in_the_log(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_swaps_to_the_new_model_and_keeps_what_was_acked(
     world: World, state: StateDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

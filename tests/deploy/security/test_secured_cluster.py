@@ -27,6 +27,8 @@ from silvershard.deploy import launch, verbs
 from silvershard.deploy.config import load
 from silvershard.deploy.state import ClusterRecord, StateDir
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 WAIT_S = 60.0
 ROLES = ("view", "query", "update", "admin")
 
