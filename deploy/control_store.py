@@ -98,7 +98,7 @@ class Control(BaseModel):
     warm: int = Field(default=0, ge=0, description="held to become live quickly; 0: none")
     scaled: Scaled | None = Field(default=None, description="what `scale` did last; none: nothing")
     host_states: dict[str, HostState] = Field(
-        default={}, description="state of each host that is not up, by name"
+        default={}, description="state of each host that is not as it was listed, by name"
     )
     operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
 
