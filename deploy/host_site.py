@@ -103,6 +103,9 @@ class HostRouters:
         found = reports.get(self.record.host)
         self.http = found.http if found is not None else ""
 
+    def follow(self, control: Control) -> None:
+        """Do nothing: which hosts have a router was said when they were started."""
+
     def replace(self) -> None:
         """Let a new process take the place of each, one host after the other."""
         self.refused = ""

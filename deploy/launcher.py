@@ -371,6 +371,7 @@ class LocalCluster:
         self._scaling.poll()
         self._rolling.poll()
         self._moving.poll()
+        self._router.follow(self._generations.control)
         self._router.poll()
         self._write_map()
         self._write_record()

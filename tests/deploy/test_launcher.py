@@ -52,6 +52,9 @@ class FakeRouter:
     def records(self) -> tuple[RouterRecord, ...]:
         return ()
 
+    def follow(self, control: Any) -> None:
+        pass
+
     def start(self) -> None:
         pass
 
