@@ -101,7 +101,7 @@ class Control(BaseModel):
         default=0, ge=0, le=64, description="routers of a machine; 0: as its settings say"
     )
     host_states: dict[str, HostState] = Field(
-        default={}, description="state of each host that is not up, by name"
+        default={}, description="state of each host that is not as it was listed, by name"
     )
     operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
 
