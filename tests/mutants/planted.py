@@ -333,7 +333,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        return len(found) == len(missing)\n",
         "        return True\n",
         "tests/cluster/test_rounds.py"
-        "::test_a_shard_that_came_back_in_between_runs_both_rounds_again",
+        "::test_an_answer_of_a_replica_that_took_over_is_of_its_cut_alone",
     ),
     # What takes chance to happen.
     bug(
