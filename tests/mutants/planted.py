@@ -153,7 +153,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if found is not None and found.serves:\n            return found\n",
         "        if found is not None and found.serves:\n            return found\n"
         "        if self.served:\n            return self.served[-1]\n",
-        HISTORY,
+        "tests/cluster/test_hosting.py::test_a_generation_is_let_go_of_and_its_follower_ends",
     ),
     bug(
         "a generation serves before it has caught up",
