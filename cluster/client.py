@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import ArrayLike, NDArray
 
 from silvershard.cluster import retrieval_pb2, retrieval_pb2_grpc
+from silvershard.cluster.client_retries import CLIENT_OPTIONS, applied
 from silvershard.cluster.codec import (
     RequestRefused,
     code_name,
@@ -48,10 +49,6 @@ from silvershard.model.request import FeatureValues, FilterMode, FilterParam, Re
 from silvershard.shard.errors import DeadlineExceeded
 from silvershard.shard.fields import FieldValue
 
-_OPTIONS = [
-    ("grpc.max_receive_message_length", 256 * MEBIBYTE),
-    ("grpc.max_metadata_size", 64 << 10),
-]
 _POLL_S = 0.05
 
 
@@ -194,7 +191,7 @@ class Client:
         self.timeout_s = timeout_s
         self.max_request_bytes = max_request_bytes
         self._channel = (dialer or client_dialer(token, root_certificates)).channel(
-            address, _OPTIONS
+            address, CLIENT_OPTIONS
         )
         self._stub = retrieval_pb2_grpc.RetrievalStub(self._channel)
         self._updates = retrieval_pb2_grpc.UpdatesStub(self._channel)
@@ -277,7 +274,9 @@ class Client:
         """Change items and table rows, and return once what is not rejected is durable.
 
         Updates of one item are applied in their order. A call that failed for its connection may
-        have been logged: with versions of their own it is harmless to send the updates again.
+        have been logged: with versions of their own it is harmless to send the updates again. This
+        does so once where a router that ends has cancelled the call, if all have a ``version`` and
+        none an ``if_version``.
 
         Args:
             updates: at most 10,000.
@@ -290,8 +289,9 @@ class Client:
             ValueError: if an update has no form on the wire, or all are too large for it.
         """
         message = self._apply_message(updates, durability)
+        limit_s = self._timeout_s(timeout_s)
         try:
-            reply = self._updates.Apply(message, timeout=self._timeout_s(timeout_s))
+            reply = applied(lambda: self._updates.Apply(message, timeout=limit_s), updates)
         except grpc.RpcError as error:
             raise refused_by(error) from None
         return result_from(reply)

@@ -151,6 +151,13 @@ class ReplicasSection(BaseModel):
         description="`spread`: host or zone, which no two copies of a shard share where that is "
         "possible; `labels`: what a host must have to get copies",
     )
+    replace_after_s: float = Field(
+        default=600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="time after which the copies of one of several hosts that Ray has lost are "
+        "started on the others; 0: never",
+    )
 
 
 class AdminSection(BaseModel):

@@ -97,8 +97,11 @@ class Control(BaseModel):
     canary: int = Field(default=0, ge=0, description="served to those who ask for it; 0: none")
     warm: int = Field(default=0, ge=0, description="held to become live quickly; 0: none")
     scaled: Scaled | None = Field(default=None, description="what `scale` did last; none: nothing")
+    routers: int = Field(
+        default=0, ge=0, le=64, description="routers of a machine; 0: as its settings say"
+    )
     host_states: dict[str, HostState] = Field(
-        default={}, description="state of each host that is not up, by name"
+        default={}, description="state of each host that is not as it was listed, by name"
     )
     operations: tuple[Operation, ...] = Field(default=(), description="the newest one last")
 

@@ -127,8 +127,14 @@ class OneMachine:
         )
 
 
-def write_state(store: ControlStore, name: str, state: HostState) -> None:
+def write_state(store: ControlStore, name: str, state: HostState, listed: HostState = "up") -> None:
     """Write the state of a host into a control store.
+
+    Args:
+        store: where it is written.
+        name: of the host.
+        state: that it shall have.
+        listed: that it has as long as nothing is written.
 
     Raises:
         StateError: if it cannot be written.
@@ -136,7 +142,7 @@ def write_state(store: ControlStore, name: str, state: HostState) -> None:
 
     def make(now: Control) -> Control:
         others = {one: was for one, was in now.host_states.items() if one != name}
-        states = others if state == "up" else {**others, name: state}
+        states = others if state == listed else {**others, name: state}
         return now.model_copy(update={"host_states": states})
 
     store.change(make)

@@ -62,7 +62,7 @@ class HostFleet:
 
     def set_state(self, name: str, state: HostState) -> None:
         """Write the state into the control store, which the supervisor reads."""
-        write_state(self._state.control, name, state)
+        write_state(self._state.control, name, state, self._launched.host(name).state)
 
     def await_empty(self, name: str, *, timeout_s: float | None, report: Report) -> None:
         """Wait until the supervisor has moved all, and what was relieved has ended."""

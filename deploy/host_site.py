@@ -20,6 +20,7 @@ from silvershard.deploy.control_store import Control
 from silvershard.deploy.errors import Refused
 from silvershard.deploy.host_places import Beside, HostPlaces, present_in
 from silvershard.deploy.host_router import RouterDir
+from silvershard.deploy.host_state import HostState
 from silvershard.deploy.memory_plan import MemoryPlan
 from silvershard.deploy.placement import Copy, Host
 from silvershard.deploy.pulse import Pulse
@@ -39,7 +40,7 @@ _LOOK_S = 0.5
 _SILENT_S = 5.0
 """A host whose agent has said nothing for so long is shown as such."""
 _NODES_S = 1.0
-_STRAYS_S = 15.0
+_STRAYS_S = 35.0
 """How long what an earlier supervisor left goes on beside the longest deadline: the map may name
 it until everybody has spoken."""
 
@@ -101,6 +102,9 @@ class HostRouters:
         self.address = self.record.address
         found = reports.get(self.record.host)
         self.http = found.http if found is not None else ""
+
+    def follow(self, control: Control) -> None:
+        """Do nothing: which hosts have a router was said when they were started."""
 
     def replace(self) -> None:
         """Let a new process take the place of each, one host after the other."""
@@ -222,7 +226,9 @@ class HostSite:
         self.maps: StateDir = SupervisorDir(state)
         settings = RouterWatch(self.maps, launched.config).settings()
         self.maps.router_file.write_text(settings.model_dump_json(indent=1))
-        self._host_states = control().host_states
+        self._host_states: dict[str, HostState] = dict(control().host_states)
+        """Of those that are not up; who is lost for too long is down."""
+        self._lost_since_s: dict[str, float] = {}
         self.places = HostPlaces(
             store,
             launched,
@@ -307,13 +313,24 @@ class HostSite:
         if wanted != self._wanted:
             self._store.write(self._term, "wanted", wanted)
             self._wanted = wanted
-        self._host_states = self._control().host_states
+        self._host_states = {**self._gone(now_s), **self._control().host_states}
         self.places.flush()
         if now_s >= self._end_strays_s:
             self._end_strays()
         self.reports = self._store.reports()
         self._stager.poll(kept, self.reports)
         self.site_routers.take(self.reports)
+
+    def _gone(self, now_s: float) -> dict[str, HostState]:
+        """Return the hosts that Ray has lost for so long that their copies shall be elsewhere."""
+        up, limit_s = self._actors.addresses(), self.config.replicas.replace_after_s
+        self._lost_since_s = {
+            one.name: self._lost_since_s.get(one.name, now_s)
+            for one in self._launched.hosts
+            if one.address not in up
+        }
+        lost = self._lost_since_s.items()
+        return {name: "down" for name, since_s in lost if limit_s and now_s >= since_s + limit_s}
 
     def _end_strays(self) -> None:
         """End what an earlier supervisor had begun to start or to end."""

@@ -49,7 +49,7 @@ from silvershard.shard.outline import read_outline
 TICK_S = 0.1
 _CENSUS_S = 1.0
 
-_SETTLE_S = 10.0
+_SETTLE_S = 30.0
 """How long a cluster that is adopted waits for everybody to say where they are."""
 
 
@@ -371,6 +371,7 @@ class LocalCluster:
         self._scaling.poll()
         self._rolling.poll()
         self._moving.poll()
+        self._router.follow(self._generations.control)
         self._router.poll()
         self._write_map()
         self._write_record()

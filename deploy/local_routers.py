@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from silvershard.cluster.dialer import PLAIN, Dialer
 from silvershard.deploy.config import Config
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.router_watch import RouterWatch
 from silvershard.deploy.state import RouterPhase, RouterRecord, StateDir
 
@@ -88,6 +89,12 @@ class LocalRouters:
     def start(self) -> None:
         """Start the first one; the others follow on its port."""
         self._routers[0].start()
+
+    def follow(self, control: Control) -> None:
+        """Have as many as the control store says."""
+        number = control.routers or self._config.runtime.routers
+        if number != self._wanted:
+            self.resize(number)
 
     def resize(self, number: int) -> None:
         """Run so many of them; those that are too many end in order."""

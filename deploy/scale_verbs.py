@@ -21,7 +21,7 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
         shared: options that several verbs have.
     """
     state, config, _, timeout = shared
-    text = "give a running cluster another number of shards or of their copies"
+    text = "give a running cluster another number of shards, of their copies or of routers"
     scale = verb("scale", text, _scale, state, config, timeout)
     scale.add_argument("--shards", type=int, metavar="S", dest="to_shards", help="parts")
     scale.add_argument(
@@ -30,6 +30,14 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
     scale.add_argument(
         "--standby", type=int, metavar="N", dest="to_standby", help="further ones, kept warm"
     )
+    scale.set_defaults(wrong_usage=scale.error)
+    scale.add_argument(
+        "--routers",
+        type=int,
+        metavar="N",
+        dest="to_routers",
+        help="router processes of this machine, by itself",
+    )
     text = "restart shard processes, routers and sequencer, one by one, while the cluster serves"
     restart = verb("restart", text, _restart, state, config, timeout)
     for parser in (scale, restart):
@@ -37,10 +45,21 @@ def add_verbs(verb: AddVerb, shared: Parents) -> None:
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from silvershard.deploy import scale
+    from silvershard.deploy import scale, scale_routers
 
     state = state_of(options)
     config = load_settings(options, state).config
+    if options.to_routers is not None:
+        if (options.to_shards, options.to_replicas, options.to_standby) != (None, None, None):
+            options.wrong_usage("--routers is changed by itself: give the other numbers after it")
+        found = scale_routers.scale_routers(
+            state,
+            options.to_routers,
+            dry_run=options.dry_run,
+            timeout_s=options.timeout or config.swap.timeout_s,
+        )
+        show(options, found, lambda: scale_routers.render(found))
+        return ExitCode.OK
     document = scale.scale(
         state,
         config,

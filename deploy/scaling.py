@@ -171,7 +171,7 @@ class Scaling:
             coming = ShardSet(sharding, self._start, self._config.runtime, watch=self._watch)
             hosts, added = ShardHosts(self._connect), range(sharding.copies)
         self._going = _Going(running, coming, added, hosts, now_s + timeout_s)
-        coming.start(added)
+        coming.start(added[:1])
 
     def _advance(self, going: _Going) -> None:
         """Look at the new processes once, and let them take over when that is due."""
@@ -179,6 +179,7 @@ class Scaling:
             going.coming.poll()
             going.hosts.follow(going.coming.watches)
             self._generations.guide(going.hosts)
+        self._start_more(going)
         assert going.operation.scaled is not None
         size, generations = going.operation.scaled.size, self._generations
         reports = generations.reports if going.hosts is None else going.hosts.reports
@@ -211,6 +212,18 @@ class Scaling:
         else:
             doing = "; catches up" if behind else ""
             self._report(going, f"prepared {prepared} of {len(needed)}{doing}")
+
+    def _start_more(self, going: _Going) -> None:
+        """Start a copy more of every shard when the last ones have loaded.
+
+        To load takes processors from those that serve: all of them at once took as much as there
+        was, and requests ran out of time.
+        """
+        coming = going.coming.of(going.added)
+        left = [one for one in going.added if one not in {it.replica for it in coming}]
+        if left and all(one.entry is not None for one in coming):
+            going.coming.start(left[:1])
+            going.give_up_s = self._clock() + self._config.swap.timeout_s
 
     def _behind(self, going: _Going, added: Reports) -> str:
         """Return in words which new process has not applied what the old ones have."""

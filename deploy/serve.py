@@ -125,7 +125,9 @@ def _model_of(snapshot: Path) -> str:
 
 
 def _serve(state: StateDir, launch: Launch, guard_pid: int, ray_dir: str, teller: _Teller) -> None:
-    config = in_force(launch.config, state.control.read().scaled)
+    # How many routers there were is over with them.
+    control = state.control.change(lambda now: now.model_copy(update={"routers": 0}))
+    config = in_force(launch.config, control.scaled)
     teller.tell(Progress(phase="starting Ray"))
     prepare_ray(state.token_file, threads=threads_per_shard(config.sharding))
     # It imports ray, which reads the environment that was just set.

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from silvershard.cluster.dialer import PLAIN, Dials
 from silvershard.cluster.shard_map import ShardMap
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.memory_plan import MemoryPlan
 from silvershard.deploy.places import HerePlaces, Places
 from silvershard.deploy.pulse import Feel, Pulse
@@ -59,6 +60,10 @@ class Routers(Protocol):
 
     def last_words(self) -> str:
         """Return why one has failed."""
+        ...
+
+    def follow(self, control: Control) -> None:
+        """Have as many as the control store says, where that is decided there."""
         ...
 
     @property

@@ -77,6 +77,18 @@ def test_a_host_is_drained_where_the_other_has_room(fleet: HostFleet, idle_state
         change_state(fleet, "b", "maintenance")
 
 
+def test_a_host_that_was_listed_otherwise_can_be_up(fleet: HostFleet, idle_state: StateDir) -> None:
+    made = fleet._launched
+    a, b = made.hosts
+    changed = made.model_copy(update={"hosts": (a, b.model_copy(update={"state": "retired"}))})
+    other = HostFleet(idle_state, fleet._record, fleet._store, changed)
+    other.set_state("b", "up")
+    assert [one.state for one in other.holding().hosts] == ["up", "up"]
+    assert idle_state.control.read().host_states == {"b": "up"}
+    other.set_state("b", "retired")
+    assert idle_state.control.read().host_states == {}
+
+
 def test_a_drain_is_waited_for(fleet: HostFleet, idle_state: StateDir) -> None:
     store, lines = fleet._store, []
     term = store.take_over()

@@ -101,7 +101,7 @@ def test_what_an_earlier_supervisor_had_begun_is_ended_when_no_map_names_it(setu
     site.poll({3})
     # The first settings have one replica only, and the second ones are left of others.
     assert site.places.strays == ["shard-0-1-2", "shard-1-1-4", "shard-0-0-5"]
-    setup.clock.now_s += 16.0
+    setup.clock.now_s += 34.0
     site.poll({3})
     assert setup.ended == []
     setup.clock.now_s += 60.0
@@ -113,6 +113,33 @@ def test_what_an_earlier_supervisor_had_begun_is_ended_when_no_map_names_it(setu
     assert layout is not None
     assert [one.actor for one in layout.copies] == ["shard-0-0-1", "shard-1-0-3"]
     assert setup.ended == ["the second one"]
+
+
+def test_a_host_that_does_not_come_back_counts_as_down(setup: Setup) -> None:
+    def states() -> list[str]:
+        setup.site.poll({3})
+        return [one.state for one in setup.site.places.hosts]
+
+    assert states() == ["up", "up"]
+    setup.up.discard("10.0.0.2")
+    setup.clock.now_s += 1.0
+    assert states() == ["up", "up"]
+    setup.clock.now_s += 599.0
+    assert states() == ["up", "up"]
+    setup.clock.now_s += 1.0
+    assert states() == ["up", "down"]
+    # A host that a person has in maintenance comes back.
+    setup.control = Control(live=3, host_states={"b": "maintenance"})
+    setup.clock.now_s += 1.0
+    assert states() == ["up", "maintenance"]
+    setup.control = Control(live=3)
+    setup.up.add("10.0.0.2")
+    setup.clock.now_s += 1.0
+    assert states() == ["up", "up"]
+    # The time begins anew.
+    setup.up.discard("10.0.0.2")
+    setup.clock.now_s += 1.0
+    assert states() == ["up", "up"]
 
 
 def test_what_scale_left_is_in_force(setup: Setup) -> None:

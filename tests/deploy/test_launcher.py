@@ -52,6 +52,9 @@ class FakeRouter:
     def records(self) -> tuple[RouterRecord, ...]:
         return ()
 
+    def follow(self, control: Any) -> None:
+        pass
+
     def start(self) -> None:
         pass
 
@@ -601,7 +604,7 @@ def test_who_has_not_spoken_in_time_leaves_the_map(
     setup.shards[1].serve(epoch=7)
     setup.cluster.poll()
     assert site.maps == []
-    now_s += 11.0
+    now_s += 31.0
     setup.cluster.poll()
     assert [served(one) for one in site.maps] == [[1]]
     setup.cluster.stop()

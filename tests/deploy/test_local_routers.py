@@ -14,6 +14,7 @@ from silvershard.cluster.client import Client
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.cluster.shard_server import ShardServer
 from silvershard.deploy.config import Config, load
+from silvershard.deploy.control_store import Control
 from silvershard.deploy.local_routers import LocalRouters
 from silvershard.deploy.processes import identify, is_alive
 from silvershard.deploy.router_watch import RouterWatch
@@ -173,6 +174,17 @@ def test_there_are_more_or_fewer_of_them(tmp_path: Path) -> None:
     routers.stop()
     assert made[0].did[-2:] == ["begin_stop", "end_stop"]
     assert made[1].did[-1] == "begin_stop"
+
+
+def test_the_control_store_says_how_many_there_shall_be(tmp_path: Path) -> None:
+    routers, made = serving(tmp_path, 2)
+    routers.follow(Control())
+    assert routers.is_sized
+    routers.follow(Control(routers=3))
+    routers.poll()
+    assert len(made) == 3
+    routers.follow(Control(routers=1))
+    assert [one.did[-1] for one in made] == ["start", "begin_stop", "begin_stop"]
 
 
 @pytest.fixture

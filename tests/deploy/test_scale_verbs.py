@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from silvershard.deploy import restart, scale, verbs
+from silvershard.deploy import restart, scale, scale_routers, verbs
 from silvershard.deploy.errors import ExitCode
 
 
@@ -48,6 +48,25 @@ def test_a_dry_run_as_json(
     said = capsys.readouterr()
     assert json.loads(said.out)["done"] is False
     assert said.err.strip() == "a plan"
+
+
+def test_routers_are_changed_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[int, bool]] = []
+
+    def fake(state: Any, number: int, **given: Any) -> dict[str, Any]:
+        calls.append((number, given["dry_run"]))
+        return {"before": 1, "after": number, "done": True, "seconds": 2.5}
+
+    monkeypatch.setattr(scale_routers, "scale_routers", fake)
+    assert verbs.run(["scale", "--state", str(tmp_path), "--routers", "3"]) == ExitCode.OK
+    assert calls == [(3, False)]
+    assert capsys.readouterr().out.strip() == "scaled from 1 to 3 routers in 2.5 s"
+    with pytest.raises(SystemExit) as ended:
+        verbs.run(["scale", "--state", str(tmp_path), "--routers", "3", "--shards", "2"])
+    assert ended.value.code == ExitCode.USAGE
+    assert "--routers is changed by itself" in capsys.readouterr().err
 
 
 def test_a_restart(

@@ -411,6 +411,15 @@ def test_more_copies_of_the_same_set(setup: Setup) -> None:
     setup.poll(2)
     assert setup.operation(asked).progress == "prepared 2 of 6"
     assert setup.named == cut(2)
+    # They load one copy of every shard after the other, beside those that serve.
+    assert setup.living == cut(2, 2)
+    setup.of(2, 0, 1).serves = True
+    setup.poll(3)
+    assert setup.living == cut(2, 2)
+    setup.of(2, 1, 1).serves = True
+    setup.poll(2)
+    assert setup.living == cut(2, 3)
+    assert setup.operation(asked).progress == "prepared 4 of 6"
     for place in cut(2, 3):
         setup.of(*place).serves = True
     setup.poll(2)
@@ -450,7 +459,7 @@ def test_copies_go_only_if_those_that_stay_serve(state: StateDir) -> None:
 def test_added_copies_end_when_it_is_called_off(setup: Setup) -> None:
     setup.cut = 3
     asked = setup.ask(2, 3)
-    setup.poll(2)
+    setup.poll(3)
     assert setup.operation(asked).progress == "prepared 6 of 6; catches up"
     setup.store.call_off(asked, "a person did")
     setup.poll()

@@ -45,7 +45,8 @@ def reason_to_skip() -> str:
     """Return why there can be no hosts here; empty if there can."""
     if os.geteuid() != 0:
         return "NOT RUN: hosts are made of namespaces, which takes root"
-    missing = [one for one in ("ip", "unshare", "nsenter", "setpriv") if not shutil.which(one)]
+    tools = ("ip", "tc", "unshare", "nsenter", "setpriv")
+    missing = [one for one in tools if not shutil.which(one)]
     if missing:
         return f"NOT RUN: {', '.join(missing)} is missing: apt-get install iproute2 util-linux"
     if shutil.which("redis-server") is None:
@@ -123,6 +124,10 @@ class Box:
     def ip(self, *words: str) -> None:
         """Change the network inside."""
         subprocess.run(["nsenter", f"--target={self.init}", "--net", "ip", *words], check=True)
+
+    def tc(self, *words: str) -> None:
+        """Change how packets leave the network inside."""
+        subprocess.run(["nsenter", f"--target={self.init}", "--net", "tc", *words], check=True)
 
     def run(self, *words: str, timeout_s: float = 300.0) -> "subprocess.CompletedProcess[str]":
         """Run a command inside and wait for it."""
@@ -297,6 +302,20 @@ class Network:
     def heal(self, box: Box) -> None:
         """Take the link of a host up again."""
         self.switch.ip("link", "set", f"p-{box.name}", "up")
+
+    def slow(self, box: Box, rate: str) -> None:
+        """Let so many bits a second through the link of a host, such as ``1mbit``, each way.
+
+        What waits for 0.2 s is lost. Delay by itself takes netem, which not every kernel has.
+        """
+        limit = ("tbf", "rate", rate, "burst", "16kb", "latency", "200ms")
+        self.switch.tc("qdisc", "add", "dev", f"p-{box.name}", "root", *limit)
+        box.tc("qdisc", "add", "dev", "veth0", "root", *limit)
+
+    def fast(self, box: Box) -> None:
+        """Take the limit of a link away."""
+        self.switch.tc("qdisc", "del", "dev", f"p-{box.name}", "root")
+        box.tc("qdisc", "del", "dev", "veth0", "root")
 
     def restart(self, box: Box, address: str) -> None:
         """Boot a host again that was killed."""

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from multihost.conftest import REPLICAS, SHARDS, HostedCluster
+from multihost.conftest import HOSTS, REPLICAS, SHARDS, HostedCluster, answered
 from multihost.hosts import NETWORK, until
 
 from silvershard.model.request import Request
@@ -95,6 +95,60 @@ def test_it_is_scaled_up_and_down_and_no_request_fails(
         whole.wait_whole()
         assert [answers(whole, one) for one in range(3)] == [expected] * 3
     until(lambda: num_processes(whole) == SHARDS * REPLICAS, "the larger set is left")
+
+
+def test_it_is_restarted_in_turn_and_no_request_fails(whole: HostedCluster) -> None:
+    before = {(one["shard"], one["replica"]): one for one in whole.record()["shards"]}
+    with whole.under_load(0, 1, 2):
+        done = whole.cli("restart", "--output", "json", "--timeout", "240")
+        assert done.returncode == 0, done.stderr[-2000:]
+        whole.wait_whole()
+    after = {(one["shard"], one["replica"]): one for one in whole.record()["shards"]}
+    assert json.loads(done.stdout)["processes"] == len(after) == SHARDS * REPLICAS
+    for key, one in after.items():
+        assert one["host"] == before[key]["host"]
+        assert one["epoch"] > before[key]["epoch"]
+    assert num_processes(whole) == SHARDS * REPLICAS
+
+
+def test_a_host_hands_over_what_it_holds_and_gets_its_share_back(whole: HostedCluster) -> None:
+    before = copies_of(whole)
+    assert any(one["h1"] for one in before.values())
+    listed = json.loads(whole.cli("node", "list", "--output", "json").stdout)["hosts"]
+    assert [one["host"] for one in listed] == [one["name"] for one in HOSTS]
+    assert sum(one["copies"] for one in listed) == SHARDS * REPLICAS
+    with whole.under_load(0, 1, 2):
+        done = whole.cli("drain", "h1", "--output", "json", "--timeout", "240")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert whole.hosts[1].named("ray::ShardActor") == []
+        whole.wait_whole()
+    assert not any(one["h1"] for one in copies_of(whole).values())
+    assert {max(one.values()) for one in copies_of(whole).values()} == {1}
+    assert {one["address"].split(":")[0] for one in whole.map(1)["entries"]} == {
+        one["address"] for one in HOSTS if one["name"] != "h1"
+    }
+    # What a further one would cost is said before it is done.
+    done = whole.cli("drain", "h0", "--dry-run")
+    assert "2 copies of shard 0 share host h2" in done.stdout
+    with whole.under_load(0, 1, 2):
+        assert whole.cli("undrain", "h1").returncode == 0
+        until(lambda: any(one["h1"] for one in copies_of(whole).values()), "nothing came back")
+        until(lambda: num_processes(whole) == SHARDS * REPLICAS, "first processes are left")
+        whole.wait_whole()
+    assert {max(one.values()) for one in copies_of(whole).values()} == {1}
+
+
+def test_no_request_fails_while_a_link_is_slow(whole: HostedCluster) -> None:
+    box = whole.hosts[2]
+    assert box.named("ray::ShardActor")
+    with whole.under_load(0, 1) as history:
+        whole.network.slow(box, "1mbit")
+        try:
+            before = answered(history)[0]
+            until(lambda: answered(history)[0] >= before + 100, "the load is not answered")
+        finally:
+            whole.network.fast(box)
+        whole.wait_whole()
 
 
 def test_down_ends_everything_of_ours_and_nothing_else(whole: HostedCluster) -> None:

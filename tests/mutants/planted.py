@@ -68,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "cluster/rounds.py",
         "            whole = coverage.shards_failed == 0\n",
         "            whole = coverage.shards_full > 0\n",
-        HISTORY,
+        "tests/cluster/test_rounds.py::test_exhausted_is_said_only_when_every_shard_answered",
     ),
     bug(
         "an answer below its minimum is given all the same",
@@ -89,14 +89,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "cluster/freshness.py",
         "    cut = [min(positions) for positions in zip(",
         "    cut = [max(positions) for positions in zip(",
-        HISTORY,
+        "tests/cluster/test_freshness.py"
+        "::test_an_answer_is_as_fresh_as_its_slowest_shard_in_every_partition",
     ),
     bug(
         "a token is met by the position before it",
         "cluster/freshness.py",
         "seen.cut[token.partition] < token.position:",
         "seen.cut[token.partition] < token.position - 1:",
-        HISTORY,
+        "tests/cluster/test_freshness.py::test_a_demand_is_met_by_every_position_and_the_staleness",
     ),
     bug(
         "a replica that is behind answers who demands more",
@@ -120,7 +121,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "model/retriever.py",
         "    ordered = ordered.masked_fill(repeated | (ordered != later), -1)\n",
         "    ordered = ordered.masked_fill(ordered != later, -1)\n",
-        HISTORY,
+        "tests/model/test_retriever.py::test_heads_are_united_or_intersected_without_duplicates",
     ),
     bug(
         "a result has the payload of another shard",
@@ -152,7 +153,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if found is not None and found.serves:\n            return found\n",
         "        if found is not None and found.serves:\n            return found\n"
         "        if self.served:\n            return self.served[-1]\n",
-        HISTORY,
+        "tests/cluster/test_hosting.py::test_a_generation_is_let_go_of_and_its_follower_ends",
     ),
     bug(
         "a generation serves before it has caught up",
@@ -332,7 +333,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        return len(found) == len(missing)\n",
         "        return True\n",
         "tests/cluster/test_rounds.py"
-        "::test_a_shard_that_came_back_in_between_runs_both_rounds_again",
+        "::test_an_answer_of_a_replica_that_took_over_is_of_its_cut_alone",
     ),
     # What takes chance to happen.
     bug(
