@@ -18,7 +18,7 @@ TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gp
 COMPILER := $(shell command -v $${CXX:-g++})
 # The tests of these folders have a target each; `test` and `test-slow` share all others.
 APART := $(addprefix --ignore tests/,crash multihost mutants simulation)
-RUN_TESTS = $(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope $(APART)
+RUN_TESTS = $(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(APART)
 PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
