@@ -41,7 +41,7 @@ GUARDS: tuple[Mutant, ...] = (
         "cluster/security.py",
         "Door(server_credentials(section.tls), bool(section.tokens)",
         "Door(None, bool(section.tokens)",
-        f"{_SECURITY}::test_each_call_needs_its_role",
+        f"{_SECURITY}::test_ports_that_others_can_reach_need_tls_and_who_calls_known",
     ),
     bug(
         "every certificate of a client is believed",
