@@ -33,6 +33,9 @@ CLIENT_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 256 * MEBIBYTE),
     ("grpc.max_metadata_size", 64 << 10),
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    # A router that comes back is found within a second; by default gRPC waits up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 """Of the channel of a client."""
 
