@@ -4,6 +4,8 @@ SHELL := /bin/bash
 export PYTHONSAFEPATH = 1
 # Threads of torch that wait for each other must not spin on cores that others use.
 export OMP_WAIT_POLICY = PASSIVE
+# Whoever waits for messages reads them, as in every process of the product.
+export GRPC_EXPERIMENTS = -event_engine_client,-event_engine_listener
 # Tests start hundreds of processes; each would compile all modules again, and pytest all tests.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -1,12 +1,13 @@
 """Measures what a cluster adds to its shards, and what users notice when parts of it fail.
 
 Usage: ``python -P benchmarks/cluster.py [--quick]``. A router of the product and shard processes
-that sleep instead of computing (``sleeping_shard.py``) run on this machine; an open-loop generator
-asks them from a process of its own, pinned to the last core where its own core matters, with the
-cluster on the others. The gate: every full answer, also those during faults, holds exactly the
-items that the merge of all shards must give. A request counts as failed if it has no answer within
-2 s of when it was due, or less than full coverage while a replica of every shard lives. The last
-line printed is one JSON object.
+that sleep instead of computing (``sleeping_shard.py``) run on this machine, and beside the first
+row what gRPC alone takes for the same messages (``echo_cluster.py``). An open-loop generator asks
+them from a process of its own, pinned to the last core where its own core matters, with the cluster
+on the others. The gate: every full answer, also those during faults, holds exactly the items that
+the merge of all shards must give. A request counts as failed if it has no answer within 2 s of when
+it was due, or less than full coverage while a replica of every shard lives. The last line printed
+is one JSON object.
 """
 
 import argparse
@@ -33,7 +34,10 @@ if "benchmarks" not in sys.modules:
     _PACKAGE.__path__ = [str(_HERE)]
     sys.modules["benchmarks"] = _PACKAGE
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from silvershard.deploy.cli import ENVIRONMENT  # noqa: E402
+
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 from benchmarks.mixture import progress  # noqa: E402
 from silvershard.cluster.arrivals import Stretch  # noqa: E402
@@ -69,12 +73,15 @@ class Row:
     key: str
     title: str
     unit: str
-    goal: float
+    goal: float | None
+    """None: it is there to be compared with."""
     at_least: bool = False
     """Whether the goal is a lower bound."""
 
-    def holds(self, value: float | None) -> bool:
-        """Return whether a figure reaches the goal."""
+    def holds(self, value: float | None) -> bool | None:
+        """Return whether a figure reaches the goal; None if it has none."""
+        if self.goal is None:
+            return None
         if value is None:
             return False
         return value >= self.goal if self.at_least else value <= self.goal
@@ -82,6 +89,7 @@ class Row:
 
 ROWS = (
     Row("overhead_p50_ms", "overhead of all rounds, 4 shards, 100 items, p50", "ms", 2.0),
+    Row("echo_p50_ms", "the same messages through gRPC alone, p50", "ms", None),
     Row("killed_failed", "shard killed, 2 replicas: failed requests", "", 0),
     Row("killed_recovery_s", "the same: until p99 is normal", "s", 1.0),
     Row("hung_ratio", "shard hangs, 2 replicas: p99 of the first second / normal", "x", 3.0),
@@ -105,6 +113,13 @@ class Service:
         return (self.encode_us + self.open_us + self.close_us) / 1e6
 
 
+def expected_answers(ann_k: int) -> list[list[int]]:
+    """Return what each request must be answered with."""
+    from benchmarks.sleeping_shard import expected
+
+    return [expected(number, ann_k, K) for number in range(REQUESTS)]
+
+
 class Running:
     """A cluster of sleeping shards behind a router."""
 
@@ -122,7 +137,7 @@ class Running:
 
     def target(self, service: Service, ann_k: int) -> tuple[Target, list[list[int]]]:
         """Return requests of that service time, and what each must be answered with."""
-        from benchmarks.sleeping_shard import expected, request_features
+        from benchmarks.sleeping_shard import request_features
 
         def queries() -> Iterator[tuple[Query, dict[str, Any]]]:
             for number in range(REQUESTS):
@@ -131,8 +146,7 @@ class Running:
                 yield Query(features=features, k=K, ann_k=ann_k, return_task_scores=False), {}
 
         made = prepare("sleeping shards", queries())
-        answers = [expected(number, ann_k, K) for number in range(REQUESTS)]
-        return Target((self.address,), made.messages, made.described), answers
+        return Target((self.address,), made.messages, made.described), expected_answers(ann_k)
 
 
 @contextlib.contextmanager
@@ -146,6 +160,65 @@ def confined(cpus: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+class Processes:
+    """Processes of ours, which have one thread for tensors."""
+
+    def __init__(self) -> None:
+        self.all: list[subprocess.Popen[str]] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the numbers of all that were started."""
+        return [one.pid for one in self.all]
+
+    def start(self, *command: str) -> "subprocess.Popen[str]":
+        """Start one, whose output can be read."""
+        self.all.append(
+            subprocess.Popen(
+                [sys.executable, "-P", *command],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        )
+        return self.all[-1]
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Processes]:
+    """Yield what starts processes, and end them all."""
+    running = Processes()
+    try:
+        yield running
+    finally:
+        for process in running.all:
+            # One that was stopped does not end otherwise.
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        for process in running.all:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def first_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """Return what a process says of itself when it serves.
+
+    Raises:
+        RuntimeError: if it ended before.
+    """
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
 @contextlib.contextmanager
 def cluster(
     folder: Path, snapshot: Path, num_shards: int, replicas: int, cpus: set[int]
@@ -153,33 +226,11 @@ def cluster(
     """Run shard processes and a router on some processors."""
     places = [(shard, replica) for shard in range(num_shards) for replica in range(replicas)]
     script = str(_HERE / "sleeping_shard.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running: list[subprocess.Popen[str]] = []
-
-    def start(*command: str) -> "subprocess.Popen[str]":
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-P", *command],
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-        )
-        return running[-1]
-
-    def first_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{process.args} ended with {process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    try:
-        parent = str(os.getpid())
+    parent = str(os.getpid())
+    with processes() as running:
         with confined(cpus):
             shards = {
-                (shard, replica): start(
+                (shard, replica): running.start(
                     script, str(snapshot), str(shard), str(num_shards), str(replica), parent
                 )
                 for shard, replica in places
@@ -198,24 +249,24 @@ def cluster(
             router = RouterConfig(map_path=str(map_path), listen=listen, drain_s=0)
             config.write_text(router.model_dump_json())
             module = "silvershard.deploy.router_process"
-            process = start("-m", module, "--config", str(config), "--parent", parent)
+            process = running.start("-m", module, "--config", str(config), "--parent", parent)
             address = str(first_line(process)["address"])
         with Client(address) as client:
             client.wait_until_ready(_PATIENCE_S)
-        yield Running(address, shards, [one.pid for one in running])
-    finally:
-        for process in running:
-            # One that was stopped does not end otherwise.
-            process.send_signal(signal.SIGCONT)
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+        yield Running(address, shards, running.pids)
+
+
+@contextlib.contextmanager
+def echo(folder: Path, num_shards: int, ann_k: int, cpus: set[int]) -> Iterator[Running]:
+    """Run processes that send the messages of a cluster through gRPC, and do nothing else."""
+    script, parent = str(_HERE / "echo_cluster.py"), str(os.getpid())
+    answers = folder / "answers.json"
+    answers.write_text(json.dumps(expected_answers(ann_k)))
+    with processes() as running, confined(cpus):
+        shards = [running.start(script, "shard", parent) for _ in range(num_shards)]
+        addresses = [first_line(process)["address"] for process in shards]
+        front = running.start(script, "front", parent, str(answers), *addresses)
+        yield Running(str(first_line(front)["address"]), {}, running.pids)
 
 
 def busy_s() -> float:
@@ -365,14 +416,14 @@ def measure_overhead(bench: Bench, service: Service, rate: float, seconds: float
         raise RuntimeError(f"{sum(map(failed, lines))} of {len(lines)} requests failed")
     over = {
         name: (percentile(points, share, 0, seconds) - service.total_s) * 1e3
-        for name, share in (("overhead_p50_ms", 0.5), ("overhead_p99_ms", 0.99))
+        for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99))
     }
     return {
         **over,
-        "overhead_service_ms": service.total_s * 1e3,
-        "overhead_rate": rate,
-        "overhead_other_cores": round(bench.other_cores, 2),
-        "overhead_lag_p50_ms": (report.total.lag.quantile(0.5) or 0.0) * 1e3,
+        "service_ms": service.total_s * 1e3,
+        "rate": rate,
+        "other_cores": round(bench.other_cores, 2),
+        "lag_p50_ms": (report.total.lag.quantile(0.5) or 0.0) * 1e3,
         "warnings": bench.doubts(report),
     }
 
@@ -479,7 +530,7 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
         warnings[row] = figures.pop("warnings")
         found.update(figures)
 
-    def note_fault(row: str, figures: dict[str, Any]) -> None:
+    def note_all(row: str, figures: dict[str, Any]) -> None:
         warnings[row] = figures.pop("warnings")
         found.update({f"{row}_{name}": value for name, value in figures.items()})
 
@@ -487,7 +538,11 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
         progress("overhead")
         bench = Bench(folder, running, ann_k, None)
         service = Service(encode_us=1000, open_us=3000, close_us=3000)
-        note("overhead", measure_overhead(bench, service, 20, 10 if quick else 30))
+        note_all("overhead", measure_overhead(bench, service, 20, 10 if quick else 30))
+    with echo(folder, 4, ann_k, everywhere) as running:
+        progress("the same messages alone")
+        bench = Bench(folder, running, ann_k, None)
+        note_all("echo", measure_overhead(bench, Service(0, 0, 0), 20, 10 if quick else 30))
     service = Service(encode_us=0, open_us=2000, close_us=2000)
     before_s, after_s = (5.0, 5.0) if quick else (10.0, 10.0)
     with cluster(folder, snapshot, 2, 2, everywhere) as running:
@@ -497,11 +552,11 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
         figures = measure_fault(
             bench, service, 40, before_s, after_s, lambda: hung.send_signal(signal.SIGSTOP)
         )
-        note_fault("hung", figures)
+        note_all("hung", figures)
         hung.send_signal(signal.SIGCONT)
         progress("a shard is killed")
         killed = running.shards[0, 0]
-        note_fault("killed", measure_fault(bench, service, 40, before_s, after_s, killed.kill))
+        note_all("killed", measure_fault(bench, service, 40, before_s, after_s, killed.kill))
     with cluster(folder, snapshot, 2, 1, elsewhere) as running:
         progress("overload")
         bench = Bench(folder, running, ann_k, pin)
@@ -518,10 +573,13 @@ def report_rows(found: dict[str, Any], emit: Callable[[str], None] = print) -> N
     """Print the figures beside their goals."""
     for row in ROWS:
         value = found[row.key]
-        held = "held" if row.holds(value) else "missed"
         shown = "none" if value is None else f"{value:.3f}"
-        bound = "at least" if row.at_least else "at most"
-        emit(f"{row.title:64} {shown:>9} {row.unit:2} goal {bound} {row.goal:g}: {held}")
+        line = f"{row.title:64} {shown:>9} {row.unit:2}"
+        if row.goal is not None:
+            bound = "at least" if row.at_least else "at most"
+            held = "held" if row.holds(value) else "missed"
+            line += f" goal {bound} {row.goal:g}: {held}"
+        emit(line.rstrip())
     for row_name, said in found["warnings"].items():
         for one in said:
             emit(f"WARNING: {row_name}: {one}")

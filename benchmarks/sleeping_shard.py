@@ -6,7 +6,8 @@ product; only what a model would compute is replaced by a rule, so that everybod
 merge of all shards must be.
 
 A request is four ids of the user feature ``visited``: its number, and the microseconds that
-encoding, round one and round two take of a shard. A batch takes the sum of those of its requests.
+encoding, round one and round two take of a shard, what stands in for the model included. A batch
+takes the sum of those of its requests.
 
 Shapes: B requests, H heads, D embedding dimension, R candidates, K results, J candidates that all
 shards together hold for a request.
@@ -77,32 +78,35 @@ class SleepingExecutor:
 
     def encode(self, features: Sequence[Mapping[str, Any]]) -> Encoded:
         """Return embeddings that carry the four ids of each request."""
+        began_s = time.perf_counter()
         ids = torch.tensor([list(one["visited"]) for one in features], dtype=torch.float32)
         embedding = torch.zeros(len(features), 1, self.spec.dim)
         embedding[:, 0, : ids.shape[1]] = ids
-        _sleep(ids[:, 1])
-        return Encoded(embedding, torch.zeros(len(features), 1), ((),) * len(features))
+        found = Encoded(embedding, torch.zeros(len(features), 1), ((),) * len(features))
+        _sleep(ids[:, 1], began_s)
+        return found
 
     def open(
         self, key: str, work: Work, expires_at_s: float, proceed: Proceed = always
     ) -> RoundOne:
         """Return the best candidates of each request, in the order of their places."""
+        began_s = time.perf_counter()
         proceed("ann")
         places = self._places[: int(work.ann_k.max())]
         item_ids = work.embedding[:, :, :1].long() * CANDIDATES + places  # (B, H, R)
         scores = (-places).float().expand(item_ids.shape).contiguous()
         self._open[key] = (work, scores, item_ids)
-        spent_us = _sleep(work.embedding[:, 0, 2])
         batch = len(work.k)
-        return RoundOne(
+        found = RoundOne(
             scores=scores,
             item_ids=item_ids,
             probed=torch.full((batch,), len(places)),
             eligible=torch.full((batch,), len(places)),
             semantic_scores=torch.zeros(batch, 0),
             semantic_item_ids=torch.zeros(batch, 0, dtype=torch.int64),
-            times={"ann": spent_us},
+            times={},
         )
+        return found._replace(times={"ann": _sleep(work.embedding[:, 0, 2], began_s)})
 
     def close(self, key: str, cutoffs: Cutoffs, proceed: Proceed = always) -> RoundTwo:
         """Return what passes the cut, ordered by value.
@@ -110,6 +114,7 @@ class SleepingExecutor:
         Raises:
             CandidatesExpired: if ``key`` is not open.
         """
+        began_s = time.perf_counter()
         if key not in self._open:
             raise CandidatesExpired(key)
         proceed("rerank")
@@ -118,19 +123,19 @@ class SleepingExecutor:
         values = (item_ids[:, 0] * _STRIDE % CANDIDATES).float().masked_fill(~kept, float("-inf"))
         width = min(int(work.k.max()), values.shape[1])
         best = values.topk(width, dim=1)
-        found = best.values > float("-inf")
-        spent_us = _sleep(work.embedding[:, 0, 3])
+        empty = best.values == float("-inf")
         batch = len(work.k)
-        return RoundTwo(
-            item_ids=item_ids[:, 0].gather(1, best.indices).masked_fill(~found, -1),
+        found = RoundTwo(
+            item_ids=item_ids[:, 0].gather(1, best.indices).masked_fill(empty, -1),
             values=best.values,
             refined=best.values,
             tasks=torch.zeros(batch, width, len(self.spec.item_schema.tasks)),
             kept=kept.sum(1),
             semantic_kept=torch.zeros(batch, dtype=torch.int64),
             reranked=kept.sum(1),
-            times={"rerank": spent_us},
+            times={},
         )
+        return found._replace(times={"rerank": _sleep(work.embedding[:, 0, 3], began_s)})
 
     def is_open(self, key: str) -> bool:
         """Return whether a query has candidates open."""
@@ -141,12 +146,11 @@ class SleepingExecutor:
         self._open.pop(key, None)
 
 
-def _sleep(micros: Tensor) -> int:
-    """Sleep as long as all requests of a batch take; return the microseconds that it took."""
-    began_s = time.perf_counter()
-    wanted_s = float(micros.sum()) / 1e6
-    if wanted_s:
-        time.sleep(wanted_s)
+def _sleep(micros: Tensor, began_s: float) -> int:
+    """Sleep until all requests of a batch have taken their time; return the microseconds spent."""
+    left_s = began_s + float(micros.sum()) / 1e6 - time.perf_counter()
+    if left_s > 0:
+        time.sleep(left_s)
     return int((time.perf_counter() - began_s) * 1e6)
 
 

@@ -207,22 +207,25 @@ class Fanout:
         Raises:
             RetrievalError: one of the losses, if there is none.
         """
-        found: list[ShardLink] = []
+        asked = {link.shard for link in tried}
+        best: ShardLink | None = None
+        best_rank = Standing.HUNG, True
         failure: RetrievalError = ShardUnavailable(ANY_SHARD, "there is no shard")
         for shard in order:
             try:
-                found.append(self.choose(shard, tried, hedge=hedge))
+                link = self.choose(shard, tried, hedge=hedge)
             except LOSSES as error:
                 failure = error
-        if not found:
-            raise failure
-        asked = {link.shard for link in tried}
-
-        def rank(link: ShardLink) -> tuple[int, bool]:
+                continue
             standing = self.choice.standing(link)
-            return Standing.HUNG if standing is None else standing, link.shard in asked
-
-        return min(found, key=rank)
+            rank = Standing.HUNG if standing is None else standing, shard in asked
+            if best is None or rank < best_rank:
+                best, best_rank = link, rank
+            if best_rank == (Standing.WELL, False):
+                break
+        if best is None:
+            raise failure
+        return best
 
     async def ask(
         self,

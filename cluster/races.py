@@ -130,6 +130,9 @@ class Races(Generic[T]):
         self._done: deque[tuple[Race[T], asyncio.Future[T]]] = deque()
         """Calls that have ended since anybody looked."""
         self._waker: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = math.inf
+        """Reading of the clock at which it wakes whoever waits."""
 
     def start(self, race: Race[T]) -> None:
         """Ask the first replica."""
@@ -152,7 +155,7 @@ class Races(Generic[T]):
         """Wait until a race ends or a hedge is due, at most until a reading of the clock."""
         wake_s = min([until_s, *(race.hedge_at_s for race in self.open)])
         if not self._done:
-            await self._sleep(max(wake_s - self._clock(), 0.0))
+            await self._sleep(wake_s)
         while self._done:
             race, task = self._done.popleft()
             # Those that were given up meanwhile are in no race any more.
@@ -164,15 +167,28 @@ class Races(Generic[T]):
             if race.hedge_at_s <= due_s:
                 self._hedge(race)
 
-    async def _sleep(self, most_s: float) -> None:
-        """Wait until a call ends, at most that long."""
+    async def _sleep(self, until_s: float) -> None:
+        """Wait until a call ends, at most until a reading of the clock.
+
+        A timer that is set for earlier is left as it is: most calls end before any, and to wake for
+        nothing costs less than to set one for each wait.
+        """
         loop = asyncio.get_running_loop()
         self._waker = loop.create_future()
-        timer = loop.call_later(most_s, self._wake)
-        try:
-            await self._waker
-        finally:
-            timer.cancel()
+        if until_s < self._timer_s:
+            self._stop_timer()
+            self._timer = loop.call_later(max(until_s - self._clock(), 0.0), self._ring)
+            self._timer_s = until_s
+        await self._waker
+
+    def _ring(self) -> None:
+        self._timer, self._timer_s = None, math.inf
+        self._wake()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._timer_s = None, math.inf
 
     def _wake(self) -> None:
         if self._waker is not None and not self._waker.done():
@@ -192,6 +208,7 @@ class Races(Generic[T]):
 
     async def close(self) -> None:
         """Cancel what is on its way and wait until it has ended; nothing is learned from it."""
+        self._stop_timer()
         for race in self.open:
             for task, attempt in race.running.items():
                 self._choice.abandoned(attempt.call)

@@ -229,7 +229,12 @@ class ReplicaChoice:
             proven: as for ``standing``.
         """
         ejected: Collection[ShardLink] = ()
-        if most := self._num_ejectable(replicas):
+        most = self._num_ejectable(replicas)
+        if not most and len(left) == 1:
+            # Nobody else is to be compared with it.
+            (link,) = left
+            return None if self.standing(link, proven=proven) is None else link
+        if most:
             self._set_outliers_aside(replicas, most)
             bad = [link for link in replicas if self._is_bad(link)]
             ejected = sorted(bad, key=self._badness, reverse=True)[:most]

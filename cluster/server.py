@@ -199,19 +199,21 @@ class RetrievalService:
                 asked.setdefault(serving.coordinator.spec.generation, []).append((at, query))
             except (RequestError, RetrievalError) as error:
                 fates[at] = error
-        answered = await asyncio.gather(
-            *(
-                self._batcher.submit(
-                    [query for _, query in queries], offer.generations[number].coordinator.answer
-                )
-                for number, queries in asked.items()
-            ),
-            return_exceptions=True,
-        )
+        works = [
+            self._batcher.submit(
+                [query for _, query in queries], offer.generations[number].coordinator.answer
+            )
+            for number, queries in asked.items()
+        ]
+        answered: Sequence[list[Fate] | BaseException]
+        if len(works) == 1:
+            answered = [await works[0]]
+        else:
+            answered = await asyncio.gather(*works, return_exceptions=True)
         for (number, queries), found in zip(asked.items(), answered, strict=True):
             if isinstance(found, BaseException):
                 # Nothing was executed of what the queue had no room for.
-                if len(asked) == 1 or not isinstance(found, Overloaded):
+                if not isinstance(found, Overloaded):
                     raise found
                 found = [found] * len(queries)
             coordinator = offer.generations[number].coordinator

@@ -7,12 +7,12 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
-from silvershard.cluster import shard_pb2, shard_pb2_grpc
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, wire
 from silvershard.cluster.codec import Refusal, code_name
 from silvershard.cluster.config import PingSection
 from silvershard.cluster.dialer import PLAIN, Dials
@@ -20,6 +20,7 @@ from silvershard.cluster.faults import Faults
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
 from silvershard.cluster.hosting import seen_from
 from silvershard.cluster.listen import LINK_OPTIONS
+from silvershard.cluster.races import SOON_S
 from silvershard.cluster.shard_link import LinkState
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.cluster.stream_link import RECONNECT_S, Connection, StreamLink
@@ -36,6 +37,17 @@ from silvershard.shard.errors import (
 _log = logging.getLogger(__name__)
 
 _Reply = asyncio.Future[shard_pb2.ShardReply]
+
+
+class _Limit(NamedTuple):
+    """How long a call may wait for its reply."""
+
+    waiting: _Reply
+    until_s: float
+    """Reading of the clock of the event loop."""
+    waited_s: float
+    """From its begin."""
+
 
 # Far more than the calls that batches have on their way to one process: it has stopped reading.
 _MAX_UNSENT = 1024
@@ -71,6 +83,10 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         self._released: list[str] = []
         """What the shard is still to be told that nobody waits for."""
         self._release_timer: asyncio.TimerHandle | None = None
+        self._limits: dict[int, _Limit] = {}
+        """Of the calls that wait for a reply."""
+        self._limit_timer: asyncio.TimerHandle | None = None
+        """Set for the first of them to be over, or for earlier."""
 
     @property
     def state(self) -> LinkState:
@@ -134,7 +150,8 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         """
         shard, connection = self.entry.shard, self._connection
         if connection is None:
-            raise ShardUnavailable(shard, f"no connection to {self.entry.address}")
+            why = f": {self.refusal}" if self.refusal else ""
+            raise ShardUnavailable(shard, f"no connection to {self.entry.address}{why}")
         if self._fenced:
             raise ShardUnavailable(shard, f"epoch {self.entry.epoch} is fenced by a newer one")
         if len(connection.outgoing) >= _MAX_UNSENT:
@@ -142,7 +159,8 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         call_id = self._addressed(call, generation, remaining_s).call_id
         loop = asyncio.get_running_loop()
         future: _Reply = loop.create_future()
-        timer = loop.call_later(remaining_s, self._expire, future, remaining_s)
+        self._limits[call_id] = _Limit(future, loop.time() + remaining_s, remaining_s)
+        self._watch_limit(self._limits[call_id])
         if self._lost():
             connection.pending[call_id] = future
         else:
@@ -153,7 +171,7 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
             self._send(shard_pb2.ShardCall(cancel=call_id))
             raise
         finally:
-            timer.cancel()
+            del self._limits[call_id]
             connection.pending.pop(call_id, None)
         self._check(reply, call.key, generation)
         return reply
@@ -199,6 +217,9 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         where = f"{reply.field}: " if reply.field else ""
         raise ShardUnavailable(shard, f"{code}: {where}{reply.message}")
 
+    def _refusal(self, metadata: Any) -> str:
+        return wire.refusal(metadata)
+
     def _open(self, channel: grpc.aio.Channel) -> Any:
         return shard_pb2_grpc.ShardStub(channel).Execute()
 
@@ -221,10 +242,32 @@ class ShardConnection(StreamLink[shard_pb2.ShardCall, shard_pb2.ShardReply, _Rep
         if not waiting.done():
             waiting.set_exception(ShardUnavailable(self.entry.shard, message))
 
-    def _expire(self, waiting: _Reply, waited_s: float) -> None:
-        if not waiting.done():
-            message = f"shard {self.entry.shard} did not answer within {waited_s:.3f} s"
-            waiting.set_exception(DeadlineExceeded(message))
+    def _watch_limit(self, limit: _Limit) -> None:
+        """Look at the limits again when this one is over.
+
+        One timer for all calls: nearly all of them end long before.
+        """
+        timer = self._limit_timer
+        if timer is not None:
+            if timer.when() <= limit.until_s:
+                return
+            timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._limit_timer = loop.call_at(limit.until_s, self._expire)
+
+    def _expire(self) -> None:
+        """Fail the calls whose time is over."""
+        self._limit_timer = None
+        now_s = asyncio.get_running_loop().time() + SOON_S
+        left = [limit for limit in self._limits.values() if not limit.waiting.done()]
+        for limit in left:
+            if limit.until_s <= now_s:
+                shard, waited_s = self.entry.shard, limit.waited_s
+                message = f"shard {shard} did not answer within {waited_s:.3f} s"
+                limit.waiting.set_exception(DeadlineExceeded(message))
+        left = [limit for limit in left if limit.until_s > now_s]
+        if left:
+            self._watch_limit(min(left, key=lambda limit: limit.until_s))
 
     async def _watch(self) -> None:
         """Ping on a channel of its own, so that a large answer never delays a sign of life."""

@@ -15,7 +15,7 @@ import grpc.aio
 from google.rpc import code_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors, wire
 from silvershard.cluster.codec import values_from
 from silvershard.cluster.faults import Faults
 from silvershard.cluster.hosting import Hosted, Hosting, Load, Loaded, Spawn, seen_to, spawn
@@ -212,8 +212,8 @@ class ShardServer:
     async def execute(self, context: grpc.aio.ServicerContext) -> None:
         """Serve one router until it goes away; then give up everything it has open."""
         stream = _Stream()
-        # Tells the router that it is connected, before there is anything to answer.
-        await context.send_initial_metadata(())
+        # Tells the router that it is connected, and to whom, before there is anything to answer.
+        await context.send_initial_metadata(wire.METADATA)
         writer = asyncio.create_task(self._write(stream, context))
         try:
             while True:

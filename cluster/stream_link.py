@@ -82,6 +82,8 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
         self._misses = 0
         self._heard = False
         self._tasks: list[asyncio.Task[None]] = []
+        self.refusal = ""
+        """Why nothing is asked of the server, which is there; empty if it may be asked."""
 
     @property
     def hung(self) -> bool:
@@ -122,6 +124,10 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
     def _fail(self, waiting: Waiting, message: str) -> None:
         """Tell whoever waits that there will be no reply."""
 
+    def _refusal(self, metadata: Any) -> str:
+        """Return why nothing is asked of a server, by its first metadata; empty if it may be."""
+        return ""
+
     @abstractmethod
     async def _watch(self) -> None:
         """Look for signs of life for ever, and count each look by ``_count_look``."""
@@ -150,14 +156,20 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
             while True:
                 connection: Connection[Call, Waiting] = self._connection or Connection()
                 stream = self._open(channel)
-                writer = asyncio.create_task(self._write(stream, connection))
+                writer: asyncio.Task[None] | None = None
                 try:
-                    await stream.initial_metadata()
-                    if not stream.done():
-                        self._connection, self._connected = connection, True
-                    async for reply in stream:
-                        self._receive(connection, reply)
-                    message = "the shard ended the connection"
+                    metadata = await stream.initial_metadata()
+                    refusal = "" if stream.done() else self._refusal(metadata)
+                    self._log_refusal(refusal)
+                    if refusal:
+                        message = refusal
+                    else:
+                        message = "the shard ended the connection"
+                        if not stream.done():
+                            self._connection, self._connected = connection, True
+                            writer = asyncio.create_task(self._write(stream, connection))
+                        async for reply in stream:
+                            self._receive(connection, reply)
                 except grpc.aio.AioRpcError as error:
                     message = f"{error.code().name}: {error.details()}"
                 except asyncio.CancelledError:
@@ -169,10 +181,16 @@ class StreamLink(ABC, Generic[Call, Reply, Waiting]):
                     message = f"malformed answer: {error}"
                     _log.error("%s at %s: %s", self._name, self._address, message)
                 finally:
-                    writer.cancel()
+                    if writer is not None:
+                        writer.cancel()
                     stream.cancel()
                 self._lose(message)
                 await asyncio.sleep(RECONNECT_S)
+
+    def _log_refusal(self, refusal: str) -> None:
+        if refusal and refusal != self.refusal:
+            _log.error("%s at %s is not asked: %s", self._name, self._address, refusal)
+        self.refusal = refusal
 
     async def _write(
         self, stream: grpc.aio.StreamStreamCall, connection: Connection[Call, Waiting]

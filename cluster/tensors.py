@@ -8,9 +8,9 @@ are asked for, one more, K results, T tasks.
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "i64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+T = TypeVar("T")
 
 _SIZE = re.compile("[0-9]{1,9}")
 _ALIGNMENT = 8
@@ -181,9 +183,30 @@ def _check_form(
             raise TensorError(f"tensor {name!r}: dimension {dim} must be {wanted}, got {size}")
 
 
+class _Newest(Generic[T]):
+    """Makes messages, and one only for whoever is sent the same as the one before.
+
+    All shards get the work of a batch, and its cutoffs, right one after the other.
+    """
+
+    def __init__(self, make: Callable[[T], shard_pb2.TensorMap]) -> None:
+        self._make = make
+        self._newest: tuple[T, shard_pb2.TensorMap] | None = None
+
+    def __call__(self, found: T) -> shard_pb2.TensorMap:
+        newest = self._newest
+        if newest is None or newest[0] is not found:
+            newest = self._newest = found, self._make(found)
+        return newest[1]
+
+
+_work_message = _Newest[Work](lambda work: to_map(work._asdict()))
+_cutoffs_message = _Newest[Cutoffs](lambda cutoffs: to_map(cutoffs._asdict()))
+
+
 def work_to_map(work: Work) -> shard_pb2.TensorMap:
-    """Return a batch of work as a message."""
-    return to_map(work._asdict())
+    """Return a batch of work as a message, which others may have been given, too."""
+    return _work_message(work)
 
 
 def work_from_map(message: shard_pb2.TensorMap) -> Work:
@@ -206,8 +229,8 @@ def work_from_map(message: shard_pb2.TensorMap) -> Work:
 
 
 def cutoffs_to_map(cutoffs: Cutoffs) -> shard_pb2.TensorMap:
-    """Return cutoffs as a message."""
-    return to_map(cutoffs._asdict())
+    """Return cutoffs as a message, which others may have been given, too."""
+    return _cutoffs_message(cutoffs)
 
 
 def cutoffs_from_map(message: shard_pb2.TensorMap) -> Cutoffs:

@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 import torch
 
-from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, tensors, wire
 from silvershard.cluster.config import PingSection
 from silvershard.cluster.consistency import Consistency, UpdateToken
 from silvershard.cluster.freshness import Demand, Seen
@@ -52,7 +52,7 @@ class Scripted(shard_pb2_grpc.ShardServicer):
 
     async def Execute(self, _: object, context: Any) -> None:
         self.streams.append(context)
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(wire.METADATA)
         while (call := await context.read()) is not grpc.aio.EOF:
             self.calls.append(call)
             for reply in self.reply(call):
@@ -386,7 +386,7 @@ def test_bytes_that_are_no_reply_break_the_stream_and_not_the_link(
     garbage = [True]
 
     async def execute(_: object, context: Any) -> None:
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(wire.METADATA)
         while (data := await context.read()) is not grpc.aio.EOF:
             if garbage.pop() if garbage else False:
                 await context.write(b"\xff\xff\xff")

@@ -288,3 +288,69 @@ def test_whoever_leaves_teaches_nothing(make_scene: Any, virtual: Any) -> None:
     assert (scene.hung, scene.outrun) == ([], [])
     assert scene.latencies.typical_s == 0.01
     assert not scene.choice.set_aside
+
+
+def test_many_waits_share_a_timer_which_is_set_anew_for_an_earlier_moment(
+    make_scene: Any, virtual: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make_scene(*(Replica(at, 0.01 * (at + 1)) for at in range(5)))
+    woken_s: list[float] = []
+    set_for_s: list[float] = []
+    call_later = virtual.call_later
+
+    def noted(delay_s: float, callback: Any, *arguments: Any, **more: Any) -> Any:
+        if getattr(callback, "__func__", None) is Races._ring:
+            set_for_s.append(round(virtual.time() + delay_s - 1000.0, 6))
+        return call_later(delay_s, callback, *arguments, **more)
+
+    monkeypatch.setattr(virtual, "call_later", noted)
+
+    async def ask() -> None:
+        races: Races[int] = Races(
+            scene.choice,
+            virtual.time,
+            lambda link: link.answer(),
+            LOSSES,
+            on_hang=scene.hung.append,
+            on_outrun=scene.outrun.append,
+        )
+        for link in scene.replicas:
+            races.start(
+                Race(0, scene.latencies, lambda _, hedge, own=link: own, False, 1, virtual.time())
+            )
+        limits_s = iter([2.0, 1.0, 3.0, 3.0, 3.0])
+        while races.open:
+            await races.advance(1000.0 + next(limits_s))
+            woken_s.append(round(virtual.time() - 1000.0, 6))
+        await races.close()
+
+    virtual.run_until_complete(ask())
+    assert woken_s == [0.01, 0.02, 0.03, 0.04, 0.05]
+    assert set_for_s == [2.0, 1.0]
+
+
+def test_a_timer_of_an_earlier_wait_ends_no_call(make_scene: Any, virtual: Any) -> None:
+    scene = make_scene(Replica(0, 0.5))
+
+    async def ask() -> list[float]:
+        races: Races[int] = Races(
+            scene.choice,
+            virtual.time,
+            lambda link: link.answer(),
+            LOSSES,
+            on_hang=scene.hung.append,
+            on_outrun=scene.outrun.append,
+        )
+        races.start(Race(0, scene.latencies, scene.choose, False, 1, virtual.time()))
+        looks_s = []
+        for limit_s in (0.1, 2.0):
+            while races.open and virtual.time() < 1000.0 + limit_s:
+                await races.advance(1000.0 + limit_s)
+                looks_s.append(round(virtual.time() - 1000.0, 6))
+        (race,) = races.take_over()
+        assert race.winner == (scene.replicas[0], 0)
+        await races.close()
+        return looks_s
+
+    assert virtual.run_until_complete(ask()) == [0.1, 0.5]
+    assert scene.hung == []

@@ -7,7 +7,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from silvershard.cluster import shard_pb2, shard_pb2_grpc
+from silvershard.cluster import shard_pb2, shard_pb2_grpc, wire
 from silvershard.cluster.codec import Refusal
 from silvershard.cluster.config import PingSection
 from silvershard.cluster.freshness import AFTER, FOREIGN_TOKEN, Seen
@@ -31,11 +31,12 @@ class Echo(shard_pb2_grpc.ShardServicer):
         self.calls: list[shard_pb2.ShardCall] = []
         self.served: list[shard_pb2.ServedGeneration] = []
         self.epoch = 7
+        self.wire: Any = wire.METADATA
         self.let_go: asyncio.Event | None = None
         """Replies wait for it."""
 
     async def Execute(self, _: object, context: Any) -> None:
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(self.wire)
         while (call := await context.read()) is not grpc.aio.EOF:
             self.calls.append(call)
             if self.let_go is not None:
@@ -80,6 +81,61 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(8):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+def test_a_shard_of_another_wire_version_is_not_asked_until_it_is_replaced(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = Echo()
+    shard.wire = (("silvershard-wire", "99"),)
+
+    async def scene() -> None:
+        async with connected(shard) as connection:
+            with pytest.raises(ShardUnavailable, match="speaks wire version 99, this router"):
+                # Before it is known who is there.
+                await connection.call(shard_pb2.ShardCall(), 1, 5)
+            await until(lambda: bool(connection.refusal))
+            assert connection.state is LinkState.DOWN
+            assert not connection.reached
+            with pytest.raises(ShardUnavailable, match="speaks wire version 99, this router"):
+                await connection.call(shard_pb2.ShardCall(), 1, 5)
+            assert shard.calls == []
+            shard.wire = wire.METADATA
+            await until(lambda: connection.reached)
+            assert connection.refusal == ""
+            assert (await connection.call(shard_pb2.ShardCall(), 1, 5)).generation == 1
+
+    run(scene())
+    # Once, however often it is tried again.
+    assert sum("is not asked" in one.message for one in caplog.records) == 1
+
+
+def test_calls_end_each_in_its_own_time_by_one_timer(run: Any) -> None:
+    shard = Echo()
+
+    async def scene() -> None:
+        shard.let_go = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        ended: list[tuple[str, float]] = []
+
+        async def ask(name: str, limit_s: float) -> None:
+            began_s = loop.time()
+            with pytest.raises(DeadlineExceeded, match=f"within {limit_s:.3f} s"):
+                await connection.call(shard_pb2.ShardCall(), 1, limit_s)
+            assert loop.time() - began_s > limit_s - 0.01
+            ended.append((name, limit_s))
+
+        async with connected(shard) as connection:
+            await until(lambda: connection.reached)
+            await asyncio.gather(ask("late", 0.3), ask("early", 0.05), ask("middle", 0.15))
+            assert [name for name, _ in ended] == ["early", "middle", "late"]
+            shard.let_go.set()
+            # A call that ends in time leaves a timer behind, which must not end the next one.
+            await connection.call(shard_pb2.ShardCall(), 1, 0.2)
+            shard.let_go.clear()
+            await ask("next", 0.4)
+
+    run(scene())
 
 
 def test_every_call_names_its_own_generation(run: Any) -> None:
@@ -212,7 +268,7 @@ def test_a_shard_that_stops_reading_is_sent_no_more(
 
     class Deaf(Echo):
         async def Execute(self, _: object, context: Any) -> None:
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(wire.METADATA)
             await asyncio.Event().wait()
 
     async def scene() -> None:
@@ -241,7 +297,7 @@ def test_a_shard_that_stops_reading_is_sent_no_more(
 def test_a_shard_is_told_of_a_call_that_nobody_waits_for_any_more(run: Any) -> None:
     class Silent(Echo):
         async def Execute(self, _: object, context: Any) -> None:
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(wire.METADATA)
             while (call := await context.read()) is not grpc.aio.EOF:
                 self.calls.append(call)
 

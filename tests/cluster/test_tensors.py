@@ -154,6 +154,20 @@ def test_work_crosses_the_wire_bit_for_bit(work: Work) -> None:
         assert_same_bits(getattr(found, name), tensor)
 
 
+def test_all_shards_are_sent_one_message_and_the_next_batch_another(work: Work) -> None:
+    message = tensors.work_to_map(work)
+    assert tensors.work_to_map(work) is message
+    other = work._replace(k=work.k + 1)
+    assert tensors.work_from_map(tensors.work_to_map(other)).k.tolist() == other.k.tolist()
+    assert tensors.work_from_map(tensors.work_to_map(work)).k.tolist() == work.k.tolist()
+    ones = torch.ones(1, 2)
+    cutoffs = Cutoffs(ones, ones.long())
+    assert tensors.cutoffs_to_map(cutoffs) is tensors.cutoffs_to_map(cutoffs)
+    lower = Cutoffs(ones / 2, ones.long())
+    found = tensors.cutoffs_from_map(tensors.cutoffs_to_map(lower))
+    assert found.scores.tolist() == lower.scores.tolist()
+
+
 def test_work_that_asks_for_fewer_than_no_semantic_candidates_is_refused(work: Work) -> None:
     fewer = work._replace(semantic_k=torch.tensor([0, -1]))
     with pytest.raises(tensors.TensorError, match="'semantic_k': must be at least 0, got -1"):

@@ -11,6 +11,7 @@ from silvershard.deploy import cli
 print("torch" in sys.modules, "silvershard.cluster" in sys.modules)
 code = cli.main(["version"])
 print(code, os.environ["OMP_WAIT_POLICY"])
+print(os.environ["GRPC_EXPERIMENTS"])
 """
 
 
@@ -25,7 +26,12 @@ def test_the_environment_is_set_before_anything_heavy_is_imported(
         check=True,
         env={} if given is None else {"OMP_WAIT_POLICY": given},
     )
-    assert done.stdout.splitlines() == ["False False", "silvershard 0.1.0", f"0 {expected}"]
+    assert done.stdout.splitlines() == [
+        "False False",
+        "silvershard 0.1.0",
+        f"0 {expected}",
+        "-event_engine_client,-event_engine_listener",
+    ]
 
 
 def test_the_console_script_is_this_one() -> None:

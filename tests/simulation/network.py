@@ -204,8 +204,8 @@ class _Stream(Context):
         self.inbox = _Inbox()
         self.task: asyncio.Task[None] | None = None
 
-    async def send_initial_metadata(self, _: Any) -> None:
-        self.call.path.send(self.call.connected, back=True)
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        self.call.path.send(lambda: self.call.connected(metadata), back=True)
 
     async def read(self) -> Any:
         return await self.inbox.get()
@@ -226,7 +226,7 @@ class Call:
         """The other side, once it is there."""
         self.process: Any = None
         self._inbox = _Inbox()
-        self._metadata: asyncio.Future[None] = self.network.loop.create_future()
+        self._metadata: asyncio.Future[Any] = self.network.loop.create_future()
         self._beating: asyncio.Task[None] | None = None
         path.calls[self] = None
         path.send(self._knock, back=False)
@@ -237,8 +237,8 @@ class Call:
     def done(self) -> bool:
         return self._inbox.end is not None
 
-    async def initial_metadata(self) -> None:
-        await asyncio.shield(self._metadata)
+    async def initial_metadata(self) -> Any:
+        return await asyncio.shield(self._metadata)
 
     def __aiter__(self) -> "Call":
         return self
@@ -258,9 +258,9 @@ class Call:
             self._end(asyncio.CancelledError())
             self.path.send(self._hang_up, back=False)
 
-    def connected(self) -> None:
+    def connected(self, metadata: Any = ()) -> None:
         if not self._metadata.done():
-            self._metadata.set_result(None)
+            self._metadata.set_result(metadata)
 
     def receive(self, message: Any) -> None:
         if not self.done():
