@@ -210,6 +210,8 @@ def test_what_serves_is_changed_on_the_thread_of_the_model(bench: Bench) -> None
     assert bench.executors[3].cut == (8,)
     with pytest.raises(ZeroDivisionError):
         bench.followers[3].commit(ZeroDivisionError("odd"), (9,))
+    # The cut never moves without its updates.
+    assert bench.executors[3].cut == (8,)
 
 
 def test_a_query_that_waits_passes_between_a_commit_and_its_tidying_up(bench: Bench) -> None:

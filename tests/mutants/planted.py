@@ -68,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "cluster/rounds.py",
         "            whole = coverage.shards_failed == 0\n",
         "            whole = coverage.shards_full > 0\n",
-        "tests/cluster/test_rounds.py::test_exhausted_is_said_only_when_every_shard_answered",
+        HISTORY,
     ),
     bug(
         "an answer below its minimum is given all the same",
@@ -89,8 +89,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "cluster/freshness.py",
         "    cut = [min(positions) for positions in zip(",
         "    cut = [max(positions) for positions in zip(",
-        "tests/cluster/test_freshness.py"
-        "::test_an_answer_is_as_fresh_as_its_slowest_shard_in_every_partition",
+        HISTORY,
     ),
     bug(
         "a token is met by the position before it",
@@ -138,14 +137,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "        return AnyItem()\n",
         "    if isinstance(expr, Not) and _is_bloom_term(expr.operand, dictionary):\n"
         "        return expr\n",
-        HISTORY,
+        "tests/model/test_filter.py::test_random_filters_pass_exactly_the_items_of_the_python_sets",
     ),
     bug(
         "what passes the planes is not verified",
         "model/filter.py",
         "    return CompiledFilter(scan, _program(exact, dictionary, lists), True)\n",
         "    return CompiledFilter(scan, _tensor([]), True)\n",
-        HISTORY,
+        "tests/model/test_filter.py::test_random_filters_pass_exactly_the_items_of_the_python_sets",
     ),
     bug(
         "a shard answers in the generation that it has for the one that was asked",
@@ -169,7 +168,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        committed: Future[Rejected] = self._run_on_model(",
         "        executor.cut = executor.cut if cut is None else cut\n"
         "        committed: Future[Rejected] = self._run_on_model(",
-        HISTORY,
+        "tests/cluster/test_hosting.py::test_what_serves_is_changed_on_the_thread_of_the_model",
     ),
     bug(
         "the slot of a deleted item stays live",
