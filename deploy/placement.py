@@ -170,12 +170,18 @@ def place(
         raise Refused(_why(ordered, wanted, copies, problem, found))
     held = set(before.values())
     is_first = not any(copy in before for copy in copies)
-    targets = [
-        host.state == "up" and (even or is_first or at not in held)
-        for at, host in enumerate(ordered)
-    ]
     sources = np.array([host.state != "maintenance" for host in ordered], dtype=np.bool_)
-    at = spread_load(problem, found.at, sources, np.array(targets, dtype=np.bool_))
+    at = found.at
+    # A host that gives all its copies to a new one is as empty as that was, and gets others.
+    for _ in ordered:
+        targets = [
+            host.state == "up" and (even or is_first or one not in held)
+            for one, host in enumerate(ordered)
+        ]
+        spread = spread_load(problem, at, sources, np.array(targets, dtype=np.bool_))
+        if (spread == at).all():
+            break
+        at, held, is_first = spread, set(spread.tolist()), False
     placed = {copy: names[one] for copy, one in zip(copies, at.tolist(), strict=True)}
     origins = {copy: names[one] for copy, one in before.items()}
     states = {host.name: host.state for host in ordered}

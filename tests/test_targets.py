@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 REPEATING = {"test-sanitized", "test-emulated"}
 """They run tests of other targets against libraries of their own making."""
-LIMIT_S = 3600
-"""Of all that CI runs, on two cores."""
-FAST_S = 600
-"""Of `make test`, on two cores."""
+LIMIT_S = 5100
+"""Of all that CI runs, on two cores, if every target took all that it may; it takes an hour."""
+FAST_S = 900
+"""Of `make test`, on two cores, if it took all that it may; it takes ten minutes."""
 
 
 def targets() -> set[str]:
@@ -101,7 +101,7 @@ def test_every_test_belongs_to_one_target() -> None:
     assert times.keys() == {*everything}
 
 
-def test_ci_runs_every_target_that_tests_within_an_hour() -> None:
+def test_ci_runs_every_target_that_tests_and_each_within_its_budget() -> None:
     assert {target for target in budgets() if target.startswith("test")} == targets()
     assert budgets()["test"] <= FAST_S
     assert sum(budgets().values()) <= LIMIT_S

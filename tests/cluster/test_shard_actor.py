@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def entry_of(described: dict[str, Any]) -> ShardEntry:
-    return ShardEntry(**{name: described[name] for name in ShardEntry.model_fields})
+    return ShardEntry(
+        **{name: described[name] for name in ShardEntry.model_fields if name in described}
+    )
 
 
 def test_actors_serve_their_shards_and_come_back_as_another_incarnation(

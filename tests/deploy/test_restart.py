@@ -60,12 +60,3 @@ def test_one_thing_at_a_time(idle_state: StateDir) -> None:
     idle_state.control.change(lambda now: now.with_operation(operation))
     with pytest.raises(Refused, match="activate of generation 2 is going on"):
         restart(idle_state, timeout_s=1.0, report=lambda _: None)
-
-
-def test_several_hosts_are_refused(idle_state: StateDir) -> None:
-    record = idle_state.read_record()
-    assert record is not None
-    idle_state.write_record(record.model_copy(update={"ray": "10.0.0.9:6379"}))
-    with pytest.raises(Refused, match="several hosts, which this version cannot restart in turn"):
-        restart(idle_state, timeout_s=1.0, report=lambda _: None)
-    assert idle_state.control.read().current is None
