@@ -1,10 +1,10 @@
 """What a router says of itself over HTTP: that it lives, if it is ready, and what it serves."""
 
-import importlib.metadata
 import json
 from collections.abc import Callable
 from typing import NamedTuple
 
+from silvershard.cluster.document import RELEASE
 from silvershard.cluster.http_server import Page, Pages
 from silvershard.cluster.metrics import TEXT_FORMAT, Metrics
 
@@ -48,7 +48,6 @@ def router_pages(facts: Callable[[], RouterFacts], metrics: Metrics) -> Pages:
         facts: the router now; called on the thread of the server.
         metrics: what ``/metrics`` shows.
     """
-    version = importlib.metadata.version("silvershard")
 
     def livez() -> Page:
         return Page(OK, "ok\n", "text/plain; charset=utf-8")
@@ -71,7 +70,7 @@ def router_pages(facts: Callable[[], RouterFacts], metrics: Metrics) -> Pages:
         now = facts()
         return _json(
             OK,
-            version=version,
+            version=RELEASE,
             model=now.model,
             generation=now.generation,
             content_hash=now.content_hash,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from silvershard.cluster.document import RELEASE
 from silvershard.cluster.faults import faults_of_sequencer
 from silvershard.cluster.feed_block import FeedBlock
 from silvershard.cluster.incarnation import Incarnation
@@ -38,8 +39,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@ray.remote(num_cpus=0.1, max_restarts=-1)
-class SequencerActor:
+class SequencerProcess:
     """One incarnation of the sequencer; Ray starts the next one when its process dies.
 
     Once another sequencer has taken over the log it ends and stays ended: started again, it would
@@ -108,6 +108,7 @@ class SequencerActor:
         return {
             "address": self._server.address,
             "pid": os.getpid(),
+            "release": RELEASE,
             "log_id": self._log.log_id,
             "epochs": list(self._server.sequencer.epochs),
             "generation": self._server.sequencer.live.spec.generation,
@@ -120,6 +121,27 @@ class SequencerActor:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@ray.remote(num_cpus=0.1, max_restarts=-1)
+class SequencerActor:
+    """A ``SequencerProcess`` of the release that is installed when Ray starts it.
+
+    Ray gives every incarnation the code of this class as it was when the actor was made, which may
+    be that of an earlier release: so there is none here.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        """Make the process."""
+        self._process = SequencerProcess(*args, **more)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it says of itself."""
+        return self._process.describe()
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """Answer what runs for at most ``grace_s``, then close the port."""
+        self._process.stop(grace_s)
 
 
 def _leave(incarnation: Incarnation) -> None:

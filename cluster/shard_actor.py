@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from silvershard.cluster import wire
+from silvershard.cluster.document import RELEASE
 from silvershard.cluster.faults import faults_of_shard
 from silvershard.cluster.follower import MAX_BATCH
 from silvershard.cluster.hosting import ready
@@ -33,8 +35,7 @@ _TURN_S = 0.001
 T = TypeVar("T")
 
 
-@ray.remote(num_cpus=0.1, max_restarts=-1)
-class ShardActor:
+class ShardProcess:
     """One incarnation of a replica of a shard; Ray starts the next one when it dies."""
 
     def __init__(
@@ -137,6 +138,8 @@ class ShardActor:
             "epoch": self._server.epoch,
             "documents": served[-1].seen.documents if served else 0,
             "pid": os.getpid(),
+            "release": RELEASE,
+            "wire": wire.VERSION,
             "generation": served[-1].generation if served else 0,
             "generations": [one.generation for one in served],
         }
@@ -147,3 +150,24 @@ class ShardActor:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@ray.remote(num_cpus=0.1, max_restarts=-1)
+class ShardActor:
+    """A ``ShardProcess`` of the release that is installed when Ray starts it.
+
+    Ray gives every incarnation the code of this class as it was when the actor was made, which may
+    be that of an earlier release: so there is none here.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        """Make the process."""
+        self._process = ShardProcess(*args, **more)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it says of itself."""
+        return self._process.describe()
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """Answer what runs for at most ``grace_s``, then close the port."""
+        self._process.stop(grace_s)

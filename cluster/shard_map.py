@@ -7,18 +7,17 @@ without the launcher, and takes no older one of the same start of the cluster.
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from silvershard.cluster.document import Document
 from silvershard.cluster.map_file import read_map, write_map
 
 LIVE = "live"
 """The alias of the generation that answers whoever names none."""
 
 
-class ShardEntry(BaseModel):
+class ShardEntry(Document):
     """One process that serves one shard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(ge=0, description="index of the shard")
     replica: int = Field(ge=0, description="index of the copy of the shard")
@@ -26,6 +25,10 @@ class ShardEntry(BaseModel):
     epoch: int = Field(ge=1, description="incarnation; grows with every restart of the replica")
     documents: int = Field(ge=0, description="items that it serves")
     pid: int = Field(ge=1, description="its process")
+    release: str = Field(default="", description="release of silvershard that it runs")
+    wire: int = Field(
+        default=0, ge=0, description="version of what it says to routers; 0: it has not said"
+    )
     relieves: int = Field(
         default=0,
         ge=0,
@@ -34,13 +37,11 @@ class ShardEntry(BaseModel):
     )
 
 
-class ShardMap(BaseModel):
+class ShardMap(Document):
     """What is served, and where; ``entries`` may lack shards that are down.
 
     The processes may hold further generations beside the live one, for rollback, canaries and pins.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(ge=1, description="grows with every change")
     origin: str = Field(

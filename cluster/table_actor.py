@@ -21,8 +21,7 @@ from silvershard.shard.table import TableShard
 T = TypeVar("T")
 
 
-@ray.remote(num_cpus=0.1, max_restarts=-1)
-class TableActor:
+class TableProcess:
     """One incarnation of the shards of one index of several tables; Ray starts the next one.
 
     Each incarnation loads the rows as they were published and replays the log from there, and then
@@ -94,6 +93,27 @@ class TableActor:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@ray.remote(num_cpus=0.1, max_restarts=-1)
+class TableActor:
+    """A ``TableProcess`` of the release that is installed when Ray starts it.
+
+    Ray gives every incarnation the code of this class as it was when the actor was made, which may
+    be that of an earlier release: so there is none here.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        """Make the process."""
+        self._process = TableProcess(*args, **more)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it says of itself."""
+        return self._process.describe()
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """Answer what runs for at most ``grace_s``, then close the ports."""
+        self._process.stop(grace_s)
 
 
 def _load(shard: int, rows: TableRows) -> TableShard:

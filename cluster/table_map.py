@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
+from silvershard.cluster.document import Document
 from silvershard.cluster.map_file import read_map, write_map
 from silvershard.shard.table_plan import TablePlan
 from silvershard.shard.table_rows import Floats
@@ -21,10 +22,8 @@ def map_path(folder: Path, generation: int, table: str) -> Path:
     return folder / f"gen-{generation:06d}" / f"{table}.json"
 
 
-class TableEntry(BaseModel):
+class TableEntry(Document):
     """One process that holds one shard of a table."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(ge=0, description="index of the shard")
     address: str = Field(min_length=1, description="host:port of its gRPC server")
@@ -33,10 +32,8 @@ class TableEntry(BaseModel):
     pid: int = Field(ge=1, description="its process")
 
 
-class TableShardMap(BaseModel):
+class TableShardMap(Document):
     """A table and where its rows are; ``entries`` may lack shards that are down."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(ge=1, description="grows with every change")
     plan: TablePlan = Field(description="the table and its cut, the same in every version")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from silvershard.cluster.document import Document
 from silvershard.deploy.control_store import Alias, OperationState, opened
 from silvershard.shard.errors import StateError
 
@@ -23,10 +24,8 @@ _TABLE = (
 )
 
 
-class AdminTask(BaseModel):
+class AdminTask(Document):
     """What an operation shall do; two calls that mean the same are equal."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind = Field(description="the call")
     generation: int = Field(default=0, ge=0, description="which one; 0: none")
@@ -40,20 +39,16 @@ class AdminTask(BaseModel):
     dry_run: bool = Field(default=False, description="change nothing")
 
 
-class Failure(BaseModel):
+class Failure(Document):
     """Why an operation is not done."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     code: str = Field(description="name of the google.rpc.Code")
     reason: str = Field(description="for programs")
     message: str = Field(description="for people")
 
 
-class AdminOperation(BaseModel):
+class AdminOperation(Document):
     """One operation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     operation_id: str = Field(description="the name that its caller chose")
     task: AdminTask = Field(description="what it shall do")

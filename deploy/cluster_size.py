@@ -4,8 +4,9 @@ What was scaled last is in the control store, and stays in force through a resta
 the settings say what they said then; a person who changes them afterwards is obeyed.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from silvershard.cluster.document import Document
 from silvershard.deploy.config import Config
 from silvershard.deploy.config_sections import ShardingSection
 
@@ -13,10 +14,8 @@ SIZE_LIMITS = {"shards": (1, 1 << 20), "replicas": (1, 16), "standby": (0, 4)}
 """The least and the most; of shards there are at most as many as partitions, too."""
 
 
-class ClusterSize(BaseModel):
+class ClusterSize(Document):
     """How many processes a cluster consists of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: int = Field(ge=1, description="parts that the catalogue is cut into")
     replicas: int = Field(ge=1, le=16, description="shard processes of each part that are asked")
@@ -38,10 +37,8 @@ class ClusterSize(BaseModel):
         return " x ".join(parts)
 
 
-class Scaled(BaseModel):
+class Scaled(Document):
     """What `scale` did last."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: ClusterSize = Field(description="how large the cluster shall be")
     instead_of: ClusterSize = Field(description="what the settings said when it was scaled")

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from silvershard.cluster.document import Document
 from silvershard.deploy.config import Config
 from silvershard.deploy.host_state import HostState
 from silvershard.deploy.placement import Host
@@ -22,7 +23,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _TIMEOUT_S = 1.0
 
-Document = Literal["launch", "layout", "map", "record", "progress", "wanted", "order"]
+DocumentName = Literal["launch", "layout", "map", "record", "progress", "wanted", "order"]
 
 _WRITE = """
 if (redis.call('HGET', KEYS[1], 'term') or '0') ~= ARGV[1] then return 0 end
@@ -36,10 +37,8 @@ class Superseded(StateError):
     """A newer supervisor has taken over: whoever gets this must end."""
 
 
-class PlacedHost(BaseModel):
+class PlacedHost(Document):
     """One host, and what was placed on it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, description="what people call it")
     address: str = Field(min_length=1, description="its IP address, which Ray knows it by")
@@ -68,10 +67,8 @@ class PlacedHost(BaseModel):
         )
 
 
-class Launched(BaseModel):
+class Launched(Document):
     """What was started on several hosts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: Config = Field(description="settings")
     generation: int = Field(ge=1, description="generation that was live first")
@@ -92,22 +89,20 @@ class Launched(BaseModel):
         return self.config.model_copy(update={"listen": listen})
 
 
-class RouterOrder(BaseModel):
+class RouterOrder(Document):
     """That a host shall replace its router."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field(description="its name")
     number: int = Field(ge=1, description="tells one order from every other one")
 
 
-class HostReport(BaseModel):
+class HostReport(Document):
     """What a host says of itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field(description="its name")
     beat: int = Field(ge=0, description="grows as long as its agent runs")
+    incarnation: int = Field(default=0, ge=0, description="tells its agent from those before")
+    release: str = Field(default="", description="release of silvershard that its agent runs")
     generations: tuple[int, ...] = Field(default=(), description="generations that it has on disk")
     staging: str = Field(default="", description="what it is fetching, or why it cannot")
     router: RouterRecord | None = Field(default=None, description="its router, if it has one")
@@ -168,7 +163,7 @@ class ClusterStore:
         if int(found or 0) != term:
             raise Superseded("another supervisor has taken over")
 
-    def write(self, term: int, name: Document, text: str) -> None:
+    def write(self, term: int, name: DocumentName, text: str) -> None:
         """Replace a document.
 
         Raises:
@@ -178,13 +173,13 @@ class ClusterStore:
         if not done:
             raise Superseded("another supervisor has taken over")
 
-    def text(self, name: Document) -> str:
+    def text(self, name: DocumentName) -> str:
         """Return a document; empty where there is none."""
         # What the client returns is as the server sent it, which its type does not say.
         found: Any = self._call(lambda: self._server.client.hget(self._key, name))
         return str(found.decode()) if found else ""
 
-    def read(self, kind: type[M], name: Document) -> M | None:
+    def read(self, kind: type[M], name: DocumentName) -> M | None:
         """Return a document as its class; None where there is none."""
         text = self.text(name)
         return _parsed(kind, text, self._server.url) if text else None
@@ -203,7 +198,7 @@ class ClusterStore:
 
     def clear(self) -> None:
         """Forget the cluster; terms go on, so that nobody who is late can write."""
-        self._call(lambda: self._server.client.hdel(self._key, *get_args(Document)))
+        self._call(lambda: self._server.client.hdel(self._key, *get_args(DocumentName)))
         self._call(lambda: self._server.client.delete(self._hosts))
 
     def close(self) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Final, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from silvershard.cluster.document import Document
 from silvershard.deploy.cluster_size import Scaled
 from silvershard.deploy.host_state import HostState
 from silvershard.shard.errors import StateError
@@ -42,10 +43,8 @@ _TABLE = (
 )
 
 
-class Operation(BaseModel):
+class Operation(Document):
     """Something a person wanted, and what became of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     operation_id: str = Field(description="unique name")
     kind: Kind = Field(description="the command")
@@ -84,10 +83,8 @@ class Operation(BaseModel):
         return self.model_copy(update=changes)
 
 
-class Control(BaseModel):
+class Control(Document):
     """The document."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(default=0, ge=0, description="grows by one with every change")
     state_id: str = Field(default="", description="random name of its pins in an update log")

@@ -6,23 +6,20 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from silvershard.cluster.incarnation import Incarnation
 from silvershard.deploy.cluster_store import ClusterStore
 from silvershard.deploy.host_agent import HostAgent, NotLaunched, end_left
+from silvershard.deploy.host_agents import actor_name
 from silvershard.deploy.ray_nodes import find
 from silvershard.deploy.staging import ReadChunk, read_chunk
 from silvershard.shard.errors import RetrievalError
 
 _RETRY_S = 1.0
 _READ_S = 60.0
-
-
-def actor_name(host: str) -> str:
-    """Return the name of the actor of a host."""
-    return f"host-{host}"
 
 
 def reach(host: str) -> ReadChunk:
@@ -38,8 +35,7 @@ def reach(host: str) -> ReadChunk:
     return read
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
-class HostActor:
+class HostProcess:
     """One incarnation of the agent of a host."""
 
     def __init__(self, url: str, host: str, root: str) -> None:
@@ -102,6 +98,27 @@ class HostActor:
         self._thread.join()
         if self._agent is not None:
             self._agent.stop()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class HostActor:
+    """A ``HostProcess`` of the release that is installed when Ray starts it; see ``ShardActor``."""
+
+    def __init__(self, *args: Any) -> None:
+        """Make the process."""
+        self._process = HostProcess(*args)
+
+    def describe(self) -> dict[str, object]:
+        """Return the process, and why it does not work yet; empty if it does."""
+        return self._process.describe()
+
+    def read(self, generation: int, name: str, offset: int) -> bytes:
+        """Return a part of a file of a generation; see ``staging.ReadChunk``."""
+        return self._process.read(generation, name, offset)
+
+    def stop(self) -> None:
+        """End the router in order and remove what described the cluster on this host."""
+        self._process.stop()
 
 
 def _say(text: str) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from silvershard.cluster.dialer import peer_dialer
+from silvershard.cluster.document import RELEASE
 from silvershard.deploy.cluster_store import (
     ClusterStore,
-    Document,
+    DocumentName,
     HostReport,
     Launched,
     PlacedHost,
@@ -144,6 +145,7 @@ class HostAgent:
         self._clock = clock
         dialer = peer_dialer(self._config.security.peers)
         self._hangs = hangs or HangWatch(self._config.runtime.hang_s, partial(Pulse, dialer=dialer))
+        self._incarnation = time.time_ns()
         self._beat = 0
         self._next_report_s = 0.0
         self._stager = Stager(self.state.generations, name, reach)
@@ -197,7 +199,7 @@ class HostAgent:
 
     def _mirror(self) -> None:
         """Copy the map and the record into files where they differ."""
-        files: tuple[tuple[Document, Path], ...] = (
+        files: tuple[tuple[DocumentName, Path], ...] = (
             ("map", self.state.shard_map_file),
             ("record", self.state.record_file),
         )
@@ -245,6 +247,8 @@ class HostAgent:
             HostReport(
                 host=self.host.name,
                 beat=self._beat,
+                incarnation=self._incarnation,
+                release=RELEASE,
                 generations=tuple(list_generations(self.state.generations)),
                 staging=self._stager.said,
                 router=router.record.model_copy(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pydantic
 
+from silvershard.cluster.config import RouterConfig
 from silvershard.cluster.dialer import peer_dialer
 from silvershard.deploy.config import Config
 from silvershard.deploy.processes import Process, is_alive, send_signal, wait_gone
@@ -140,8 +141,10 @@ class HostRouter(RouterWatch):
     def _is_same(self) -> bool:
         """Return whether the settings in the file are those that it would be started with."""
         try:
-            return self._place.router_file.read_text() == self.settings().model_dump_json(indent=1)
-        except OSError:
+            # Another release may have written them.
+            text = self._place.router_file.read_bytes()
+            return RouterConfig.model_validate_json(text) == self.settings()
+        except (OSError, pydantic.ValidationError):
             return False
 
     def poll(self) -> None:

@@ -18,6 +18,7 @@ from silvershard.deploy.cluster_store import (
 from silvershard.deploy.config_sections import ShardingSection
 from silvershard.deploy.control_store import Control
 from silvershard.deploy.errors import Refused
+from silvershard.deploy.host_agents import HostAgents, actor_name
 from silvershard.deploy.host_places import Beside, HostPlaces, present_in
 from silvershard.deploy.host_router import RouterDir
 from silvershard.deploy.host_state import HostState
@@ -56,6 +57,8 @@ class Actors(NamedTuple):
     """Returns the IP addresses of the nodes that Ray thinks alive."""
     end: Callable[[Any], None]
     """Ends an actor for good."""
+    restart: Callable[[Any], None]
+    """Ends the process of an actor, which Ray starts again."""
 
 
 class HostRouters:
@@ -248,6 +251,9 @@ class HostSite:
             clock,
             lambda text: store.write(term, "order", text),
         )
+        self.agents = HostAgents([one.name for one in launched.hosts], self._restart_agent)
+        self.has_left = False
+        """Whether the next supervisor shall take over."""
         self.plan: Callable[[Outline | None, Outline], MemoryPlan] | None = self._planned
         self._looked_s = -_LOOK_S
         self._wanted = ""
@@ -320,6 +326,7 @@ class HostSite:
         self.reports = self._store.reports()
         self._stager.poll(kept, self.reports)
         self.site_routers.take(self.reports)
+        self.agents.take(self.reports)
 
     def _gone(self, now_s: float) -> dict[str, HostState]:
         """Return the hosts that Ray has lost for so long that their copies shall be elsewhere."""
@@ -340,6 +347,18 @@ class HostSite:
                 self._actors.end(actor)
             self.places.ended(name)
         self.places.strays = []
+
+    def _restart_agent(self, host: str) -> bool:
+        """Let Ray start the agent of a host anew; return whether it runs."""
+        agent = self.find(actor_name(host))
+        is_up = self._launched.host(host).address in self._actors.addresses()
+        if agent is not None and is_up:
+            self._actors.restart(agent)
+        return agent is not None and is_up
+
+    def leave(self) -> None:
+        """Let the next supervisor take over."""
+        self.has_left = True
 
     def lacking(self, generation: int) -> str:
         """Return in words which host does not have a generation; empty if all of them do."""

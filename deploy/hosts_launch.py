@@ -235,7 +235,8 @@ def _start(
     """Start agents, then the supervisor; wait until it serves."""
     import ray
 
-    from silvershard.deploy.host_actor import HostActor, actor_name
+    from silvershard.deploy.host_actor import HostActor
+    from silvershard.deploy.host_agents import actor_name
     from silvershard.deploy.host_site import NAMESPACE, tied_to
     from silvershard.deploy.supervisor_actor import NAME, SupervisorActor
 
@@ -353,7 +354,7 @@ def _end(store: ClusterStore, launched: Launched, *, timeout_s: float) -> tuple[
     """End everything; return the hosts that cannot be reached, whose agents end by themselves."""
     import ray
 
-    from silvershard.deploy.host_actor import actor_name
+    from silvershard.deploy.host_agents import actor_name
     from silvershard.deploy.ray_nodes import living_addresses
     from silvershard.deploy.sequencer_seat import NAMES
     from silvershard.deploy.supervisor_actor import NAME

@@ -17,6 +17,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from silvershard.cluster.dialer import peer_dialer
+from silvershard.cluster.document import RELEASE
 from silvershard.cluster.shard_map import ShardEntry, ShardMap
 from silvershard.deploy.canary import ask_canary
 from silvershard.deploy.check_watch import CheckWatch, StartCheck
@@ -32,7 +33,7 @@ from silvershard.deploy.moving import Moving
 from silvershard.deploy.next_map import drawn_map, next_map
 from silvershard.deploy.processes import Process, descendants, is_alive, kill_all, myself
 from silvershard.deploy.pulse import Pulse
-from silvershard.deploy.rolling import Replaceable, Rolling
+from silvershard.deploy.rolling import Rolling
 from silvershard.deploy.runtime import threads_per_shard
 from silvershard.deploy.scaling import Scaling
 from silvershard.deploy.sequencer_seat import SequencerSeat
@@ -40,7 +41,7 @@ from silvershard.deploy.sequencer_watch import SequencerEntry, SequencerHandle, 
 from silvershard.deploy.shard_host import Connect, ShardHost
 from silvershard.deploy.shard_set import StartShard
 from silvershard.deploy.shard_watch import ActorWatch, Handle, ShardHandle, ShardWatch
-from silvershard.deploy.site import Routers, Site, ThisMachine
+from silvershard.deploy.site import Replaceable, Routers, Site, ThisMachine
 from silvershard.deploy.state import ClusterRecord, ShardRecord, StateDir
 from silvershard.deploy.state_log import log_url, made_log
 from silvershard.deploy.table_tier import StartTables, TableTiers
@@ -155,7 +156,11 @@ class LocalCluster:
             self._watched_sequencer, lambda name: self._site.find(name) is not None
         )
         fronts: dict[str, Replaceable] = {"routers": self._router, "sequencer": self._sequencer}
-        self._rolling = Rolling(state, config, self._generations, self._scaling, fronts)
+        if self._site.agents is not None:
+            fronts["agents of hosts"] = self._site.agents
+        self._rolling = Rolling(
+            state, config, self._generations, self._scaling, fronts, leave=self._site.leave
+        )
         self._map: ShardMap | None = self._site.read_map()
         self._settled_s = time.monotonic() + _SETTLE_S if self._map is not None else 0.0
         """Until when the map that was found stays as it is, unless everybody serves before."""
@@ -439,6 +444,7 @@ class LocalCluster:
             routers=self._router.records,
             ray=self._site.ray,
             host=self._site.name,
+            release=RELEASE,
             generations=self._generations.records,
             size=size_from(self._scaling.current.sharding) if shards else None,
             admin=self.admin,

@@ -9,8 +9,9 @@ Shapes: S shards.
 from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from silvershard.cluster.document import Document
 from silvershard.deploy.placement import Copy
 
 Role = Literal["coming", "serving", "leaving"]
@@ -24,10 +25,8 @@ class Place(NamedTuple):
     replica: int
 
 
-class PlacedCopy(BaseModel):
+class PlacedCopy(Document):
     """One process of a shard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     actor: str = Field(min_length=1, description="its name in Ray, which nobody had before")
     num_shards: int = Field(ge=1, description="shards S that the catalogue is cut into")
@@ -42,10 +41,8 @@ class PlacedCopy(BaseModel):
         return Place(self.num_shards, self.shard, self.replica)
 
 
-class Layout(BaseModel):
+class Layout(Document):
     """Every shard process of a cluster; there may be two in one place while it moves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     serial: int = Field(default=0, ge=0, description="grows with every name that is given")
     copies: tuple[PlacedCopy, ...] = Field(default=(), description="the newest one last")

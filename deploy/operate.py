@@ -332,6 +332,7 @@ def described(record: ClusterRecord) -> dict[str, Any]:
         "uptime_s": round(time.time() - record.since_unix_s, 1),
         "daemon": {"pid": record.guard.pid, "state": "running"},
         "host": record.host,
+        "release": record.release,
         "router": record.router.model_dump(),
         "routers": [one.model_dump() for one in record.routers],
         "shards": [shard.model_dump() for shard in record.shards],
@@ -354,6 +355,7 @@ def render_cluster(document: dict[str, Any]) -> str:
         ("http", document["http"] or "-"),
         ("model", f"{document['model']}, generation {document['generation']}"),
         ("documents", f"{document['documents']:,}"),
+        ("release", _releases(document)),
         ("coverage", f"{document['coverage']:.4f}"),
         (
             "supervisor" if host else "daemon",
@@ -395,6 +397,16 @@ def render_cluster(document: dict[str, Any]) -> str:
         rows = [(name, *counts.values()) for name, counts in sorted(document["lookups"].items())]
         parts.append(table(("looked up", *_COUNTS), rows))
     return "\n\n".join(parts)
+
+
+def _releases(document: dict[str, Any]) -> str:
+    """Return which release of silvershard processes run, or how many run each."""
+    processes = [*(document["routers"] or [document["router"]]), *document["shards"]]
+    processes += [document["sequencer"]] if document["sequencer"] else []
+    found = Counter(one["release"] for one in [document, *processes] if one["release"])
+    if len(found) < 2:
+        return next(iter(found), "-")
+    return ", ".join(f"{release} ({count} processes)" for release, count in sorted(found.items()))
 
 
 def _told(process: dict[str, Any]) -> str:

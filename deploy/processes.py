@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from silvershard.cluster.document import Document
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -20,10 +22,8 @@ _POLL_S = 0.01
 _NICENESS = 10
 
 
-class Process(BaseModel):
+class Process(Document):
     """One process, told apart from any other that had or will have its pid."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pid: int = Field(gt=0, description="process id")
     started: int = Field(ge=0, description="clock ticks from boot to the start of the process")

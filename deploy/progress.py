@@ -1,12 +1,12 @@
 """What a cluster that starts tells the command that waits for it."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from silvershard.cluster.document import Document
 
 
-class Progress(BaseModel):
+class Progress(Document):
     """One line of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     phase: str = Field(default="", description="what is being waited for")
     ready: bool = Field(default=False, description="the cluster serves")

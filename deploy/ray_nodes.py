@@ -89,6 +89,12 @@ def _end(actor: Any) -> None:
     ray.kill(actor, no_restart=True)
 
 
+def _restart(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor, no_restart=False)
+
+
 def actors() -> Actors:
     """Return what the Ray knows that this process is connected to."""
-    return Actors(find, living_addresses, _end)
+    return Actors(find, living_addresses, _end, _restart)

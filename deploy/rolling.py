@@ -3,7 +3,8 @@
 A process leaves the map while another copy of its shard serves, ends when nobody can be waiting for
 it any more, and starts again; the next one follows when it is prepared and level with the others.
 Where a shard has one copy only, a further one is started first, and ends when all is done. Routers
-and sequencer are replaced at the end: each by a process that takes its place while it serves.
+and sequencer are replaced at the end, each by a process that takes its place while it serves; on
+several hosts their agents follow, and the driver of the cluster is the last one.
 
 Nothing here waits, and time is read from one clock.
 """
@@ -13,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from silvershard.cluster import wire
+from silvershard.cluster.document import RELEASE
 from silvershard.deploy.config import Config
 from silvershard.deploy.control_store import Control, Operation
 from silvershard.deploy.errors import Refused
@@ -22,29 +24,12 @@ from silvershard.deploy.generation_watch import GenerationWatch
 from silvershard.deploy.readiness import Readiness, is_prepared
 from silvershard.deploy.roster import Key
 from silvershard.deploy.scaling import Scaling
+from silvershard.deploy.site import Replaceable
 from silvershard.deploy.state import StateDir
 from silvershard.shard.errors import RetrievalError
 
 _LEFT_S = 1.0
 """Time in which routers take a map that names a process no more."""
-
-
-class Replaceable(Protocol):
-    """What is replaced while it serves."""
-
-    @property
-    def is_replacing(self) -> bool:
-        """Return whether a process is taking the place of another one."""
-        ...
-
-    @property
-    def refused(self) -> str:
-        """Return why it was not replaced the last time; empty: it was."""
-        ...
-
-    def replace(self) -> None:
-        """Let a new process take its place."""
-        ...
 
 
 @dataclass
@@ -81,6 +66,7 @@ class Rolling:
         scaling: Scaling,
         fronts: Mapping[str, Replaceable],
         *,
+        leave: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Restart nothing yet.
@@ -91,12 +77,15 @@ class Rolling:
             generations: what its processes hold.
             scaling: holds the processes.
             fronts: what else is replaced, by its name, in this order.
+            leave: lets the next driver take over, where there can be one.
             clock: for limits and drains.
         """
         self._config = config
         self._generations = generations
         self._scaling = scaling
         self._fronts = fronts
+        self._leave = leave
+        self._shall_leave = False
         self._clock = clock
         self._store = state.control
         self._going: _Going | None = None
@@ -116,6 +105,9 @@ class Rolling:
                 self._advance(self._going)
             elif wanted is not None and self._generations.is_steady and self._scaling.is_idle:
                 self._begin(wanted)
+            elif self._shall_leave and going is None and self._scaling.is_idle:
+                self._shall_leave = False
+                self._leave()
         except RetrievalError as error:
             self._say(f"the control store cannot be used, all stays as it is: {error}")
 
@@ -142,7 +134,9 @@ class Rolling:
     def _advance(self, going: _Going) -> None:
         """Look at the process whose turn it is, and let it come to the next step."""
         now_s, resting = self._clock(), going.resting
-        if now_s > going.give_up_s:
+        if strange := self._strange:
+            self._end(going, strange)
+        elif now_s > going.give_up_s:
             where = f"shard {resting[0]} replica {resting[1]}" if resting else "the next process"
             where = going.replacing or where
             limit_s = self._config.swap.timeout_s
@@ -203,6 +197,18 @@ class Rolling:
             if all(is_prepared(held, one) for one in wanted)
         ]
 
+    @property
+    def _strange(self) -> str:
+        """Return in words which process no router of this release asks; empty if there is none."""
+        for one in self._scaling.current.watches:
+            if one.entry is not None and one.entry.wire not in (0, wire.VERSION):
+                return (
+                    f"{one.name} runs release {one.entry.release}, and routers of {RELEASE} do not "
+                    f"speak its wire version {one.entry.wire}, but {wire.VERSION}: install "
+                    f"{RELEASE} again, or end the cluster and start it with the other release"
+                )
+        return ""
+
     def _failure(self, key: Key) -> str:
         """Return in words why a process will not come back, empty if it may."""
         for one in self._scaling.current.watches:
@@ -224,6 +230,7 @@ class Rolling:
 
         self._store.change(make)
         self._stop(going)
+        self._shall_leave = True
 
     def _end(self, going: _Going, reason: str) -> None:
         """End an operation that cannot be done."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from silvershard.cluster.config import RouterConfig
+from silvershard.cluster.document import RELEASE
 from silvershard.cluster.logs import log_to_stderr
 from silvershard.deploy.processes import die_with_parent, identify
 from silvershard.shard.errors import ConfigError, RetrievalError
@@ -74,6 +75,7 @@ async def serve(config: RouterConfig, *, ready_within_s: float = 0.0) -> None:
             "own": router.own_address,
             "http": router.http_address,
             "pid": os.getpid(),
+            "release": RELEASE,
         }
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

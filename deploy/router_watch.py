@@ -89,12 +89,14 @@ class Told(NamedTuple):
     address: str
     own: str
     http: str
+    release: str
 
 
 def _told(line: str) -> Told | None:
     told = json.loads(line)
     address = told.get("address", "")
-    return Told(address, told.get("own", ""), told.get("http", "")) if address else None
+    own, http, release = (told.get(name, "") for name in ("own", "http", "release"))
+    return Told(address, own, http, release) if address else None
 
 
 def _numbered(path: Path, number: int) -> Path:
@@ -117,6 +119,7 @@ class RouterWatch:
         self.restarts = 0
         self.refused = ""
         """Why the process was not replaced when it was last asked for; empty: it was."""
+        self._release = ""
         self._own = ""
         """Where health checks reach this process and no other one at its port."""
         self._number = number
@@ -148,6 +151,7 @@ class RouterWatch:
         return RouterRecord(
             state=self.phase,
             pid=self._process.pid if self._process and running else 0,
+            release=self._release if running else "",
             restarts=self.restarts,
             reason=self.reason,
         )
@@ -247,6 +251,7 @@ class RouterWatch:
         self._port = int(told.address.rpartition(":")[2])
         self.http = self._http = told.http
         self._own = told.own
+        self._release = told.release
         self.address = told.address
 
     def _poll_replacing(self) -> None:

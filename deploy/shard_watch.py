@@ -236,6 +236,7 @@ class ShardWatch(ActorWatch[ShardEntry]):
             epoch=self.entry.epoch if self.entry else 0,
             address=self.entry.address if self.entry else "",
             documents=self.last.documents if self.last else 0,
+            release=self.entry.release if self.entry else "",
             restarts=self.restarts,
             reason=self.reason,
         )

@@ -17,7 +17,25 @@ from silvershard.shard.outline import Outline
 E = TypeVar("E", bound=Entry)
 
 
-class Routers(Protocol):
+class Replaceable(Protocol):
+    """What is replaced while it serves."""
+
+    @property
+    def is_replacing(self) -> bool:
+        """Return whether a process is taking the place of another one."""
+        ...
+
+    @property
+    def refused(self) -> str:
+        """Return why it was not replaced the last time; empty: it was."""
+        ...
+
+    def replace(self) -> None:
+        """Let a new process take its place."""
+        ...
+
+
+class Routers(Replaceable, Protocol):
     """The routers of a cluster, or its only one."""
 
     @property
@@ -66,20 +84,6 @@ class Routers(Protocol):
         """Have as many as the control store says, where that is decided there."""
         ...
 
-    @property
-    def is_replacing(self) -> bool:
-        """Return whether one is being replaced, or is still to be."""
-        ...
-
-    @property
-    def refused(self) -> str:
-        """Return why not all of them were replaced the last time; empty: they were."""
-        ...
-
-    def replace(self) -> None:
-        """Let a new process take the place of each, one after the other; no request is refused."""
-        ...
-
     def stop(self) -> None:
         """End them in order."""
         ...
@@ -103,6 +107,15 @@ class Site(Protocol):
     @property
     def places(self) -> Places:
         """Return where shard processes go."""
+        ...
+
+    @property
+    def agents(self) -> Replaceable | None:
+        """Return the agents of the hosts; None on a single machine."""
+        ...
+
+    def leave(self) -> None:
+        """Let the next supervisor take over, where there can be another one."""
         ...
 
     def host_of(self, actor: str) -> str:
@@ -150,6 +163,7 @@ class ThisMachine:
     """A single machine: what runs here ends with the cluster, and files tell everybody."""
 
     plan: Callable[[Outline | None, Outline], MemoryPlan] | None = None
+    agents: Replaceable | None = None
     ray = ""
     name = ""
 
@@ -158,6 +172,9 @@ class ThisMachine:
         self.places: Places = HerePlaces()
         self.maps = state
         self._state = state
+
+    def leave(self) -> None:
+        """Do nothing: the cluster ends with who started it."""
 
     def host_of(self, actor: str) -> str:
         """Return nothing."""

@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from silvershard.cluster.document import Document
 from silvershard.cluster.security_config import SecuritySection
 from silvershard.deploy.cluster_size import ClusterSize
 from silvershard.deploy.control_place import FILE, URL_FILE, control_store
@@ -63,10 +64,8 @@ RouterPhase = Literal["starting", "serving", "restarting"]
 GenerationRole = Literal["live", "canary", "previous", "staged"]
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Document):
     """One process of a shard as the launcher sees it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(ge=0, description="index of the shard")
     replica: int = Field(default=0, ge=0, description="index of the copy of the shard")
@@ -77,14 +76,13 @@ class ShardRecord(BaseModel):
     epoch: int = Field(default=0, ge=0, description="incarnation, larger after every restart")
     address: str = Field(default="", description="host:port of its gRPC server")
     documents: int = Field(ge=0, description="documents of its partitions")
+    release: str = Field(default="", description="release of silvershard that it runs")
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
     reason: str = Field(default="", description="why it is not serving")
 
 
-class TableRecord(BaseModel):
+class TableRecord(Document):
     """One process that serves a part of every remote table, as the launcher sees it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(ge=0, description="index of the part")
     generations: tuple[int, ...] = Field(default=(), description="generations whose rows they are")
@@ -98,37 +96,33 @@ class TableRecord(BaseModel):
     reason: str = Field(default="", description="why it is not serving")
 
 
-class RouterRecord(BaseModel):
+class RouterRecord(Document):
     """The router as the launcher sees it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: RouterPhase = Field(description="where it is in its life")
     host: str = Field(default="", description="where it is; empty: on this machine")
     address: str = Field(default="", description="host:port that it listens on, if there are more")
     http: str = Field(default="", description="host:port of its probes and metrics, if likewise")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
+    release: str = Field(default="", description="release of silvershard that it runs")
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
     reason: str = Field(default="", description="why it is not serving")
 
 
-class SequencerRecord(BaseModel):
+class SequencerRecord(Document):
     """The sequencer as the launcher sees it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     state: ShardPhase = Field(description="where it is in its life")
     host: str = Field(default="", description="where it is; empty: on this machine")
     pid: int = Field(default=0, ge=0, description="process id, 0 while there is none")
     address: str = Field(default="", description="host:port of its gRPC server")
+    release: str = Field(default="", description="release of silvershard that it runs")
     restarts: int = Field(default=0, ge=0, description="how often it was started again")
     reason: str = Field(default="", description="why it is not serving")
 
 
-class GenerationRecord(BaseModel):
+class GenerationRecord(Document):
     """One generation that shard processes hold."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     generation: int = Field(ge=1, description="its number")
     role: GenerationRole = Field(description="what it is held for")
@@ -137,10 +131,8 @@ class GenerationRecord(BaseModel):
     reason: str = Field(default="", description="why one of them cannot")
 
 
-class ClusterRecord(BaseModel):
+class ClusterRecord(Document):
     """A running cluster: what is where, and every process that belongs to it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     guard: Process = Field(description="the process that holds the lock and cleans up at the end")
     driver: Process = Field(description="the process that started Ray and watches the shards")
@@ -157,6 +149,7 @@ class ClusterRecord(BaseModel):
         default="", description="host:port of the Ray that it was started on; empty: its own"
     )
     host: str = Field(default="", description="where its supervisor is; empty: on this machine")
+    release: str = Field(default="", description="release of silvershard that the supervisor runs")
     shards: tuple[ShardRecord, ...] = Field(description="every shard")
     tables: tuple[TableRecord, ...] = Field(
         default=(), description="every process of remote tables"

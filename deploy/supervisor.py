@@ -46,7 +46,7 @@ class Cluster(Protocol):
 
 
 class Supervisor:
-    """Runs the cluster that the store describes; ``run`` returns when it is ended or superseded."""
+    """Runs the cluster that the store describes."""
 
     def __init__(
         self,
@@ -75,19 +75,23 @@ class Supervisor:
         self._ended = threading.Event()
         self._said = ""
 
-    def run(self) -> None:
-        """Run until told to stop, or until another one has taken over."""
+    def run(self) -> bool:
+        """Run until told to stop, or until another one has taken over.
+
+        Returns:
+            Whether that is so; else the next one shall take over.
+        """
         try:
             while not self._stop.is_set():
                 try:
-                    if self._run_once():
-                        return
+                    return self._run_once()
                 except Superseded as error:
                     self._say(str(error))
-                    return
+                    return True
                 except RetrievalError as error:
                     self._say(f"all stays as it is: {error}")
                 self._stop.wait(_RETRY_S)
+            return True
         finally:
             self._ended.set()
 
@@ -97,7 +101,7 @@ class Supervisor:
         return self._ended.wait(timeout_s)
 
     def _run_once(self) -> bool:
-        """Start or adopt the cluster and watch it; return whether nothing is left to do."""
+        """Start or adopt the cluster and watch it; return as ``run`` does."""
         launched = self._store.read(Launched, "launch")
         if launched is None or launched.stopping:
             return True
@@ -141,7 +145,9 @@ class Supervisor:
                 cluster.stop()
                 return True
         tell(Progress(ready=True))
-        self._watch(cluster)
+        self._watch(cluster, site)
+        if site.has_left:
+            return False
         cluster.stop()
         return True
 
@@ -150,9 +156,9 @@ class Supervisor:
             self._said = text
             print(json.dumps({"event": "supervisor", "message": text}), file=sys.stderr, flush=True)
 
-    def _watch(self, cluster: Cluster) -> None:
+    def _watch(self, cluster: Cluster, site: HostSite) -> None:
         """Look at everything again and again; while the store is away all stays as it is."""
-        while not self._stop.wait(TICK_S):
+        while not self._stop.wait(TICK_S) and not site.has_left:
             try:
                 cluster.poll()
             except Superseded:

@@ -16,8 +16,7 @@ from silvershard.deploy.supervisor import Supervisor
 NAME = "supervisor"
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
-class SupervisorActor:
+class SupervisorProcess:
     """One incarnation of the supervisor."""
 
     def __init__(self, url: str) -> None:
@@ -33,9 +32,11 @@ class SupervisorActor:
 
     def _run(self) -> None:
         try:
-            self._supervisor.run()
+            is_done = self._supervisor.run()
         except Exception:  # noqa: BLE001  # the border of a thread: Ray starts the next process
             traceback.print_exc()
+            is_done = False
+        if not is_done:
             os._exit(1)
 
     def describe(self) -> dict[str, int]:
@@ -45,3 +46,23 @@ class SupervisorActor:
     def stop(self, timeout_s: float) -> bool:
         """End shards and sequencer; return whether that was done in time."""
         return self._supervisor.stop(timeout_s)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class SupervisorActor:
+    """A ``SupervisorProcess`` of the release that is installed when Ray starts it.
+
+    See ``ShardActor``.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        """Make the process."""
+        self._process = SupervisorProcess(*args)
+
+    def describe(self) -> dict[str, int]:
+        """Return the process."""
+        return self._process.describe()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End shards and sequencer; return whether that was done in time."""
+        return self._process.stop(timeout_s)

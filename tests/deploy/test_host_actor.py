@@ -8,7 +8,8 @@ import ray
 
 from silvershard.deploy import host_actor
 from silvershard.deploy.cluster_store import ClusterStore, Launched
-from silvershard.deploy.host_actor import HostActor, actor_name, reach
+from silvershard.deploy.host_actor import HostActor, reach
+from silvershard.deploy.host_agents import actor_name
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir
 

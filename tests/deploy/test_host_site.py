@@ -41,6 +41,7 @@ class Setup:
         self.up = {"10.0.0.1", "10.0.0.2"}
         self.running: dict[str, str] = {}
         self.ended: list[Any] = []
+        self.restarted: list[Any] = []
         self.control = Control(live=3)
         self.term = store.take_over()
         self.site = self.make(self.term)
@@ -50,7 +51,7 @@ class Setup:
             self.store,
             self.launched,
             term,
-            Actors(self.running.get, lambda: self.up, self.ended.append),
+            Actors(self.running.get, lambda: self.up, self.ended.append, self.restarted.append),
             address=address,
             stager=Stager(Path(self.launched.root) / "generations", "supervisor", no_way),
             control=lambda: self.control,
@@ -203,6 +204,28 @@ def test_a_generation_is_lacking_until_every_host_with_copies_has_it(setup: Setu
     assert site.lacking(4) == ""
     # To let go of an alias takes no generation.
     assert setup.site.lacking(0) == ""
+
+
+def test_the_agents_of_hosts_that_are_there_are_restarted_in_turn(setup: Setup) -> None:
+    site = setup.site
+    setup.running = {"host-a": "actor a", "host-b": "actor b"}
+    site.agents.replace()
+
+    def look(incarnation: int) -> None:
+        setup.clock.now_s += 1.0
+        setup.store.report(HostReport(host="a", beat=1, incarnation=incarnation))
+        site.poll({3})
+
+    look(1)
+    look(1)
+    assert setup.restarted == ["actor a"]
+    # The other one is lost meanwhile, and will start anew by itself.
+    setup.up = {"10.0.0.1"}
+    look(2)
+    look(2)
+    assert not site.agents.is_replacing
+    assert setup.restarted == ["actor a"]
+    assert setup.ended == []
 
 
 def test_routers_are_as_their_hosts_say() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from silvershard.cluster import wire
 from silvershard.cluster.shard_map import ShardEntry
 from silvershard.deploy.config import load
 from silvershard.deploy.control_store import Operation, wanted
@@ -53,6 +54,7 @@ class FakeShard:
         self.serves = True
         self.dead = ""
         self.ended = False
+        self.wire = wire.VERSION
 
     def restarts(self) -> int:
         return 0
@@ -70,6 +72,8 @@ class FakeShard:
             epoch=1 + self.number,
             documents=1,
             pid=os.getpid(),
+            release="9.0",
+            wire=self.wire,
         )
 
     def ask_again(self) -> None:
@@ -119,12 +123,14 @@ class Setup:
             clock=lambda: self.now_s,
         )
         self.routers, self.sequencer = FakeFront(), FakeFront()
+        self.left: list[float] = []
         self.rolling = Rolling(
             state,
             self.config,
             self.generations,
             self.scaling,
             {"routers": self.routers, "sequencer": self.sequencer},
+            leave=lambda: self.left.append(self.now_s),
             clock=lambda: self.now_s,
         )
         self.generations.started()
@@ -272,6 +278,47 @@ def test_routers_and_sequencer_are_replaced_when_every_process_is_back(make: Any
     setup.poll(2)
     assert setup.operation(asked).state == "done"
     assert (setup.routers.replaced, setup.sequencer.replaced) == (1, 1)
+
+
+def test_the_driver_goes_last_and_once(make: Any) -> None:
+    setup = make()
+    asked = setup.ask()
+    assert setup.until_ended(asked).state == "done"
+    # The further copies are still to end, and whatever comes then is to be done.
+    setup.poll(2)
+    assert setup.left == []
+    setup.poll(8, forward_s=1.0)
+    assert len(setup.left) == 1
+    asked = setup.ask()
+    setup.shards[0].dead = "for the test"
+    setup.poll(1)
+    operation = setup.operation(asked)
+    setup.store.change(lambda now: now.replaced(operation.ended("cancelled")))
+    setup.poll(8, forward_s=1.0)
+    assert len(setup.left) == 1
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_release_that_no_router_asks_stays_where_it_began(make: Any, copies: int) -> None:
+    setup = make(**{"sharding.replicas": copies})
+    start = setup.start
+
+    def start_next(*place: int) -> FakeShard:
+        made: FakeShard = start(*place)
+        made.wire = wire.VERSION + 1
+        return made
+
+    setup.scaling.current._start = start_next
+    ended = setup.until_ended(setup.ask())
+    assert ended.state == "failed"
+    assert "runs release 9.0, and routers of " in ended.reason
+    assert f"wire version {wire.VERSION + 1}, but {wire.VERSION}: install" in ended.reason
+    setup.poll(8, forward_s=1.0)
+    # The others are as they were, and somebody is left to ask.
+    others = [one for one in setup.shards if one.wire == wire.VERSION and not one.ended]
+    assert {one.place[0] for one in others} == {0, 1}
+    assert setup.left == []
+    assert (setup.routers.replaced, setup.sequencer.replaced) == (0, 0)
 
 
 def test_a_router_that_is_not_replaced_ends_it(make: Any) -> None:

@@ -7,7 +7,8 @@ from silvershard.deploy.state import StateDir
 
 def test_a_single_machine_adds_nothing(tmp_path: Path) -> None:
     site = ThisMachine(StateDir(tmp_path))
-    assert (site.name, site.ray, site.plan) == ("", "", None)
+    assert (site.name, site.ray, site.plan, site.agents) == ("", "", None, None)
+    site.leave()
     name = "shard-0-0"
     assert (site.host_of(name), site.find(name)) == ("", None)
     assert (site.options(name), site.binding(name), site.lacking(3)) == ({}, {}, "")

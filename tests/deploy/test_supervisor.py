@@ -70,7 +70,7 @@ class Setup:
             self.cluster.generation, self.cluster.site = generation, site
             return self.cluster
 
-        actors = Actors(lambda name: None, lambda: ["10.0.0.1", "10.0.0.2"], lambda actor: None)
+        actors = Actors(lambda name: None, lambda: ["10.0.0.1", "10.0.0.2"], *[lambda _: None] * 2)
         return Supervisor(self.store, actors, "10.0.0.1", reach=no_way, make=made)
 
     def run(self, supervisor: Supervisor) -> threading.Thread:
@@ -122,6 +122,26 @@ def test_what_was_launched_is_started_and_ended(setup: Setup) -> None:
     assert supervisor.stop(30.0)
     thread.join(10)
     assert setup.cluster.did == ["start_router", "start_shards", "wait", "poll", "stop"]
+
+
+def test_one_that_has_left_leaves_all_to_the_next_one(setup: Setup) -> None:
+    setup.store.begin(setup.launched)
+    supervisor = setup.make()
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(supervisor.run()))
+    thread.start()
+    try:
+        assert setup.cluster.polled.wait(30)
+        assert setup.cluster.site is not None
+        setup.cluster.site.leave()
+        thread.join(30)
+    finally:
+        supervisor.stop(30.0)
+    assert ended == [False]
+    assert "stop" not in setup.cluster.did
+    # That it was superseded or ended is nothing that another one must know of.
+    setup.store.stopping(setup.launched)
+    assert setup.make().run()
 
 
 def test_nothing_is_done_where_nothing_is_launched(setup: Setup) -> None:

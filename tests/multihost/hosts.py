@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from multihost.releases import Installed
+
 NETWORK = "10.77.0"
 HEAD = f"{NETWORK}.9"
 SWITCH = f"{NETWORK}.1"
@@ -190,6 +192,7 @@ class Network:
         self.state = self.root / "state"
         self.boxes: dict[str, Box] = {}
         self._clients: list[subprocess.Popen[str]] = []
+        self.installed = Installed(self.root, "1.0")
         (self.root / "token").write_text("0" * 64)
         (self.root / "token").chmod(0o600)
         for name in ("state", "ray", "gcs"):
@@ -205,6 +208,7 @@ class Network:
             "RAY_gcs_storage_path": str(self.root / "gcs"),
             "RAY_TMPDIR": str(self.root),
             "RAY_ADDRESS": f"{HEAD}:{GCS_PORT}",
+            "PYTHONPATH": str(self.installed.path),
             "PYTHONSAFEPATH": "1",
             "OMP_NUM_THREADS": "1",
         }

@@ -97,18 +97,34 @@ def test_it_is_scaled_up_and_down_and_no_request_fails(
     until(lambda: num_processes(whole) == SHARDS * REPLICAS, "the larger set is left")
 
 
-def test_it_is_restarted_in_turn_and_no_request_fails(whole: HostedCluster) -> None:
+def releases(cluster: HostedCluster) -> set[str]:
+    """Return the releases that processes say they run."""
+    record = cluster.record()
+    processes = [*record["shards"], *record["routers"], record["sequencer"], record]
+    return {one["release"] for one in processes}
+
+
+def test_a_restart_brings_a_new_release_in_and_no_request_fails(whole: HostedCluster) -> None:
     before = {(one["shard"], one["replica"]): one for one in whole.record()["shards"]}
+    agents = [pid for box in whole.hosts for pid in box.named("ray::HostActor")]
+    assert releases(whole) == {"1.0"}
     with whole.under_load(0, 1, 2):
+        whole.network.installed.install("2.0", is_next=True)
         done = whole.cli("restart", "--output", "json", "--timeout", "240")
         assert done.returncode == 0, done.stderr[-2000:]
+        until(lambda: releases(whole) == {"2.0"}, f"other releases run: {releases(whole)}")
         whole.wait_whole()
     after = {(one["shard"], one["replica"]): one for one in whole.record()["shards"]}
     assert json.loads(done.stdout)["processes"] == len(after) == SHARDS * REPLICAS
     for key, one in after.items():
         assert one["host"] == before[key]["host"]
         assert one["epoch"] > before[key]["epoch"]
+    assert whole.record()["added"] == "by the next release"
     assert num_processes(whole) == SHARDS * REPLICAS
+    now = [pid for box in whole.hosts for pid in box.named("ray::HostActor")]
+    assert len(now) == len(agents)
+    assert not {*now} & {*agents}
+    assert json.loads(whole.cli("status", "--output", "json").stdout)["release"] == "2.0"
 
 
 def test_a_host_hands_over_what_it_holds_and_gets_its_share_back(whole: HostedCluster) -> None:
