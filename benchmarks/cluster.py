@@ -6,8 +6,9 @@ row what gRPC alone takes for the same messages (``echo_cluster.py``). An open-l
 them from a process of its own, pinned to the last core where its own core matters, with the cluster
 on the others. The gate: every full answer, also those during faults, holds exactly the items that
 the merge of all shards must give. A request counts as failed if it has no answer within 2 s of when
-it was due, or less than full coverage while a replica of every shard lives. The last line printed
-is one JSON object.
+it was due, or less than full coverage while a replica of every shard lives. Last, a cluster of the
+product with a model is scaled (``cluster_scaling.py``), and one over hosts loses one of them and
+the head of Ray (``cluster_hosts.py``). The last line printed is one JSON object.
 """
 
 import argparse
@@ -39,6 +40,9 @@ from silvershard.deploy.cli import ENVIRONMENT  # noqa: E402
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
+from benchmarks.cluster_hosts import measure_hosts  # noqa: E402
+from benchmarks.cluster_scaling import measure_scaling  # noqa: E402
+from benchmarks.cluster_standby import measure_standby  # noqa: E402
 from benchmarks.mixture import progress  # noqa: E402
 from silvershard.cluster.arrivals import Stretch  # noqa: E402
 from silvershard.cluster.client import Client, Query  # noqa: E402
@@ -96,6 +100,11 @@ ROWS = (
     Row("hung_recovery_s", "the same: until p99 is normal", "s", 1.0),
     Row("overload_goodput", "3x overload: goodput / peak", "", 0.95, at_least=True),
     Row("overload_late", "the same: requests answered or given up past their deadline", "", 0),
+    Row("standby_full_s", "shard killed, 1 replica, warm standby: until full coverage", "s", 5.0),
+    Row("hosts_cut_failed", "host cut off and healed, 2 replicas: failed requests", "", 0),
+    Row("hosts_cut_whole_s", "the same: until all copies are back after it heals", "s", 20.0),
+    Row("hosts_head_failed", "head of Ray gone for 120 s: failed requests", "", 0),
+    Row("scale_failed", "scaled 4 -> 6 -> 3 shards, exact answers: failed requests", "", 0),
 )
 
 
@@ -565,6 +574,13 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
             "overload",
             measure_overload(bench, service, 6 if quick else 15, 0.15 if quick else 0.05),
         )
+    progress("a standby takes over")
+    note_all("standby", measure_standby(folder, read_record, failed))
+    progress("hosts")
+    note_all("hosts", measure_hosts(read_record, failed, head=not quick))
+    progress("scaling")
+    most_s = 60.0 if quick else 180.0
+    note_all("scale", measure_scaling(folder, read_record, failed, most_s))
     found["warnings"] = warnings
     return found
 
@@ -572,6 +588,9 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
 def report_rows(found: dict[str, Any], emit: Callable[[str], None] = print) -> None:
     """Print the figures beside their goals."""
     for row in ROWS:
+        if row.key not in found:
+            emit(f"{row.title:64} not run")
+            continue
         value = found[row.key]
         shown = "none" if value is None else f"{value:.3f}"
         line = f"{row.title:64} {shown:>9} {row.unit:2}"
@@ -601,7 +620,10 @@ def main() -> int:
         print(f"gate is red: {error}: no number is printed", file=sys.stderr)
         return 1
     report_rows(found)
-    goals = {row.key: {"goal": row.goal, "held": row.holds(found[row.key])} for row in ROWS}
+    goals = {
+        row.key: {"goal": row.goal, "held": row.holds(found[row.key]) if row.key in found else None}
+        for row in ROWS
+    }
     name = "".join(one if one.isalnum() else "-" for one in about["cpu"].lower())
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
