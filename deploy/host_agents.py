@@ -16,16 +16,19 @@ class HostAgents:
     refused = ""
     """An agent is always replaced, or its host is lost, and it starts anew when that is back."""
 
-    def __init__(self, hosts: Sequence[str], restart: Callable[[str], bool]) -> None:
+    def __init__(
+        self, hosts: Sequence[str], restart: Callable[[str], None], runs: Callable[[str], bool]
+    ) -> None:
         """Replace none yet.
 
         Args:
             hosts: names.
-            restart: ends the process of the agent of a host, so that Ray starts the next one;
-                returns whether there was one.
+            restart: ends the process of the agent of a host, so that Ray starts the next one.
+            runs: whether a host is there and has an agent.
         """
         self._hosts = hosts
         self._restart = restart
+        self._runs = runs
         self._left: list[str] = []
         """Hosts whose agents are still to be replaced, the present one first."""
         self._before: int | None = None
@@ -44,12 +47,11 @@ class HostAgents:
         """Take what the hosts say, and go on to the next host once one is done."""
         if not self._left:
             return
-        report = reports.get(self._left[0])
+        host = self._left[0]
+        report = reports.get(host)
         now = report.incarnation if report is not None else 0
-        if self._before is None:
-            if self._restart(self._left[0]):
-                self._before = now
-            else:
-                self._left = self._left[1:]
-        elif now != self._before:
+        if not self._runs(host) or self._before not in (None, now):
             self._left, self._before = self._left[1:], None
+        elif self._before is None:
+            self._restart(host)
+            self._before = now

@@ -251,7 +251,11 @@ class HostSite:
             clock,
             lambda text: store.write(term, "order", text),
         )
-        self.agents = HostAgents([one.name for one in launched.hosts], self._restart_agent)
+        self.agents = HostAgents(
+            [one.name for one in launched.hosts],
+            lambda host: actors.restart(actors.find(actor_name(host))),
+            self._has_agent,
+        )
         self.has_left = False
         """Whether the next supervisor shall take over."""
         self.plan: Callable[[Outline | None, Outline], MemoryPlan] | None = self._planned
@@ -348,13 +352,9 @@ class HostSite:
             self.places.ended(name)
         self.places.strays = []
 
-    def _restart_agent(self, host: str) -> bool:
-        """Let Ray start the agent of a host anew; return whether it runs."""
-        agent = self.find(actor_name(host))
+    def _has_agent(self, host: str) -> bool:
         is_up = self._launched.host(host).address in self._actors.addresses()
-        if agent is not None and is_up:
-            self._actors.restart(agent)
-        return agent is not None and is_up
+        return is_up and self.find(actor_name(host)) is not None
 
     def leave(self) -> None:
         """Let the next supervisor take over."""

@@ -12,11 +12,7 @@ def said(**incarnations: int) -> dict[str, HostReport]:
 def test_one_host_follows_when_the_agent_of_the_last_one_is_another() -> None:
     restarted: list[str] = []
 
-    def restart(host: str) -> bool:
-        restarted.append(host)
-        return True
-
-    agents = HostAgents(["a", "b"], restart)
+    agents = HostAgents(["a", "b"], restarted.append, lambda _: True)
     agents.take(said(a=1, b=2))
     assert not agents.is_replacing
     assert restarted == []
@@ -35,20 +31,25 @@ def test_one_host_follows_when_the_agent_of_the_last_one_is_another() -> None:
 
 
 def test_a_lost_host_is_passed_over_and_one_that_never_spoke_waited_for() -> None:
-    lost = {"a"}
-    agents = HostAgents(["a", "b"], lambda host: host not in lost)
+    lost, restarted = {"a"}, list[str]()
+    agents = HostAgents(["a", "b", "c"], restarted.append, lambda host: host not in lost)
     agents.replace()
-    agents.take({})
-    agents.take({})
-    agents.take(said(a=1))
-    assert agents.is_replacing
+    for _ in range(3):
+        agents.take({})
+    assert restarted == ["b"]
     agents.take(said(a=1, b=7))
+    agents.take(said(a=1, b=7, c=8))
+    assert restarted == ["b", "c"]
+    # It is lost while it is waited for.
+    lost.add("c")
+    assert agents.is_replacing
+    agents.take(said(a=1, b=7, c=8))
     assert not agents.is_replacing
 
 
 def test_a_second_time_begins_with_the_first_host() -> None:
     restarted: list[str] = []
-    agents = HostAgents(["a", "b"], lambda host: not restarted.append(host))  # type: ignore[func-returns-value]
+    agents = HostAgents(["a", "b"], restarted.append, lambda _: True)
     agents.replace()
     agents.take(said(a=1))
     agents.replace()
