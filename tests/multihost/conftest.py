@@ -1,4 +1,8 @@
-"""A cluster on three hosts that are namespaces of this machine."""
+"""A cluster on three hosts that are namespaces of this machine.
+
+The modules share it, and run in the order of their names as long as their limits are the same:
+``test_several_hosts_operated`` ends it, and later ones start their own.
+"""
 
 import json
 import shutil

@@ -12,8 +12,8 @@ from multihost.hosts import NETWORK, until
 from silvershard.model.request import Request
 from silvershard.shard.load import load_retriever
 
-# The first of them also starts the cluster, if it is run alone.
-pytestmark = pytest.mark.timeout(900)
+# The first of them also starts the cluster, if it is run alone; the last one ends it.
+pytestmark = pytest.mark.timeout(600)
 
 ACTORS = ("ray::HostActor", "ray::ShardActor", "ray::SequencerActor", "ray::SupervisorActor")
 # What the load writes is left out.
