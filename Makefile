@@ -20,7 +20,7 @@ TARGETS := $(if $(GPU),,./deploy/packaging/fbgemm-gpu-shim) -e '.[$(if $(GPU),gp
 COMPILER := $(shell command -v $${CXX:-g++})
 # The tests of these folders have a target each; `test` and `test-slow` share all others.
 APART := $(addprefix --ignore tests/,crash multihost mutants simulation)
-RUN_TESTS = $(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(APART)
+RUN_TESTS = $(if $(DATA),SILVERSHARD_DATA='$(DATA)') $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --durations 25 $(APART)
 PROTOS := admin retrieval shard table update
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ test-slow: $(VENV)/.installed ## run the tests that take long: real clusters, tr
 	$(RUN_TESTS) -m slow
 
 test-crash: $(VENV)/.installed ## swap generations 50 times, kill 200 processes and drop what they did not sync, under load
-	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 tests/crash
+	SILVERSHARD_CRASH_SWAPS=$(or $(SWAPS),50) SILVERSHARD_CRASH_FAULTS=$(or $(FAULTS),200) $(BIN)/pytest -n0 --durations 10 tests/crash
 
 test-chaos: $(VENV)/.installed ## ask a cluster in virtual time a million requests beside 100,000 faults (REQUESTS=...; half an hour)
 	SILVERSHARD_SIMULATED_REQUESTS=$(or $(REQUESTS),1000000) $(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/simulation
@@ -48,7 +48,7 @@ test-mutants: $(VENV)/.installed ## plant bugs in a copy of the tree: each must 
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist load tests/mutants
 
 test-multihost: $(VENV)/.installed ## cut off and kill hosts that are namespaces of this machine (root; ten minutes)
-	timeout --kill-after 30 $(or $(BUDGET_S),1500) $(BIN)/pytest -n0 tests/multihost
+	timeout --kill-after 30 $(or $(BUDGET_S),1500) $(BIN)/pytest -n0 --durations 20 tests/multihost
 
 test-sanitized: $(VENV)/.installed ## test the native operators under AddressSanitizer and UBSan
 	$(BIN)/python -P tests/native_builds.py sanitized
