@@ -25,7 +25,7 @@ from silvershard.shard.load import load_retriever
 Read = Callable[[Path, Sequence[Sequence[int]]], list[dict[str, Any]]]
 
 SHARDS, REPLICAS, HOSTS = 2, 2, 2
-CUT_S = 5.0
+CUT_S = 3.0
 """For which the link of a host is down, from when the map no longer names it."""
 HEAD_S = 120.0
 """For which the head of Ray is gone."""
@@ -35,9 +35,9 @@ _CLUSTERS = 16
 _REQUESTS = 20
 _RATE = 5.0
 _DEADLINE_S = 2.0
-_LEAD_S = 10.0
+_LEAD_S = 7.0
 """Of load before anything happens; the process that puts it starts within that time."""
-_WHOLE_S = 30.0
+_WHOLE_S = 27.0
 """Of load from the cut on, beside the time of the cut."""
 
 

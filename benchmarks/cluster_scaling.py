@@ -27,8 +27,8 @@ from silvershard.shard.load import load_retriever
 
 Read = Callable[[Path, Sequence[Sequence[int]]], list[dict[str, Any]]]
 
-SIZES = (4, 6, 3)
-"""Numbers of shards, one after the other."""
+SIZES, FEWER = (4, 6, 3), (2, 3, 1)
+"""Numbers of shards, one after the other; fewer of them where time is short."""
 K = 50
 _REQUESTS = 50
 _ITEMS = 3000
@@ -39,7 +39,7 @@ _SETTLED_S = 2.0
 """Of load before and after."""
 
 
-def command(state: Path, *words: str, shards: int = SIZES[0], standby: int = 0) -> None:
+def command(state: Path, *words: str, shards: int = 1, standby: int = 0) -> None:
     """Run our command on a state directory.
 
     Raises:
@@ -106,7 +106,11 @@ def asked(state: StateDir, snapshot: Path) -> tuple[Target, list[list[int]]]:
 
 
 def measure_scaling(
-    folder: Path, read: Read, failed: Callable[[dict[str, Any]], bool], most_s: float
+    folder: Path,
+    read: Read,
+    failed: Callable[[dict[str, Any]], bool],
+    sizes: Sequence[int],
+    most_s: float,
 ) -> dict[str, Any]:
     """Return how many requests failed while a cluster was scaled up and down.
 
@@ -114,12 +118,13 @@ def measure_scaling(
         folder: for what is written.
         read: reads a record, and raises RuntimeError if a full answer is not as expected.
         failed: tells whether a line of a record is of a request that failed.
+        sizes: numbers of shards, one after the other.
         most_s: length of the load, in which the cluster must have been scaled.
 
     Raises:
         RuntimeError: if it was not, or if an answer is not that of the unsharded module.
     """
-    with cluster(folder / "scaling", SIZES[0]) as (state, snapshot):
+    with cluster(folder / "scaling", sizes[0]) as (state, snapshot):
         target, answers = asked(state, snapshot)
         spans: list[float] = []
         problems: list[str] = []
@@ -128,7 +133,7 @@ def measure_scaling(
         def scale() -> None:
             time.sleep(_SETTLED_S)
             try:
-                for size in SIZES[1:]:
+                for size in sizes[1:]:
                     since_s = time.monotonic()
                     command(state.root, "scale", "--shards", str(size))
                     spans.append(time.monotonic() - since_s)
@@ -157,7 +162,7 @@ def measure_scaling(
         return {
             "failed": sum(map(failed, lines)),
             "requests": len(lines),
-            "sizes": SIZES,
+            "sizes": sizes,
             "spans_s": spans,
             "p99_ms": report.total.quantile_ms(0.99),
             "causes": dict(report.total.codes + report.total.reasons),

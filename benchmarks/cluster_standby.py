@@ -17,7 +17,7 @@ Read = Callable[[Path, Sequence[Sequence[int]]], list[dict[str, Any]]]
 SHARDS = 2
 _RATE = 20.0
 _DEADLINE_S = 2.0
-_BEFORE_S, _AFTER_S = 3.0, 12.0
+_BEFORE_S, _AFTER_S = 2.0, 9.0
 
 
 def measure_standby(

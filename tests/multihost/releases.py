@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-import silvershard
+import silvershard.deploy
 
 _PARTS = ("cluster", "deploy", "kernels", "model", "shard")
 
@@ -31,9 +31,9 @@ class Installed:
     def install(self, release: str, *, is_next: bool = False) -> None:
         """Install this tree, or what a later release could be."""
         folder = self._root / "releases" / release
-        (tree,) = silvershard.__path__
+        tree = Path(next(iter(silvershard.deploy.__path__))).resolve().parent
         for part in _PARTS:
-            shutil.copytree(Path(tree) / part, folder / part)
+            shutil.copytree(tree / part, folder / part)
         for name, field in _FIRST.items() if is_next else ():
             text = (folder / name).read_text()
             assert text.count(field) == 1
