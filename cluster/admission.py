@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from silvershard.cluster.batch_times import BatchTimes
 from silvershard.cluster.config import AdmissionSection, ConcurrencySection, TenantSection
 from silvershard.shard.errors import DeadlineExceeded, Overloaded
 
@@ -26,6 +27,8 @@ _SMOOTHING = 0.2
 # A batch may take so many times the least that one of its size took: a router with less to wait for
 # would leave the shards idle between two rounds.
 _TOLERANCE = 1.5
+# Batches take longer than they typically do as often as not; one that is late was for nothing.
+_MARGIN = 1.5
 _STEEPEST = 0.5
 _STEP = 0.5
 _FORGET_S = 10.0
@@ -308,6 +311,7 @@ class Admission(Generic[T]):
         self._batch_s = 0.0
         """Typical time of a batch; 0 before the first one."""
         self._largest = max_batch
+        self._times = BatchTimes()
         self._load, self._load_at_s = 0.0, clock()
 
     @property
@@ -328,6 +332,10 @@ class Admission(Generic[T]):
         that was: a shard may take as long for a batch as for its requests one after the other.
         """
         return self._largest
+
+    def fits(self, size: int, left_s: float) -> bool:
+        """Return whether a batch of that size is likely to end within a time; one always fits."""
+        return size <= min(self._times.fitting(left_s, self._clock()), self._largest)
 
     @property
     def load(self) -> float:
@@ -394,10 +402,12 @@ class Admission(Generic[T]):
         """Return the time until all that wait now have been served, as far as one can tell."""
         return min(max(self._wait_s(len(self.line)), _SHORTEST_DELAY_S), _LONGEST_DELAY_S)
 
-    def started(self) -> float:
-        """Take note that a batch begins to run; return the reading of the clock."""
+    def started(self, size: int) -> float:
+        """Take note that a batch of ``size`` begins to run; return the reading of the clock."""
         self._turn(1)
-        return self._clock()
+        now_s = self._clock()
+        self._times.started(size, now_s)
+        return now_s
 
     def ended(self, size: int, started_s: float, *, answered: bool, late: bool = False) -> None:
         """Take note that a batch no longer runs.
@@ -409,6 +419,7 @@ class Admission(Generic[T]):
             late: whether none of its requests was answered in time.
         """
         self._turn(-1)
+        self._times.ended(size, self._clock(), answered=answered)
         if late:
             # Of a small one, its size was not the reason.
             if 2 * size > self._largest:
@@ -441,7 +452,7 @@ class Admission(Generic[T]):
         if left_s <= 0:
             self.dropped.expired["queue"] += 1
             return DeadlineExceeded("the time of the request ran out in the queue")
-        if not self._running or wait_s + self._batch_s <= left_s:
+        if not self._running or wait_s + _MARGIN * self._batch_s <= left_s:
             return None
         self.refuse("deadline", ticket)
         return Overloaded(

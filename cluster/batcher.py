@@ -213,7 +213,7 @@ class Batcher:
         while batch := self._next_batch():
             demands = batch[0].demands
             self.sizes.observe(len(batch))
-            started_s = self._clock() if demands else self._admission.started()
+            started_s = self._clock() if demands else self._admission.started(len(batch))
             task = asyncio.create_task(self._run(batch, started_s))
             running = self._demanding if demands else self._running
             running.add(task)
@@ -237,6 +237,7 @@ class Batcher:
         if not any(may_run.values()):
             return batch
         kind: tuple[Run, int, bool] | None = None
+        now_s, first_s = self._clock(), math.inf
         for one in self._line.in_order():
             # Who was cancelled leaves as soon as it is told so.
             if not may_run[one.demands] or one.fate.done():
@@ -244,10 +245,11 @@ class Batcher:
             own = self._kind(one)
             kind = own if kind is None else kind
             if own == kind:
+                first_s = min(first_s, one.deadline_s)
+                if batch and not self._admission.fits(len(batch) + 1, first_s - now_s):
+                    break
                 self._line.remove(one)
                 batch.append(one)
-                if len(batch) == self._admission.largest:
-                    break
         return batch
 
     def _kind(self, one: _Waiting) -> tuple[Run, int, bool]:

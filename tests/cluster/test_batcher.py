@@ -658,13 +658,20 @@ class Shard:
 
 
 def overload(
-    virtual: Any, *, factor: float, limit_s: float, seed: int, batcher: Batcher, seconds: float
+    virtual: Any,
+    *,
+    factor: float,
+    limit_s: float,
+    seed: int,
+    batcher: Batcher,
+    seconds: float,
+    shard: Shard | None = None,
 ) -> dict[str, list[tuple[int, float, Any]]]:
     """Offer ``factor`` times what 8 requests in 10 ms are; return priority, time and fate of all.
 
     Every fifth request is of priority 1, at any load.
     """
-    rng, shard = random.Random(seed), Shard(virtual, 0.01)
+    rng, shard = random.Random(seed), shard or Shard(virtual, 0.01)
     fates: list[tuple[int, float, Any]] = []
 
     async def ask(k: int) -> None:
@@ -722,6 +729,52 @@ def test_at_three_times_what_is_possible_nearly_as_much_as_possible_is_done_in_t
     assert served >= 0.99 * 800 * 3 * seconds / 5
     assert ladder.level == ladder.lowest
     assert 4 <= batcher.limit <= 12
+
+
+class Pairs(Shard):
+    """Takes as long for a batch as for its requests one after the other, in two rounds.
+
+    Nobody waits for a round longer than seven eighths of the time that is left.
+    """
+
+    async def run(self, queries: Sequence[Query]) -> list[Any]:
+        for _ in range(2):
+            left_s = min(query.deadline_s for query in queries) - self.virtual.time()
+            try:
+                async with asyncio.timeout(left_s * 0.875), self.turn:
+                    await asyncio.sleep(self.service_s * len(queries) / 2)
+            except TimeoutError:
+                return [DeadlineExceeded("too late")] * len(queries)
+        return [query.request.k for query in queries]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit_s", "seed"), [(2.0, 1), (0.5, 2)])
+def test_a_batch_is_no_larger_than_what_its_time_is_enough_for(
+    virtual: Any, limit_s: float, seed: int
+) -> None:
+    batcher = make(
+        virtual,
+        admission=AdmissionSection(),
+        max_batch=64,
+        max_delay_s=0.0005,
+        target_delay_s=0.005,
+    )
+    shard = Pairs(virtual, 0.016)
+    seconds = 30.0
+    found = overload(
+        virtual,
+        factor=3 / 800 / shard.service_s,
+        limit_s=limit_s,
+        seed=seed,
+        batcher=batcher,
+        seconds=seconds,
+        shard=shard,
+    )
+    counts = {name: len(ones) for name, ones in found.items()}
+    # Where batches were as large as they could be, every fifth request was late.
+    assert counts["missed"] + counts["late"] <= 0.05 * sum(counts.values()), counts
+    assert counts["good"] >= 0.9 * seconds / shard.service_s, counts
 
 
 def test_below_what_is_possible_nothing_is_refused_and_nothing_left_out(virtual: Any) -> None:
