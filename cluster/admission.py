@@ -452,11 +452,11 @@ class Admission(Generic[T]):
         if left_s <= 0:
             self.dropped.expired["queue"] += 1
             return DeadlineExceeded("the time of the request ran out in the queue")
-        if not self._running or wait_s + _MARGIN * self._batch_s <= left_s:
+        needs_s = wait_s + _MARGIN * self._batch_s
+        if not self._running or needs_s <= left_s:
             return None
         self.refuse("deadline", ticket)
         return Overloaded(
-            f"the request has {left_s:.3f} s left, waiting and running take about "
-            f"{wait_s + self._batch_s:.3f} s",
+            f"the request has {left_s:.3f} s left, waiting and running may take {needs_s:.3f} s",
             self.retry_after_s(),
         )

@@ -245,7 +245,7 @@ def admission_of(clock: Clock, **config: Any) -> Admission[Ticket]:
 def test_a_router_is_hot_after_it_was_busy_for_a_while_and_cools_down(clock: Clock) -> None:
     admission = admission_of(clock)
     assert not admission.is_hot()
-    started_s = [admission.started(), admission.started()]
+    started_s = [admission.started(1), admission.started(1)]
     clock.now_s += 0.1
     # A burst is no load.
     assert not admission.is_hot()
@@ -271,7 +271,7 @@ def test_batches_that_are_too_large_to_be_in_time_become_smaller_and_grow_again(
 
     def ended(size: int, *, late: bool) -> int:
         clock.now_s += 0.01
-        admission.ended(size, admission.started(), answered=True, late=late)
+        admission.ended(size, admission.started(size), answered=True, late=late)
         return admission.largest
 
     assert admission.largest == 8
@@ -289,11 +289,11 @@ def test_batches_that_are_too_large_to_be_in_time_become_smaller_and_grow_again(
 def test_the_delay_is_the_time_until_those_that_wait_are_served(clock: Clock) -> None:
     admission = admission_of(clock)
     assert admission.retry_after_s() == 0.01
-    first = admission.started()
+    first = admission.started(1)
     clock.now_s += 0.2
     admission.ended(2, first, answered=True)
-    admission.started()
-    admission.started()
+    admission.started(1)
+    admission.started(1)
     assert admission.admit([ticket(), ticket(), ticket()]) == []
     # Two batches of 0.2 s, two at a time.
     assert admission.retry_after_s() == pytest.approx(0.2)
@@ -306,24 +306,24 @@ def test_the_delay_is_the_time_until_those_that_wait_are_served(clock: Clock) ->
 
 def test_what_came_to_no_end_of_its_own_tells_nothing_of_the_time_of_a_batch(clock: Clock) -> None:
     admission = admission_of(clock)
-    started_s = admission.started()
+    started_s = admission.started(1)
     clock.now_s += 5
     admission.ended(2, started_s, answered=False)
-    admission.started()
-    admission.started()
+    admission.started(1)
+    admission.started(1)
     assert admission.retry_after_s() == 0.01
     assert admission.admit([ticket(deadline_s=clock.now_s + 0.001)]) == []
 
 
 def test_those_that_cannot_be_done_in_time_leave_with_the_reason(clock: Clock) -> None:
     admission = admission_of(clock)
-    first = admission.started()
+    first = admission.started(1)
     clock.now_s += 0.2
     admission.ended(2, first, answered=True)
-    admission.started()
-    admission.started()
+    admission.started(1)
+    admission.started(1)
     now_s = clock.now_s
-    late, tight, enough = (ticket(deadline_s=now_s + left_s) for left_s in (0.0, 0.25, 0.31))
+    late, tight, enough = (ticket(deadline_s=now_s + left_s) for left_s in (0.0, 0.39, 0.41))
     leaving = dict(admission.admit([late, tight, enough]))
     assert isinstance(leaving[late], DeadlineExceeded)
     assert isinstance(leaving[tight], Overloaded)

@@ -143,19 +143,18 @@ def test_shards_that_take_as_long_as_each_request_alone_are_sent_smaller_batches
         is_late = until_s > queries[0].deadline_s
         return [DeadlineExceeded("too late") if is_late else 0 for _ in queries]
 
-    async def scene() -> int:
-        answered = 0
+    async def scene() -> list[Any]:
+        fates = []
         for _ in range(8):
             asked = [batcher.submit([query(virtual, k)], run) for k in range(16)]
-            found = await asyncio.gather(*asked)
-            answered += found.count([0])
-        return answered
+            fates += [fate for (fate,) in await asyncio.gather(*asked)]
+        return fates
 
     # Four take 2 s, which is all that a request has.
-    answered = virtual.run_until_complete(scene())
-    assert sizes[:4] == [1, 15, 1, 7]
-    assert max(sizes[4:]) <= 4
-    assert answered >= 16
+    fates = virtual.run_until_complete(scene())
+    assert max(sizes) <= 2
+    # What ran was in time; the others left the queue without.
+    assert fates.count(0) == sum(sizes) >= 8 * 3
 
 
 def test_a_full_queue_refuses_with_a_delay_and_runs_nothing(virtual: Any, runner: Runner) -> None:
@@ -480,9 +479,9 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_at_once_while_others_r
         before_s = virtual.time()
         (fate,) = await batcher.submit([query(virtual, 2, 0.15)], run)
         assert isinstance(fate, Overloaded)
-        assert "0.150 s left, waiting and running take about 0.200 s" in str(fate)
+        assert "0.150 s left, waiting and running may take 0.250 s" in str(fate)
         assert virtual.time() == before_s
-        waiting = asyncio.ensure_future(batcher.submit([query(virtual, 3, 0.25)], run))
+        waiting = asyncio.ensure_future(batcher.submit([query(virtual, 3, 0.26)], run))
         assert (await running, await waiting) == ([1], [3])
         assert await batcher.submit([query(virtual, 4, 0.05)], run) == [4]
 

@@ -28,7 +28,9 @@ from silvershard.deploy.supervisor_actor import SupervisorActor, SupervisorProce
 def test_an_actor_is_nothing_but_a_process_that_is_looked_up(actor: Any, process: type) -> None:
     made = actor.__ray_metadata__.modified_class
     base = next(one for one in made.__mro__ if one.__module__ == process.__module__)
-    methods = [one for one in vars(base).values() if inspect.isfunction(one)]
+    functions = [inspect.unwrap(one) for one in vars(base).values() if inspect.isfunction(one)]
+    methods = [one for one in functions if one.__module__ == process.__module__]
+    assert methods
     used = {name for one in methods for name in inspect.getclosurevars(one).globals}
     assert used <= {process.__name__}
     public = {name for name in vars(process) if not name.startswith("_")}
