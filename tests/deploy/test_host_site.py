@@ -208,7 +208,7 @@ def test_a_generation_is_lacking_until_every_host_with_copies_has_it(setup: Setu
 
 def test_the_agents_of_hosts_that_are_there_are_restarted_in_turn(setup: Setup) -> None:
     site = setup.site
-    setup.running = {"host-a": "actor a", "host-b": "actor b"}
+    setup.running |= {"host-a": "actor a", "host-b": "actor b"}
     site.agents.replace()
 
     def look(incarnation: int) -> None:
