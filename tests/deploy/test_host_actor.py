@@ -8,13 +8,10 @@ import ray
 
 from silvershard.deploy import host_actor
 from silvershard.deploy.cluster_store import ClusterStore, Launched
-from silvershard.deploy.host_actor import HostActor, reach
+from silvershard.deploy.host_actor import HostProcess, reach
 from silvershard.deploy.host_agents import actor_name
 from silvershard.deploy.state import StateDir
 from silvershard.shard.generations import generation_dir
-
-# The class as Ray runs it.
-Plain: Any = HostActor.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
 
 def until(true: Callable[[], object]) -> None:
@@ -45,7 +42,7 @@ def test_an_agent_works_until_it_is_told_to_stop_and_lets_others_read(
     (directory / "one").write_bytes(b"content")
     state.root.chmod(0o700)
     store.begin(without_routers(launched(state.root)))
-    actor = Plain(store.url, "a", str(state.root))
+    actor = HostProcess(store.url, "a", str(state.root))
     until(lambda: store.reports())
     assert store.reports()["a"].generations == (3,)
     assert actor.describe()["error"] == ""
@@ -67,7 +64,7 @@ def test_a_store_that_is_away_is_waited_for(
     store = ClusterStore(server.url())
     store.begin(without_routers(launched(tmp_path / "state")))
     server.kill()
-    actor = Plain(server.url(), "a", str(tmp_path / "state"))
+    actor = HostProcess(server.url(), "a", str(tmp_path / "state"))
     until(lambda: "cannot be reached" in str(actor.describe()["error"]))
     server.start()
     until(lambda: store.reports())
@@ -92,7 +89,7 @@ def test_an_agent_whose_cluster_was_ended_ends_what_is_left_and_itself(
 
     monkeypatch.setattr(host_actor, "Incarnation", Mine)
     monkeypatch.setattr(host_actor, "end_left", lambda root, host: did.append(f"{root} {host}"))
-    actor = Plain(store.url, "a", str(tmp_path))
+    actor = HostProcess(store.url, "a", str(tmp_path))
     actor._thread.join(30)
     assert did == [f"{tmp_path} a", "end for good"]
 
@@ -125,6 +122,6 @@ def test_an_error_that_nobody_expects_ends_the_process_so_that_ray_starts_the_ne
 
     monkeypatch.setattr(host_actor, "HostAgent", broken)
     monkeypatch.setattr(host_actor.os, "_exit", codes.append)
-    actor = Plain(store.url, "a", str(tmp_path))
+    actor = HostProcess(store.url, "a", str(tmp_path))
     actor._thread.join(30)
     assert codes == [1]
