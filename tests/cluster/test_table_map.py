@@ -44,7 +44,6 @@ def test_the_default_row_is_zeros_unless_it_is_given() -> None:
         ([], {"default_row": [1, 2]}, "default_row must have 3 values, got 2"),
         ([], {"default_row": [1, 2, float("nan")]}, "default_row"),
         ([entry(0, epoch=0)], {}, "epoch"),
-        ([], {"replicas": 1}, "replicas"),
     ],
 )
 def test_a_map_that_contradicts_itself_is_refused(
